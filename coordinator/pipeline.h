@@ -1,0 +1,120 @@
+// The running pipeline: one event loop that owns the scheduler, sends its steps to stage 0 as
+// frames and turns results into events. Everything else only posts to it.
+#ifndef STAGECOACH_COORDINATOR_PIPELINE_H_
+#define STAGECOACH_COORDINATOR_PIPELINE_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "kernels/sampling.h"
+#include "worker/link/stage_link.h"
+
+namespace stagecoach {
+
+using RequestId = uint64_t;
+
+// One sequence to extend, or (score) to run teacher-forced without sampling. Checked already.
+struct Request {
+  std::vector<int32_t> prompt;  // >= 1 token
+  SamplingParams sampling;
+  int max_tokens = 0;                   // >= 1; prompt + max_tokens <= context
+  std::vector<int32_t> stop_token_ids;  // end-of-generation ids included unless ignored
+  absl::Time deadline = absl::InfiniteFuture();
+  bool score = false;          // no sampling: OnScores for every prompt row
+  bool return_logits = false;  // with score
+};
+
+enum class Finish { kStop, kLength };
+
+struct RequestSummary {
+  Finish finish = Finish::kStop;
+  uint32_t prompt_tokens = 0;
+  uint32_t completion_tokens = 0;
+  double queue_seconds = 0;   // submitted -> first step sent
+  double prompt_seconds = 0;  // first step sent -> first token
+  double decode_seconds = 0;  // first token -> last token
+};
+
+// Called on the pipeline's thread; must not block. Exactly one OnEnd per accepted request, last.
+class RequestObserver {
+ public:
+  virtual ~RequestObserver() = default;
+  // A stop token is reported too. index counts from 0.
+  virtual void OnToken(uint32_t index, const SampledToken& token) = 0;
+  // logprobs[i] = log p(prompt[first + i + 1]); logits: [n][vocab] or empty.
+  virtual void OnScores(uint32_t first, std::span<const float> logprobs,
+                        std::span<const float> logits) = 0;
+  // Ok with a summary; CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE (a stage was lost), DATA_LOSS.
+  virtual void OnEnd(const absl::Status& status, const RequestSummary& summary) = 0;
+};
+
+struct PipelineOptions {
+  std::string model_hash;
+  std::string kernel_revision;
+  int d_model = 0;
+  int vocab_size = 0;
+  int max_slots = 8;
+  int max_context = 0;
+  int max_step_tokens = 256;
+  int max_waiting = 256;  // requests queued beyond the slots
+};
+
+struct PipelineStats {
+  bool serving = false;
+  uint64_t epoch = 0;
+  uint32_t running = 0;
+  uint32_t waiting = 0;
+  uint32_t slots = 0;
+  uint64_t completed = 0;
+  uint64_t failed = 0;
+  uint64_t prompt_tokens = 0;
+  uint64_t completion_tokens = 0;
+  double recent_tokens_per_second = 0;  // over the last 10 s
+  uint64_t dropped_frames = 0;          // of another epoch
+};
+
+// Thread-safe.
+class Pipeline : public LinkHandler {
+ public:
+  explicit Pipeline(PipelineOptions options);
+  ~Pipeline() override;  // Shutdown()
+
+  // Results of `epoch` will be accepted from now on (the last stage dials before serving starts).
+  void ExpectEpoch(uint64_t epoch, int stages);
+  // All stages are linked: start stepping through `to_first_stage`.
+  void StartEpoch(uint64_t epoch, std::unique_ptr<LinkSender> to_first_stage);
+  // A stage was lost: every running request ends with `reason` (UNAVAILABLE); waiting ones too.
+  void EndEpoch(const absl::Status& reason);
+
+  // Errors: RESOURCE_EXHAUSTED with a retry hint when the queue is full; UNAVAILABLE with the
+  // reason while no epoch is serving. After an error the observer is never called.
+  absl::StatusOr<RequestId> Submit(Request request, std::shared_ptr<RequestObserver> observer);
+  // Frees the slot within one step; OnEnd(CANCELLED) follows. Unknown or ended ids are ignored.
+  void Cancel(RequestId id);
+  // Ends the request as if a stop token had come (a stop string matched): OnEnd(Ok, kStop).
+  void FinishEarly(RequestId id);
+
+  PipelineStats Stats() const;
+  // Called (any thread) when the link of the current epoch breaks or a stage reports a step error.
+  void SetFailureCallback(std::function<void(uint64_t epoch, const absl::Status&)> callback);
+  void Shutdown();  // idempotent
+
+  absl::Status OnLink(uint64_t link, const v1::LinkHello& hello) override;
+  void OnFrame(uint64_t link, Frame frame, CreditReturn credit) override;
+  void OnLinkClosed(uint64_t link, const absl::Status& reason) override;
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace stagecoach
+
+#endif  // STAGECOACH_COORDINATOR_PIPELINE_H_

@@ -1,0 +1,51 @@
+// Splits the layers of a model over workers. Pure and deterministic.
+#ifndef STAGECOACH_COORDINATOR_PLANNER_H_
+#define STAGECOACH_COORDINATOR_PLANNER_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "model/model_file.h"
+
+namespace stagecoach {
+
+// What the planner knows of a worker. Order of the list = order of the stages.
+struct WorkerCapacity {
+  std::string worker;
+  uint64_t memory_bytes = 0;         // for weights, KV and workspace
+  double read_bytes_per_second = 0;  // 0 = unknown: taken as equal to the others
+};
+
+struct PlanLimits {
+  int max_slots = 0;
+  int max_context = 0;  // positions per slot
+  int max_step_tokens = 0;
+};
+
+struct PlanStage {
+  std::string worker;
+  int first_layer = 0;  // [first_layer, last_layer)
+  int last_layer = 0;
+  uint64_t weight_bytes = 0;  // embedding and head counted where they are used
+  uint64_t kv_bytes = 0;
+  double seconds_per_token = 0;  // predicted, decode of one row (weights streamed once)
+};
+
+struct Plan {
+  std::vector<PlanStage> stages;
+};
+
+// Contiguous, non-empty ranges that minimise the slowest stage's seconds_per_token within every
+// worker's memory. Errors: INVALID_ARGUMENT (no workers, more workers than layers),
+// RESOURCE_EXHAUSTED naming the bytes needed and available per worker and what would help.
+absl::StatusOr<Plan> MakePlan(const ModelFile& model, const std::vector<WorkerCapacity>& workers,
+                              const PlanLimits& limits);
+
+// A table for people: one line per stage.
+std::string FormatPlan(const ModelFile& model, const Plan& plan);
+
+}  // namespace stagecoach
+
+#endif  // STAGECOACH_COORDINATOR_PLANNER_H_

@@ -1,0 +1,143 @@
+// The seam between the pipeline and a device. A backend keeps weights in its own layout, owns KV
+// caches and workspaces, and runs whole layers, so that it may fuse operations and capture graphs.
+//
+// Numerics contract (every backend): the bits of a row's result depend on the model file, the
+// backend kind, its kernel revision and the tokens up to that row's position; never on the other
+// rows of the batch, the chunking, the thread count or the stage split. Hence every sum over
+// columns has an order fixed by the weight's shape alone, and attention walks the KV in tiles of
+// kKvBlockPositions, merged in order.
+#ifndef STAGECOACH_KERNELS_BACKEND_H_
+#define STAGECOACH_KERNELS_BACKEND_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "model/model_file.h"
+
+namespace stagecoach {
+
+// Positions in one KV block, and in one tile of attention.
+inline constexpr int kKvBlockPositions = 32;
+
+struct BackendInfo {
+  std::string kind;             // "cpu", "cuda", "reference"
+  std::string kernel_revision;  // changes whenever result bits may change
+  std::string description;      // "AVX2, 2 threads"
+  uint64_t memory_bytes = 0;    // usable for weights, KV and workspace together
+};
+
+enum class KvType { kF16, kF32 };
+
+// The KV of one stage: `blocks` blocks of kKvBlockPositions positions in each of `layers` layers.
+struct KvShape {
+  int layers = 0;
+  int kv_heads = 0;
+  int key_length = 0;
+  int value_length = 0;
+  int blocks = 0;
+  KvType type = KvType::kF16;
+};
+uint64_t KvBytes(const KvShape& shape);  // checked: saturates at UINT64_MAX
+
+class KvCache {
+ public:
+  virtual ~KvCache() = default;
+};
+
+// The weights of one unit in the backend's layout. Immutable; usable from any thread.
+class UnitWeights {
+ public:
+  virtual ~UnitWeights() = default;
+  virtual uint64_t bytes() const = 0;  // held in the backend's memory
+};
+
+// Takes the tensors of one unit in file order of use and makes UnitWeights. Not thread-safe; one
+// builder per unit, builders of different units may work at the same time.
+class UnitBuilder {
+ public:
+  virtual ~UnitBuilder() = default;
+  // `raw` are the tensor's bytes as in the file, needed only during the call.
+  // Errors: kCorrupt for non-finite block scales, RESOURCE_EXHAUSTED.
+  virtual absl::Status Add(TensorRole role, const TensorInfo& tensor,
+                           std::span<const std::byte> raw) = 0;
+  // All of the unit's tensors have been added. Call once.
+  virtual absl::StatusOr<std::unique_ptr<UnitWeights>> Finish() = 0;
+};
+
+// Rows of one sequence within a step.
+struct BatchSequence {
+  int first_row = 0;       // rows [first_row, first_row + row_count) of the activation matrix
+  int row_count = 0;       // >= 1
+  int start_position = 0;  // position of the first row = positions already in the KV
+  std::span<const int32_t> blocks;  // KV block of positions 32*i ..; covers all rows
+};
+
+struct StepBatch {
+  std::span<const BatchSequence> sequences;  // disjoint, in row order, covering [0, rows)
+  int rows = 0;
+};
+
+// Residual stream and scratch of one stage. One step at a time.
+class Workspace {
+ public:
+  virtual ~Workspace() = default;
+};
+
+// All calls on one Workspace come from one thread at a time. Sizes are checked by the caller
+// (Stage); a mismatch there is our own bug. Errors: RESOURCE_EXHAUSTED, INTERNAL for device faults.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual BackendInfo info() const = 0;
+
+  // Refuses at load what could not run: kUnsupportedType / kBadShape naming the tensor.
+  virtual absl::Status CheckTensor(TensorRole role, const TensorInfo& tensor) const = 0;
+  virtual std::unique_ptr<UnitBuilder> NewUnitBuilder(const ModelParams& params,
+                                                      const Unit& unit) = 0;
+  virtual absl::StatusOr<std::unique_ptr<KvCache>> NewKvCache(const KvShape& shape) = 0;
+  virtual absl::StatusOr<std::unique_ptr<Workspace>> NewWorkspace(const ModelParams& params,
+                                                                  int max_rows) = 0;
+
+  // --- One step of a stage: Embed or SetResidual, RunLayer for each layer, then GetResidual or
+  // Head. The residual stream is float32 [rows][d_model].
+  virtual absl::Status Embed(Workspace& workspace, const UnitWeights& embedding,
+                             std::span<const int32_t> token_ids) = 0;
+  virtual absl::Status SetResidual(Workspace& workspace, std::span<const float> residual) = 0;
+  // kv_layer: index of this layer within the stage's KvCache.
+  virtual absl::Status RunLayer(Workspace& workspace, const UnitWeights& layer, KvCache& kv,
+                                int kv_layer, const StepBatch& batch) = 0;
+  virtual absl::Status GetResidual(Workspace& workspace, std::span<float> residual) = 0;
+  // logits: [rows.size()][vocab], for the residual rows named in `rows`.
+  virtual absl::Status Head(Workspace& workspace, const UnitWeights& head,
+                            std::span<const int32_t> rows, std::span<float> logits) = 0;
+
+  // --- Single operations, for the conformance suite and `bench kernels`. Host memory in and out.
+  // y[rows][n] = x[rows][k] * w[n][k]^T.
+  virtual absl::Status MatMul(const TensorInfo& tensor, std::span<const std::byte> raw,
+                              std::span<const float> x, int rows, std::span<float> y) = 0;
+  virtual absl::Status RmsNorm(std::span<const float> x, int rows, std::span<const float> weight,
+                               float epsilon, std::span<float> y) = 0;
+  // x: [rows][heads][head_dim], rotated in place at positions[row]; pairs (2i, 2i+1) of the first
+  // params.rope_dims dims, as the `llama` architecture stores them.
+  virtual absl::Status Rope(const ModelParams& params, std::span<float> x, int heads, int head_dim,
+                            std::span<const int32_t> positions) = 0;
+  // out = silu(gate) * up, elementwise.
+  virtual absl::Status SwiGlu(std::span<const float> gate, std::span<const float> up,
+                              std::span<float> out) = 0;
+  // Causal attention of one step after storing its keys and values:
+  // q [rows][heads][key_length], k [rows][kv_heads][key_length], v [rows][kv_heads][value_length],
+  // out [rows][heads][value_length]; scale 1/sqrt(key_length).
+  virtual absl::Status Attention(const ModelParams& params, std::span<const float> q,
+                                 std::span<const float> k, std::span<const float> v, KvCache& kv,
+                                 int kv_layer, const StepBatch& batch, std::span<float> out) = 0;
+};
+
+}  // namespace stagecoach
+
+#endif  // STAGECOACH_KERNELS_BACKEND_H_

@@ -1,0 +1,49 @@
+// Choice of the next token from a row of logits. A pure function: same logits, parameters, history,
+// seed and position give the same token on any worker.
+#ifndef STAGECOACH_KERNELS_SAMPLING_H_
+#define STAGECOACH_KERNELS_SAMPLING_H_
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+
+namespace stagecoach {
+
+inline constexpr int kMaxLogprobs = 20;
+
+// Meaning and ranges: proto/sampling.proto.
+struct SamplingParams {
+  float temperature = 0;
+  uint32_t top_k = 0;
+  float top_p = 0;
+  float min_p = 0;
+  float repetition_penalty = 0;
+  float presence_penalty = 0;
+  float frequency_penalty = 0;
+  uint64_t seed = 0;
+  uint32_t logprobs = 0;
+};
+
+struct SampledToken {
+  int32_t token_id = 0;
+  float logprob = 0;             // of the raw distribution (before temperature and filters)
+  std::vector<int32_t> top_ids;  // params.logprobs best, best first; empty if 0
+  std::vector<float> top_logprobs;
+};
+
+// logits: [vocab], not modified. history: all tokens of the sequence so far, prompt included;
+// the first `prompt_tokens` of them do not count for presence and frequency. position: of the
+// token being chosen. Ties go to the lower id.
+// Errors: DATA_LOSS if a logit is NaN or +Inf, or no logit is finite.
+absl::StatusOr<SampledToken> Sample(std::span<const float> logits, const SamplingParams& params,
+                                    std::span<const int32_t> history, size_t prompt_tokens,
+                                    uint64_t position);
+
+// log softmax(logits)[token], in float64 with a fixed order. DATA_LOSS as above.
+absl::StatusOr<float> LogProbability(std::span<const float> logits, int32_t token);
+
+}  // namespace stagecoach
+
+#endif  // STAGECOACH_KERNELS_SAMPLING_H_

@@ -1,0 +1,68 @@
+// One stage of the pipeline: runs the frames of one epoch through its layers.
+#ifndef STAGECOACH_WORKER_STAGE_H_
+#define STAGECOACH_WORKER_STAGE_H_
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "model/model_file.h"
+#include "worker/layer_store.h"
+#include "worker/link/frame.h"
+
+namespace stagecoach {
+
+struct StageConfig {
+  uint64_t epoch = 0;
+  int stage = 0;
+  int stages = 1;
+  int first_layer = 0;  // [first_layer, last_layer)
+  int last_layer = 0;
+  int max_slots = 1;
+  int max_context = 0;      // positions per slot
+  int max_step_tokens = 0;  // rows per frame
+  KvType kv_type = KvType::kF16;
+};
+
+// Not thread-safe: one thread runs the stage.
+class Stage {
+ public:
+  // Allocates KV cache and workspace. `backend` and `store` must outlive the stage; the store must
+  // already be assigned this stage's units. Errors: INVALID_ARGUMENT for an impossible config,
+  // RESOURCE_EXHAUSTED with the bytes wanted and available.
+  static absl::StatusOr<std::unique_ptr<Stage>> Create(Backend* backend,
+                                                       std::shared_ptr<const ModelFile> model,
+                                                       LayerStore* store, StageConfig config);
+  ~Stage();
+
+  // Runs one step: closes, opens, rows. Returns the frame for the next hop: the step with new
+  // activations, or (last stage) the StepResult.
+  //
+  // A frame that does not fit the contract changes nothing and is an error:
+  //   ABORTED              another epoch
+  //   ALREADY_EXISTS       a step that was run before
+  //   OUT_OF_RANGE         a step skipped; a position that is not the KV length; context exceeded
+  //   NOT_FOUND            rows or close for a slot or sequence id that is not open
+  //   INVALID_ARGUMENT     payload size, row counts, slot or token id out of range
+  //   FAILED_PRECONDITION  d_model of another model
+  // A weight that cannot be loaded, or a device fault, is returned as it is.
+  // Trouble of one sequence (non-finite values: DATA_LOSS) is reported in its SequenceResult and
+  // leaves the others alone; its KV is cleared before reuse.
+  absl::StatusOr<Frame> Run(const Frame& frame);
+
+  const StageConfig& config() const;
+  uint64_t steps() const;
+  uint64_t tokens() const;         // rows run
+  double compute_seconds() const;  // inside Run, stalls on weights excluded
+
+ private:
+  class Impl;
+  explicit Stage(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace stagecoach
+
+#endif  // STAGECOACH_WORKER_STAGE_H_
