@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Style as a test: formatting, lengths, include direction, self-contained headers, thread safety.
+
+Prints one line per finding and exits 1 if there is any. Run by `./dev check`.
+"""
+import concurrent.futures
+import os
+import re
+import subprocess
+import sys
+
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 70
+MAX_KERNEL_LINES = 120
+MAX_COLUMNS = 100
+
+# What each folder may include (the direction of ARCHITECTURE.md). Longest prefix wins.
+MAY_INCLUDE = {
+    "proto": {"proto"},
+    "model": {"model"},
+    "kernels": {"model", "kernels"},
+    "worker/link": {"proto", "worker/link"},
+    "worker": {"proto", "model", "kernels", "worker/link", "worker"},
+    "coordinator": {"proto", "model", "kernels", "worker/link", "coordinator"},
+    "tools": {"proto", "model", "kernels", "worker/link", "worker", "coordinator", "tools"},
+    "tests": {"proto", "model", "kernels", "worker/link", "worker", "coordinator", "tools", "tests"},
+}
+# The only places that may include gRPC or CUDA headers.
+GRPC_FILES = re.compile(
+    r"(worker/link/grpc_link|worker/link/.*grpc.*|worker/control_client|worker/main"
+    r"|coordinator/.*service.*|coordinator/coordinator|coordinator/main|tools/|tests/)")
+CUDA_FILES = re.compile(r"(kernels/cuda/|worker/link/nccl)")
+INCLUDE = re.compile(r'^\s*#\s*include\s+(["<])([^">]+)[">]')
+
+
+def tracked(*patterns):
+    out = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard",
+                          *patterns], check=True, capture_output=True, text=True).stdout
+    return [f for f in out.split("\n") if f and os.path.exists(f)]
+
+
+def folder_of(path):
+    for prefix in sorted(MAY_INCLUDE, key=len, reverse=True):
+        if path.startswith(prefix + "/"):
+            return prefix
+    return None
+
+
+def check_includes(path, lines):
+    here = folder_of(path)
+    for number, line in enumerate(lines, 1):
+        match = INCLUDE.match(line)
+        if not match:
+            continue
+        target = match.group(2)
+        there = folder_of(target)
+        if match.group(1) == '"' and there and here and there not in MAY_INCLUDE[here]:
+            yield f"{path}:{number}: {here}/ must not include {target}"
+        if re.match(r"(grpcpp/|grpc/|.*\.grpc\.pb\.h)", target) and not GRPC_FILES.match(path):
+            yield f"{path}:{number}: gRPC belongs in transports, services and mains, not here"
+        if re.match(r"(cuda|nccl)", target) and not CUDA_FILES.match(path):
+            yield f"{path}:{number}: CUDA belongs in kernels/cuda and the NCCL transport"
+
+
+def check_lengths(path, lines):
+    if len(lines) > MAX_FILE_LINES:
+        yield f"{path}: {len(lines)} lines, at most {MAX_FILE_LINES}"
+    for number, line in enumerate(lines, 1):
+        if len(line) > MAX_COLUMNS:
+            yield f"{path}:{number}: {len(line)} columns, at most {MAX_COLUMNS}"
+    limit = MAX_KERNEL_LINES if path.startswith("kernels/") else MAX_FUNCTION_LINES
+    yield from check_functions(path, lines, limit)
+
+
+def check_functions(path, lines, limit):
+    """clang-format puts a definition's closing brace in the column where its first line starts."""
+    start = None
+    for number, line in enumerate(lines, 1):
+        if start is None:
+            match = re.match(r"^( *)[A-Za-z_~][^;={]*\(", line)
+            scope = re.match(r"^ *(class|struct|enum|union|namespace|extern|if|for|while|switch|"
+                             r"return|else|do|case|using|typedef|static_assert)\b", line)
+            if match and not scope and len(match.group(1)) <= 2:
+                end = next((i for i in range(number - 1, min(number + 12, len(lines)))
+                            if re.search(r"[;{]\s*$", lines[i])), None)
+                if end is not None and lines[end].rstrip().endswith("{"):
+                    start = (number, len(match.group(1)))
+        elif re.match(r"^ {%d}\}" % start[1], line):
+            if number - start[0] + 1 > limit:
+                yield (f"{path}:{start[0]}: function of {number - start[0] + 1} lines, "
+                       f"at most {limit}")
+            start = None
+
+
+def compile_only(args, path):
+    result = subprocess.run([*args, path], capture_output=True, text=True)
+    return [] if result.returncode == 0 else [result.stderr.strip() or f"{path}: does not compile"]
+
+
+def clang_args():
+    return ["clang++-14", "-std=c++20", "-fsyntax-only", "-I.", "-isystem",
+            "build/release/generated", "-DSTAGECOACH_SOURCE_DIR=\".\"",
+            "-DSTAGECOACH_BIN_DIR=\".\"", "-Wall", "-Wextra", "-Werror", "-Wthread-safety",
+            "-Wno-missing-field-initializers", "-Wno-pragma-once-outside-header",
+            "-Wno-unused-command-line-argument"]
+
+
+def main():
+    sources = tracked("*.h", "*.cc", "*.cu", "*.cuh")
+    findings = []
+    for path in sources:
+        lines = open(path, encoding="utf-8").read().split("\n")
+        findings += list(check_includes(path, lines[:-1])) + list(check_lengths(path, lines[:-1]))
+    formatted = subprocess.run(["clang-format-14", "--dry-run", "-Werror", *sources],
+                               capture_output=True, text=True)
+    findings += [l for l in formatted.stderr.split("\n") if "error:" in l]
+
+    host = [s for s in sources if s.endswith((".h", ".cc")) and "/cuda/" not in s]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = []
+        for path in host:
+            language = ["-x", "c++"] if path.endswith(".h") else []
+            jobs.append(pool.submit(compile_only, clang_args() + language, path))
+        for job in jobs:
+            findings += job.result()
+
+    for finding in findings:
+        print(finding)
+    print(f"check: {len(sources)} files, {len(findings)} findings")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
