@@ -1,0 +1,141 @@
+// stagecoach plan: how a model would be split, without starting anything.
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <charconv>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "coordinator/planner.h"
+#include "model/model_file.h"
+#include "tools/commands.h"
+
+namespace stagecoach {
+namespace {
+
+struct PlanFlags {
+  std::string model;
+  int workers = 0;
+  std::vector<std::string> worker;
+  std::string memory = "1TB";
+  int max_slots = 8;
+  int context = 4096;
+  int step_tokens = 256;
+  bool json = false;
+};
+
+// "24GB", "512MiB", "1000" -> bytes.
+absl::StatusOr<uint64_t> ParseBytes(const std::string& text) {
+  static constexpr std::pair<const char*, double> kUnits[] = {{"", 1},
+                                                              {"B", 1},
+                                                              {"kB", 1e3},
+                                                              {"MB", 1e6},
+                                                              {"GB", 1e9},
+                                                              {"TB", 1e12},
+                                                              {"KiB", 1024.0},
+                                                              {"MiB", 1024.0 * 1024},
+                                                              {"GiB", 1024.0 * 1024 * 1024}};
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  const std::string unit(end, text.data() + text.size());
+  for (const auto& [name, factor] : kUnits) {
+    if (error == std::errc() && unit == name && value > 0 && value * factor < 1e18) {
+      return static_cast<uint64_t>(value * factor);
+    }
+  }
+  return absl::InvalidArgumentError(
+      fmt::format("'{}' is not a number of bytes; write it like 24GB or 512MiB", text));
+}
+
+// NAME:MEMORY[:BYTES_PER_SECOND]
+absl::StatusOr<WorkerCapacity> ParseWorker(const std::string& text) {
+  const size_t colon = text.find(':');
+  if (colon == std::string::npos || colon == 0) {
+    return absl::InvalidArgumentError(
+        fmt::format("--worker '{}' must be NAME:MEMORY or NAME:MEMORY:BANDWIDTH", text));
+  }
+  WorkerCapacity capacity;
+  capacity.worker = text.substr(0, colon);
+  const size_t second = text.find(':', colon + 1);
+  const size_t memory_end = second == std::string::npos ? text.size() : second;
+  auto memory = ParseBytes(text.substr(colon + 1, memory_end - colon - 1));
+  if (!memory.ok()) return memory.status();
+  capacity.memory_bytes = *memory;
+  if (second != std::string::npos) {
+    auto bandwidth = ParseBytes(text.substr(second + 1));
+    if (!bandwidth.ok()) return bandwidth.status();
+    capacity.read_bytes_per_second = static_cast<double>(*bandwidth);
+  }
+  return capacity;
+}
+
+absl::StatusOr<std::vector<WorkerCapacity>> Workers(const PlanFlags& flags) {
+  std::vector<WorkerCapacity> workers;
+  for (const std::string& text : flags.worker) {
+    auto capacity = ParseWorker(text);
+    if (!capacity.ok()) return capacity.status();
+    workers.push_back(*capacity);
+  }
+  auto memory = ParseBytes(flags.memory);
+  if (!memory.ok()) return memory.status();
+  for (int i = 0; i < flags.workers; ++i) {
+    workers.push_back({fmt::format("w{}", i), *memory, 0});
+  }
+  if (workers.empty()) {
+    return absl::InvalidArgumentError("name the workers: --workers N, or --worker NAME:MEMORY ...");
+  }
+  return workers;
+}
+
+nlohmann::json ToJson(const ModelFile& model, const Plan& plan) {
+  nlohmann::json out = {{"model_hash", model.hash()}, {"layers", model.params().layers}};
+  for (const PlanStage& stage : plan.stages) {
+    out["stages"].push_back({{"worker", stage.worker},
+                             {"first_layer", stage.first_layer},
+                             {"last_layer", stage.last_layer},
+                             {"weight_bytes", stage.weight_bytes},
+                             {"kv_bytes", stage.kv_bytes},
+                             {"seconds_per_token", stage.seconds_per_token}});
+  }
+  return out;
+}
+
+absl::Status RunPlan(const PlanFlags& flags) {
+  auto workers = Workers(flags);
+  if (!workers.ok()) return workers.status();
+  auto model = ModelFile::Open(flags.model);
+  if (!model.ok()) return model.status();
+  const PlanLimits limits = {flags.max_slots,
+                             std::min(flags.context, (*model)->params().context_length),
+                             flags.step_tokens};
+  auto plan = MakePlan(**model, *workers, limits);
+  if (!plan.ok()) return plan.status();
+  if (flags.json) {
+    fmt::print("{}\n", ToJson(**model, *plan).dump(2));
+  } else {
+    fmt::print("{}", FormatPlan(**model, *plan));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+void AddPlanCommand(CLI::App& app, Command& run) {
+  auto flags = std::make_shared<PlanFlags>();
+  CLI::App* command = app.add_subcommand("plan", "Show how a model's layers would be split");
+  command->add_option("model,--model", flags->model, "GGUF file")->required();
+  command->add_option("--workers", flags->workers, "Number of equal workers");
+  command->add_option("--memory", flags->memory, "Memory of each of the --workers")
+      ->capture_default_str();
+  command->add_option("--worker", flags->worker,
+                      "NAME:MEMORY[:BANDWIDTH], once per worker in stage order, e.g. a:24GB:900GB");
+  command->add_option("--max-slots", flags->max_slots, "Sequences at once")->capture_default_str();
+  command->add_option("--context", flags->context, "Positions per sequence, at most the model's")
+      ->capture_default_str();
+  command->add_option("--step-tokens", flags->step_tokens, "Rows per step")->capture_default_str();
+  command->add_flag("--json", flags->json, "Machine-readable output");
+  command->callback([flags, &run] { run = [flags] { return RunPlan(*flags); }; });
+}
+
+}  // namespace stagecoach
