@@ -1,0 +1,281 @@
+// stagecoach bench decode: prompt and decode speed of one stream, for several numbers of workers
+// side by side, with the share of the memory bandwidth measured in the same run.
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/time/clock.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/read_bandwidth.h"
+#include "model/model_file.h"
+#include "tools/bench.h"
+#include "tools/service.h"
+#include "tools/table.h"
+#include "worker/layer_store.h"
+#include "worker/stage.h"
+
+namespace stagecoach {
+namespace {
+
+struct BenchDecodeFlags {
+  ServiceFlags service;
+  std::vector<int> workers = {0, 1, 2};
+  int prompt_tokens = 128;
+  int tokens = 128;
+  int repeat = 5;
+  std::string json;
+};
+
+struct Sample {
+  double prompt_rate = 0;  // tok/s
+  double decode_rate = 0;
+};
+
+// One way of running the model; a sample is one prompt and one continuation.
+class Contender {
+ public:
+  virtual ~Contender() = default;
+  virtual absl::StatusOr<Sample> Measure(const std::vector<int32_t>& prompt, int tokens) = 0;
+  virtual std::string stages() { return ""; }
+};
+
+// One stage in this process, driven step by step: no scheduler, no link, no socket.
+class InProcessContender : public Contender {
+ public:
+  static absl::StatusOr<std::unique_ptr<Contender>> Start(
+      const std::shared_ptr<const ModelFile>& model, const ServiceFlags& flags, int context) {
+    auto contender = std::make_unique<InProcessContender>();
+    contender->backend_ = MakeCpuBackend({.threads = flags.threads});
+    contender->store_ =
+        std::make_unique<LayerStore>(contender->backend_.get(), model, LayerStoreOptions());
+    const int layers = model->params().layers;
+    contender->store_->Assign(StageUnits(model->params(), 0, layers));
+    StageConfig config;
+    config.epoch = 1;
+    config.last_layer = layers;
+    config.max_context = context;
+    config.max_step_tokens = context;
+    config.kv_type = flags.kv_type == "f32" ? KvType::kF32 : KvType::kF16;
+    auto stage = Stage::Create(contender->backend_.get(), model, contender->store_.get(), config);
+    if (!stage.ok()) return stage.status();
+    contender->stage_ = std::move(*stage);
+    return contender;
+  }
+
+  absl::StatusOr<Sample> Measure(const std::vector<int32_t>& prompt, int tokens) override {
+    ++sequence_;
+    const absl::Time start = absl::Now();
+    auto token = Step(prompt, 0, /*open=*/true);
+    if (!token.ok()) return token.status();
+    const absl::Time first = absl::Now();
+    for (int i = 1; i < tokens; ++i) {
+      token = Step({*token}, prompt.size() + static_cast<size_t>(i) - 1, /*open=*/false);
+      if (!token.ok()) return token.status();
+    }
+    const absl::Time end = absl::Now();
+    return Sample{static_cast<double>(prompt.size()) / absl::ToDoubleSeconds(first - start),
+                  (tokens - 1.0) / absl::ToDoubleSeconds(end - first)};
+  }
+
+ private:
+  absl::StatusOr<int32_t> Step(const std::vector<int32_t>& token_ids, size_t position, bool open) {
+    Frame frame;
+    frame.header.set_epoch(1);
+    v1::StepHeader& step = *frame.header.mutable_step();
+    step.set_step(++steps_);
+    if (open) {
+      if (sequence_ > 1) step.add_close(0);
+      v1::SequenceOpen& opened = *step.add_open();
+      opened.set_sequence_id(sequence_);
+      opened.set_prompt_tokens(static_cast<uint32_t>(token_ids.size()));
+    }
+    v1::SequenceRows& rows = *step.add_rows();
+    rows.set_sequence_id(sequence_);
+    rows.set_start_position(static_cast<uint32_t>(position));
+    rows.set_row_count(static_cast<uint32_t>(token_ids.size()));
+    rows.set_sample(true);
+    step.mutable_token_ids()->Assign(token_ids.begin(), token_ids.end());
+    auto result = stage_->Run(frame);
+    if (!result.ok()) return result.status();
+    return result->header.result().sequences(0).token_id();
+  }
+
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<LayerStore> store_;
+  std::unique_ptr<Stage> stage_;
+  uint64_t sequence_ = 0;
+  uint64_t steps_ = 0;
+};
+
+// A private coordinator with worker processes.
+class ClusterContender : public Contender {
+ public:
+  static absl::StatusOr<std::unique_ptr<Contender>> Start(ServiceFlags flags, int workers) {
+    flags.workers = workers;
+    auto service = Service::Open(flags);
+    if (!service.ok()) return service.status();
+    auto contender = std::make_unique<ClusterContender>();
+    contender->service_ = std::move(*service);
+    return contender;
+  }
+
+  absl::StatusOr<Sample> Measure(const std::vector<int32_t>& prompt, int tokens) override {
+    v1::GenerateRequest request;
+    request.mutable_token_ids()->mutable_ids()->Assign(prompt.begin(), prompt.end());
+    request.set_max_tokens(static_cast<uint32_t>(tokens));
+    request.set_ignore_eos(true);
+    v1::GenerateEvent last;
+    absl::Status status =
+        service_->client().Generate(request, absl::InfiniteFuture(), [&](const auto& event) {
+          last = event;
+          return true;
+        });
+    if (!status.ok()) return status;
+    const v1::Timings& t = last.timings();
+    return Sample{static_cast<double>(prompt.size()) / t.prompt_ms() * 1e3,
+                  (last.usage().completion_tokens() - 1.0) / t.decode_ms() * 1e3};
+  }
+
+  std::string stages() override {
+    auto status = service_->client().GetStatus();
+    return status.ok() ? FormatStages(*status) : "";
+  }
+
+ private:
+  std::unique_ptr<Service> service_;
+};
+
+struct Row {
+  int workers = 0;
+  std::unique_ptr<Contender> contender;
+  std::vector<double> prompt_rates;
+  std::vector<double> decode_rates;
+};
+
+// Bytes that decoding one token reads: every layer and the head, and one row of the embedding.
+uint64_t DecodeBytes(const ModelFile& model) {
+  uint64_t bytes = model.UnitBytes({Unit::Kind::kHead, 0});
+  for (int i = 0; i < model.params().layers; ++i) {
+    bytes += model.UnitBytes({Unit::Kind::kLayer, i});
+  }
+  return bytes;
+}
+
+std::vector<int32_t> MakePrompt(const ModelParams& params, int length) {
+  std::vector<int32_t> prompt;
+  for (int i = 0; i < length; ++i) {
+    prompt.push_back(static_cast<int32_t>(3 + (i * 7919LL) % std::max(1, params.vocab_size - 3)));
+  }
+  return prompt;
+}
+
+// Rounds go over all contenders in turn, so that a slow moment of the machine hits all alike.
+absl::Status MeasureAll(const BenchDecodeFlags& flags, const ModelFile& model,
+                        std::vector<Row>& rows) {
+  const std::vector<int32_t> prompt = MakePrompt(model.params(), flags.prompt_tokens);
+  for (int round = -1; round < flags.repeat; ++round) {
+    for (Row& row : rows) {
+      auto sample = row.contender->Measure(prompt, flags.tokens);
+      if (!sample.ok()) return sample.status();
+      if (round < 0) continue;  // warm-up: the first pass may wait for weights
+      row.prompt_rates.push_back(sample->prompt_rate);
+      row.decode_rates.push_back(sample->decode_rate);
+    }
+  }
+  return absl::OkStatus();
+}
+
+nlohmann::json Report(const BenchDecodeFlags& flags, const ModelFile& model,
+                      const std::vector<Row>& rows, double bandwidth) {
+  const double bytes = static_cast<double>(DecodeBytes(model));
+  const double baseline = Median(rows.front().decode_rates);
+  std::vector<std::vector<std::string>> table = {{"processes", "threads each", "prompt tok/s",
+                                                  "decode tok/s", "vs first", "GB/s",
+                                                  "of read bandwidth"}};
+  nlohmann::json out = {{"benchmark", "decode"},
+                        {"model", flags.service.model},
+                        {"decode_bytes_per_token", bytes},
+                        {"read_bandwidth_one_core", bandwidth}};
+  for (const Row& row : rows) {
+    const double prompt = Median(row.prompt_rates), decode = Median(row.decode_rates);
+    table.push_back({row.workers == 0 ? "1, no links" : fmt::format("1 + {} workers", row.workers),
+                     fmt::format("{}", flags.service.threads), fmt::format("{:.0f}", prompt),
+                     fmt::format("{:.1f}", decode), fmt::format("{:.2f}x", decode / baseline),
+                     fmt::format("{:.2f}", decode * bytes / 1e9),
+                     fmt::format("{:.0f}%", 100 * decode * bytes / bandwidth)});
+    out["rows"].push_back({{"workers", row.workers},
+                           {"threads", flags.service.threads},
+                           {"prompt_tokens_per_second", prompt},
+                           {"decode_tokens_per_second", decode},
+                           {"ratio_to_first", decode / baseline},
+                           {"bandwidth_share", decode * bytes / bandwidth},
+                           {"prompt_samples", row.prompt_rates},
+                           {"decode_samples", row.decode_rates}});
+  }
+  fmt::print("{}", FormatTable(table));
+  return out;
+}
+
+absl::Status RunBenchDecode(BenchDecodeFlags& flags) {
+  auto model = ModelFile::Open(flags.service.model);
+  if (!model.ok()) return model.status();
+  const int context = flags.prompt_tokens + flags.tokens + 1;
+  flags.service.context = std::max(flags.service.context, context);
+  const double bandwidth = MeasureReadBandwidth(1);
+  std::vector<Row> rows;
+  for (const int workers : flags.workers) {
+    auto contender = workers == 0 ? InProcessContender::Start(*model, flags.service, context)
+                                  : ClusterContender::Start(flags.service, workers);
+    if (!contender.ok()) return contender.status();
+    rows.push_back({.workers = workers, .contender = std::move(*contender)});
+  }
+  fmt::print(
+      "{}: {} prompt tokens, {} generated, median of {} rounds; one core reads {:.1f} GB/s, "
+      "a token reads {}\n\n",
+      (*model)->params().name, flags.prompt_tokens, flags.tokens, flags.repeat, bandwidth / 1e9,
+      FormatBytes(DecodeBytes(**model)));
+  if (absl::Status status = MeasureAll(flags, **model, rows); !status.ok()) return status;
+  const nlohmann::json report = Report(flags, **model, rows, bandwidth);
+  for (const Row& row : rows) {
+    const std::string stages = row.contender->stages();
+    if (!stages.empty()) fmt::print("\n{} workers:\n{}", row.workers, stages);
+  }
+  return WriteBenchJson(flags.json, report);
+}
+
+}  // namespace
+
+void AddBenchDecode(CLI::App& bench, Command& run) {
+  auto flags = std::make_shared<BenchDecodeFlags>();
+  flags->service.threads = 1;
+  CLI::App* command = bench.add_subcommand("decode", "Prompt and decode speed of one stream");
+  command->add_option("--model", flags->service.model, "GGUF file")->required();
+  command
+      ->add_option("--workers", flags->workers,
+                   "Worker processes, several side by side; 0 = one process without links")
+      ->delimiter(',')
+      ->check(CLI::Range(0, 512))
+      ->capture_default_str();
+  command->add_option("--threads", flags->service.threads, "Threads per process")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
+  command->add_option("--prompt-tokens", flags->prompt_tokens, "Length of the prompt")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--tokens", flags->tokens, "Tokens to generate")
+      ->check(CLI::Range(2, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--repeat", flags->repeat, "Rounds after a warm-up")
+      ->check(CLI::Range(1, 1000))
+      ->capture_default_str();
+  command->add_flag("--verbose", flags->service.verbose, "Show the logs of the processes");
+  command->add_option("--json", flags->json, "Write the results here too");
+  command->callback([flags, &run] { run = [flags] { return RunBenchDecode(*flags); }; });
+}
+
+}  // namespace stagecoach
