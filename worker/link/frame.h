@@ -3,6 +3,7 @@
 #ifndef STAGECOACH_WORKER_LINK_FRAME_H_
 #define STAGECOACH_WORKER_LINK_FRAME_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -15,7 +16,9 @@
 namespace stagecoach {
 
 inline constexpr uint32_t kProtocolVersion = 1;
-inline constexpr size_t kMaxFrameHeaderBytes = 4 << 20;
+inline constexpr size_t kMaxFrameHeaderBytes = 1 << 20;
+// Encoded headers are padded so that the payload starts at a multiple of this in the message.
+inline constexpr size_t kPayloadAlignment = 16;
 
 // Shared, immutable float32 values. Copying a Payload shares the bytes.
 class Payload {
@@ -40,6 +43,20 @@ struct Frame {
 
 // The largest payload that a link of this model may carry.
 size_t MaxPayloadBytes(int d_model, int vocab_size, int max_step_tokens);
+
+// --- Codec. One frame is one message:
+//   [u32 LE length of the next part][FrameHeader, padded by its field `padding`][payload bytes]
+// The payload is float32 little-endian.
+
+// The first two parts; the message is complete once the payload's bytes follow.
+// Errors: RESOURCE_EXHAUSTED over kMaxFrameHeaderBytes.
+absl::StatusOr<std::string> EncodeHeader(const v1::FrameHeader& header);
+
+// `owner` keeps `message` alive: the payload is viewed in place when its bytes are aligned for
+// float, and copied once otherwise. Errors: INVALID_ARGUMENT for bytes that are not a frame (or a
+// frame without a body); RESOURCE_EXHAUSTED for a header or payload over its bound.
+absl::StatusOr<Frame> DecodeFrame(std::span<const std::byte> message,
+                                  std::shared_ptr<const void> owner, size_t max_payload_bytes);
 
 }  // namespace stagecoach
 

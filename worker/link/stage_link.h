@@ -18,14 +18,18 @@ namespace stagecoach {
 // Frames a receiver lets a sender have outstanding: two per micro-batch in flight is plenty.
 inline constexpr uint32_t kLinkCredits = 64;
 
+// Unique for this process; never 0.
+uint64_t NextLinkId();
+
 // The sending end. Thread-safe.
 class LinkSender {
  public:
-  virtual ~LinkSender() = default;
+  virtual ~LinkSender() = default;  // Close()
   // Hands over one frame; blocks while there is no credit. Frames arrive in order or the link
   // breaks. Errors: UNAVAILABLE once broken or closed (also wakes a blocked call), with the reason.
   virtual absl::Status Send(Frame frame) = 0;
-  // Idempotent; safe while another thread is in Send.
+  // Idempotent; safe while another thread is in Send. Frames still on their way may be lost. No
+  // call of on_broken begins after it, though one may be under way.
   virtual void Close() = 0;
 };
 
@@ -47,7 +51,12 @@ class CreditReturn {
   std::function<void()> give_back_;
 };
 
-// The receiving end's owner. Calls may come from transport threads and must not block.
+// Breaks one link from the receiving end: the sender's on_broken gets the status. OnLinkClosed
+// follows, perhaps before the call returns. Any thread, any time; a closed link is left alone.
+using LinkBreaker = std::function<void(const absl::Status&)>;
+
+// The receiving end's owner. Calls for one link come one after another. Calls may come from
+// transport threads and must not block.
 class LinkHandler {
  public:
   virtual ~LinkHandler() = default;
@@ -55,6 +64,8 @@ class LinkHandler {
   // kernel revision or d_model; ABORTED for a stale epoch; UNAVAILABLE (try again) while this
   // process has not reached that epoch. `link` is unique for the process.
   virtual absl::Status OnLink(uint64_t link, const v1::LinkHello& hello) = 0;
+  // The link was accepted; frames follow.
+  virtual void OnLinkOpened(uint64_t /*link*/, LinkBreaker /*breaker*/) {}
   virtual void OnFrame(uint64_t link, Frame frame, CreditReturn credit) = 0;
   // No more calls for `link` after this one. Called only for accepted links.
   virtual void OnLinkClosed(uint64_t link, const absl::Status& reason) = 0;
