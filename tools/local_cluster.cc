@@ -90,6 +90,7 @@ std::string LocalCluster::LastLine(const std::string& process) {
 }
 
 absl::Status LocalCluster::StartCoordinator() {
+  const int expected = options_.expected_workers > 0 ? options_.expected_workers : options_.workers;
   std::vector<std::string> argv = {
       bin_dir_ + "/stagecoach-coordinator", "--model",          options_.model,  "--workers",
       std::to_string(options_.workers),     "--listen",         options_.listen, "--max-slots",

@@ -20,6 +20,7 @@ namespace stagecoach {
 struct LocalClusterOptions {
   std::string model;
   int workers = 2;
+  int expected_workers = 0;            // told to the coordinator; 0 = workers
   int threads = 0;                     // per worker; 0 = the machine's cores shared out evenly
   std::string listen = "127.0.0.1:0";  // of the coordinator
   int max_slots = 8;

@@ -1,0 +1,120 @@
+// The numerics contract: the bits of a sequence's logits do not depend on the number of stages or
+// threads, on the chunks of its prompt, or on the company it keeps.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "tests/stage_chain.h"
+
+namespace stagecoach {
+namespace {
+
+constexpr int kVocabulary = 1024;
+
+TokenList RandomTokens(int count, uint32_t seed) {
+  std::mt19937 random(seed);
+  TokenList tokens = {1};
+  while (static_cast<int>(tokens.size()) < count) {
+    tokens.push_back(static_cast<int32_t>(3 + random() % (kVocabulary - 3)));
+  }
+  return tokens;
+}
+
+std::vector<float> MustLogits(const StageChainOptions& options,
+                              const std::vector<TokenList>& sequences, int chunk,
+                              const std::string& model = "demo-Q4_K_M.gguf") {
+  auto chain = StageChain::Create(TestDataPath(model), options);
+  EXPECT_TRUE(chain.ok()) << chain.status();
+  if (!chain.ok()) return {};
+  auto logits = (*chain)->Logits(sequences, chunk);
+  EXPECT_TRUE(logits.ok()) << logits.status();
+  return logits.ok() ? (*logits)[0] : std::vector<float>();
+}
+
+void ExpectSameBits(const std::vector<float>& got, const std::vector<float>& want,
+                    const std::string& what) {
+  ASSERT_EQ(got.size(), want.size()) << what;
+  ASSERT_FALSE(want.empty()) << what;
+  if (std::memcmp(got.data(), want.data(), want.size() * sizeof(float)) == 0) return;
+  size_t differing = 0, first = want.size();
+  for (size_t i = 0; i < want.size(); ++i) {
+    if (std::memcmp(&got[i], &want[i], sizeof(float)) != 0) {
+      ++differing;
+      first = std::min(first, i);
+    }
+  }
+  FAIL() << what << ": " << differing << " of " << want.size()
+         << " logits differ, the first at row " << first / kVocabulary;
+}
+
+class BitEqualityTest : public testing::Test {
+ protected:
+  const TokenList tokens_ = RandomTokens(150, 7);
+  const std::vector<float> alone_ = MustLogits({}, {tokens_}, 512);
+};
+
+TEST_F(BitEqualityTest, AnyNumberOfStages) {
+  for (const int stages : {2, 4, 32}) {
+    ExpectSameBits(MustLogits({.stages = stages}, {tokens_}, 512), alone_,
+                   std::to_string(stages) + " stages");
+  }
+}
+
+TEST_F(BitEqualityTest, AnyNumberOfThreads) {
+  for (const int threads : {2, 3, 5}) {
+    ExpectSameBits(MustLogits({.threads = threads}, {tokens_}, 512), alone_,
+                   std::to_string(threads) + " threads");
+  }
+}
+
+TEST_F(BitEqualityTest, AnyChunksOfThePrompt) {
+  for (const int chunk : {1, 7, 64}) {
+    ExpectSameBits(MustLogits({}, {tokens_}, chunk), alone_, "chunks of " + std::to_string(chunk));
+  }
+}
+
+TEST_F(BitEqualityTest, AmongStrangers) {
+  std::vector<TokenList> company = {tokens_};
+  for (uint32_t i = 1; i < 8; ++i)
+    company.push_back(RandomTokens(20 + 30 * static_cast<int>(i), i));
+  for (const int chunk : {1, 7, 64}) {
+    ExpectSameBits(MustLogits({.stages = 2, .threads = 2}, company, chunk), alone_,
+                   "batch of 8, chunks of " + std::to_string(chunk));
+  }
+}
+
+TEST_F(BitEqualityTest, AReusedSlot) {
+  auto chain = StageChain::Create(TestDataPath("demo-Q4_K_M.gguf"), {});
+  ASSERT_TRUE(chain.ok()) << chain.status();
+  ASSERT_TRUE((*chain)->Logits({RandomTokens(200, 99)}, 64).ok());
+  auto logits = (*chain)->Logits({tokens_}, 64);
+  ASSERT_TRUE(logits.ok()) << logits.status();
+  ExpectSameBits((*logits)[0], alone_, "reused slot");
+}
+
+TEST_F(BitEqualityTest, PortableAndVectorKernels) {
+  ExpectSameBits(MustLogits({.isa = "portable"}, {tokens_}, 64), alone_, "portable");
+}
+
+// Every tensor type: one stage whole against two stages and threads, in chunks, among others.
+class BitEqualityOfTypeTest : public testing::TestWithParam<std::string> {};
+
+TEST_P(BitEqualityOfTypeTest, ChunksStagesThreadsAndCompany) {
+  const std::string model = "demo2-" + GetParam() + ".gguf";
+  const TokenList tokens = RandomTokens(70, 3);
+  const std::vector<float> alone = MustLogits({}, {tokens}, 512, model);
+  const std::vector<TokenList> company = {tokens, RandomTokens(40, 4), RandomTokens(90, 5)};
+  ExpectSameBits(MustLogits({.stages = 2, .threads = 2}, company, 7, model), alone, model);
+}
+
+INSTANTIATE_TEST_SUITE_P(AllTypes, BitEqualityOfTypeTest,
+                         testing::Values("F32", "f16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
+                                         "Q8_0", "Q2_K", "Q3_K_S", "Q4_K_S", "Q5_K_S", "Q6_K"),
+                         [](const auto& info) { return info.param; });
+
+}  // namespace
+}  // namespace stagecoach
