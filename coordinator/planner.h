@@ -43,6 +43,26 @@ struct Plan {
 absl::StatusOr<Plan> MakePlan(const ModelFile& model, const std::vector<WorkerCapacity>& workers,
                               const PlanLimits& limits);
 
+// All that the planner needs to know of a model, in bytes.
+struct ModelSizes {
+  std::vector<uint64_t> layers;  // weights of each layer
+  uint64_t embedding = 0;        // held by the first stage; a decode step reads one row of it
+  uint64_t embedding_row = 0;    //
+  uint64_t head = 0;             // held and read by the last stage
+  uint64_t kv_position = 0;      // keys and values of one position in one layer (float16)
+  uint64_t workspace_row = 0;    // estimate: activations of one row of a step
+  uint64_t logits_row = 0;       // last stage
+};
+ModelSizes MeasureModel(const ModelFile& model);
+
+// MakePlan above = MakePlan(MeasureModel(model), ...). Among the plans with the fastest slowest
+// stage the one with the most equal layer counts wins, then the one with more layers in front.
+absl::StatusOr<Plan> MakePlan(const ModelSizes& sizes, const std::vector<WorkerCapacity>& workers,
+                              const PlanLimits& limits);
+
+// Memory that a stage of [first, last) needs: weights, KV and workspace. Saturates.
+uint64_t StageBytes(const ModelSizes& sizes, const PlanLimits& limits, int first, int last);
+
 // A table for people: one line per stage.
 std::string FormatPlan(const ModelFile& model, const Plan& plan);
 

@@ -1,0 +1,323 @@
+#include "coordinator/planner.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <optional>
+
+#include "absl/status/status.h"
+#include "fmt/format.h"
+
+namespace stagecoach {
+namespace {
+
+constexpr uint64_t kKvBlock = 32;        // positions; KV is allocated in whole blocks
+constexpr uint64_t kKvElementBytes = 2;  // float16
+constexpr int kScoredRows = 32;          // rows of a step that may ask for logits
+// Taken when no worker knows its bandwidth: only ratios matter for the split.
+constexpr double kDefaultBytesPerSecond = 10e9;
+
+uint64_t Add(uint64_t a, uint64_t b) {
+  uint64_t sum;
+  return __builtin_add_overflow(a, b, &sum) ? UINT64_MAX : sum;
+}
+
+uint64_t Mul(uint64_t a, uint64_t b) {
+  uint64_t product;
+  return __builtin_mul_overflow(a, b, &product) ? UINT64_MAX : product;
+}
+
+uint64_t WeightBytes(const ModelSizes& sizes, int first, int last) {
+  uint64_t bytes = 0;
+  for (int layer = first; layer < last; ++layer) bytes = Add(bytes, sizes.layers[layer]);
+  if (first == 0) bytes = Add(bytes, sizes.embedding);
+  if (last == static_cast<int>(sizes.layers.size())) bytes = Add(bytes, sizes.head);
+  return bytes;
+}
+
+uint64_t LayerKvBytes(const ModelSizes& sizes, const PlanLimits& limits) {
+  const uint64_t blocks = (static_cast<uint64_t>(limits.max_context) + kKvBlock - 1) / kKvBlock;
+  return Mul(Mul(sizes.kv_position, blocks * kKvBlock), limits.max_slots);
+}
+
+uint64_t WorkspaceBytes(const ModelSizes& sizes, const PlanLimits& limits, bool has_head) {
+  uint64_t bytes = Mul(sizes.workspace_row, limits.max_step_tokens);
+  if (has_head) {
+    const int rows = std::min(limits.max_step_tokens, std::max(limits.max_slots, kScoredRows));
+    bytes = Add(bytes, Mul(sizes.logits_row, rows));
+  }
+  return bytes;
+}
+
+// Bandwidth of each worker; unknown ones are the mean of the known.
+std::vector<double> Bandwidths(const std::vector<WorkerCapacity>& workers) {
+  const auto known = [](double value) { return std::isfinite(value) && value > 0; };
+  double sum = 0;
+  int count = 0;
+  for (const WorkerCapacity& worker : workers) {
+    if (!known(worker.read_bytes_per_second)) continue;
+    sum += worker.read_bytes_per_second;
+    ++count;
+  }
+  const double mean = count > 0 ? sum / count : kDefaultBytesPerSecond;
+  std::vector<double> result;
+  for (const WorkerCapacity& worker : workers) {
+    result.push_back(known(worker.read_bytes_per_second) ? worker.read_bytes_per_second : mean);
+  }
+  return result;
+}
+
+// One planning problem, with prefix sums so that a range costs O(1).
+class Problem {
+ public:
+  Problem(const ModelSizes& sizes, const std::vector<WorkerCapacity>& workers,
+          const PlanLimits& limits, bool ignore_memory)
+      : sizes_(sizes),
+        workers_(workers),
+        bandwidths_(Bandwidths(workers)),
+        layers_(static_cast<int>(sizes.layers.size())),
+        layer_kv_(LayerKvBytes(sizes, limits)),
+        workspace_(WorkspaceBytes(sizes, limits, false)),
+        head_workspace_(WorkspaceBytes(sizes, limits, true)),
+        ignore_memory_(ignore_memory),
+        prefix_(1, 0) {
+    for (uint64_t bytes : sizes.layers) prefix_.push_back(Add(prefix_.back(), bytes));
+  }
+
+  // Where each worker's range starts, and `layers` at the end; nullopt if nothing fits.
+  std::optional<std::vector<int>> Solve() const {
+    const double slowest = FastestSlowestStage();
+    if (std::isinf(slowest)) return std::nullopt;
+    return MostEqual(slowest);
+  }
+
+  // Seconds that one decode row takes on worker `w` with layers [first, last).
+  double Seconds(int w, int first, int last) const {
+    double bytes = static_cast<double>(prefix_[last] - prefix_[first]);
+    if (first == 0) bytes += static_cast<double>(sizes_.embedding_row);
+    if (last == layers_) bytes += static_cast<double>(sizes_.head);
+    return bytes / bandwidths_[w];
+  }
+
+ private:
+  static constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+  // Seconds, or infinity if the range does not fit the worker.
+  double Cost(int w, int first, int last) const {
+    if (!ignore_memory_ && Bytes(first, last) > workers_[w].memory_bytes) return kInfinity;
+    return Seconds(w, first, last);
+  }
+
+  uint64_t Bytes(int first, int last) const {
+    uint64_t bytes = Add(prefix_[last] - prefix_[first], Mul(layer_kv_, last - first));
+    bytes = Add(bytes, last == layers_ ? head_workspace_ : workspace_);
+    if (first == 0) bytes = Add(bytes, sizes_.embedding);
+    if (last == layers_) bytes = Add(bytes, sizes_.head);
+    return bytes;
+  }
+
+  double FastestSlowestStage() const {
+    // best[j]: slowest of the workers so far when they hold layers [0, j).
+    std::vector<double> best(layers_ + 1, kInfinity);
+    best[0] = 0;
+    const int n = static_cast<int>(workers_.size());
+    for (int w = 0; w < n; ++w) {
+      std::vector<double> next(layers_ + 1, kInfinity);
+      const int last_end = layers_ - (n - 1 - w);  // one layer at least for each later worker
+      for (int last = w + 1; last <= last_end; ++last) {
+        for (int first = w; first < last; ++first) {
+          if (std::isinf(best[first])) continue;
+          next[last] = std::min(next[last], std::max(best[first], Cost(w, first, last)));
+        }
+      }
+      best = std::move(next);
+    }
+    return best[layers_];
+  }
+
+  // Minimises the sum of squared layer counts among plans with no stage slower than `slowest`.
+  std::vector<int> MostEqual(double slowest) const {
+    constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+    const int n = static_cast<int>(workers_.size());
+    // squares[w][first]: least sum of squares for workers w.. holding layers [first, layers).
+    std::vector<std::vector<int64_t>> squares(n + 1, std::vector<int64_t>(layers_ + 1, kNever));
+    std::vector<std::vector<int>> end(n, std::vector<int>(layers_ + 1, 0));
+    squares[n][layers_] = 0;
+    for (int w = n - 1; w >= 0; --w) {
+      for (int first = w; first < layers_; ++first) {
+        for (int last = first + 1; last <= layers_ - (n - 1 - w); ++last) {
+          if (squares[w + 1][last] == kNever || !(Cost(w, first, last) <= slowest)) continue;
+          const int64_t count = last - first;
+          const int64_t sum = count * count + squares[w + 1][last];
+          if (sum > squares[w][first]) continue;  // on a tie the longer range in front wins
+          squares[w][first] = sum;
+          end[w][first] = last;
+        }
+      }
+    }
+    std::vector<int> bounds = {0};
+    for (int w = 0; w < n; ++w) bounds.push_back(end[w][bounds.back()]);
+    return bounds;
+  }
+
+  const ModelSizes& sizes_;
+  const std::vector<WorkerCapacity>& workers_;
+  const std::vector<double> bandwidths_;
+  const int layers_;
+  const uint64_t layer_kv_, workspace_, head_workspace_;
+  const bool ignore_memory_;
+  std::vector<uint64_t> prefix_;  // [layers + 1] bytes of layers [0, i)
+};
+
+// The largest value in [1, limit) for which `fits` holds, given that it holds up to some value; 0
+// if for none.
+template <typename Fits>
+int LargestThatFits(int limit, Fits fits) {
+  int low = 0, high = limit;  // fits(low) or low == 0; not fits(high)
+  while (high - low > 1) {
+    const int middle = low + (high - low) / 2;
+    (fits(middle) ? low : high) = middle;
+  }
+  return low;
+}
+
+std::string Mebibytes(uint64_t bytes) {
+  return fmt::format("{} bytes ({:.1f} MiB)", bytes, static_cast<double>(bytes) / (1 << 20));
+}
+
+std::string WhatWouldHelp(const ModelSizes& sizes, const std::vector<WorkerCapacity>& workers,
+                          const PlanLimits& limits) {
+  const int slots = LargestThatFits(limits.max_slots, [&](int value) {
+    PlanLimits tried = limits;
+    tried.max_slots = value;
+    return Problem(sizes, workers, tried, false).Solve().has_value();
+  });
+  const int context = LargestThatFits(limits.max_context, [&](int value) {
+    PlanLimits tried = limits;
+    tried.max_context = value;
+    return Problem(sizes, workers, tried, false).Solve().has_value();
+  });
+  std::string help;
+  if (slots > 0) help += fmt::format("it fits with {} slots; ", slots);
+  if (context > 0) help += fmt::format("it fits with {} positions per slot; ", context);
+  if (help.empty()) help = "fewer slots or a shorter context alone are not enough; ";
+  return help + "more workers or more memory per worker help too";
+}
+
+absl::Status Refusal(const ModelSizes& sizes, const std::vector<WorkerCapacity>& workers,
+                     const PlanLimits& limits) {
+  // What each worker would need if layers were split by speed alone.
+  const std::vector<int> bounds = *Problem(sizes, workers, limits, true).Solve();
+  std::string message = "the model does not fit the workers' memory:";
+  uint64_t needed = 0, available = 0;
+  for (size_t w = 0; w < workers.size(); ++w) {
+    const uint64_t bytes = StageBytes(sizes, limits, bounds[w], bounds[w + 1]);
+    needed = Add(needed, bytes);
+    available = Add(available, workers[w].memory_bytes);
+    message +=
+        fmt::format(" {} needs {} for layers [{}, {}) and has {};", workers[w].worker,
+                    Mebibytes(bytes), bounds[w], bounds[w + 1], Mebibytes(workers[w].memory_bytes));
+  }
+  const uint64_t kv = Mul(LayerKvBytes(sizes, limits), sizes.layers.size());
+  message += fmt::format(" together {} needed, {} available; KV of {} slots x {} positions is {}; ",
+                         Mebibytes(needed), Mebibytes(available), limits.max_slots,
+                         limits.max_context, Mebibytes(kv));
+  return absl::ResourceExhaustedError(message + WhatWouldHelp(sizes, workers, limits));
+}
+
+absl::Status CheckArguments(const ModelSizes& sizes, const std::vector<WorkerCapacity>& workers,
+                            const PlanLimits& limits) {
+  if (workers.empty()) return absl::InvalidArgumentError("there are no workers to plan over");
+  if (workers.size() > sizes.layers.size()) {
+    return absl::InvalidArgumentError(
+        fmt::format("{} workers for {} layers: every stage needs a layer; leave out {} workers",
+                    workers.size(), sizes.layers.size(), workers.size() - sizes.layers.size()));
+  }
+  if (limits.max_slots < 1 || limits.max_context < 1 || limits.max_step_tokens < 1) {
+    return absl::InvalidArgumentError(
+        fmt::format("slots ({}), context ({}) and step tokens ({}) must be at least 1",
+                    limits.max_slots, limits.max_context, limits.max_step_tokens));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+ModelSizes MeasureModel(const ModelFile& model) {
+  const ModelParams& p = model.params();
+  ModelSizes sizes;
+  for (int layer = 0; layer < p.layers; ++layer) {
+    sizes.layers.push_back(model.UnitBytes({Unit::Kind::kLayer, layer}));
+  }
+  sizes.embedding = model.UnitBytes({Unit::Kind::kEmbedding});
+  sizes.embedding_row = sizes.embedding / static_cast<uint64_t>(p.vocab_size);
+  sizes.head = model.UnitBytes({Unit::Kind::kHead});
+  const uint64_t key_and_value = static_cast<uint64_t>(p.key_length) + p.value_length;
+  sizes.kv_position = Mul(Mul(p.kv_heads, key_and_value), kKvElementBytes);
+  // Residual, normed input, its quantised form and the layer's output; queries, attention output,
+  // new keys and values; gate, up and their product.
+  const uint64_t values = 4 * static_cast<uint64_t>(p.d_model) +
+                          (static_cast<uint64_t>(p.heads) + p.kv_heads) * key_and_value +
+                          3 * static_cast<uint64_t>(p.ffn_length);
+  sizes.workspace_row = values * sizeof(float);
+  sizes.logits_row = static_cast<uint64_t>(p.vocab_size) * sizeof(float);
+  return sizes;
+}
+
+uint64_t StageBytes(const ModelSizes& sizes, const PlanLimits& limits, int first, int last) {
+  const bool has_head = last == static_cast<int>(sizes.layers.size());
+  const uint64_t kv = Mul(LayerKvBytes(sizes, limits), last - first);
+  return Add(Add(WeightBytes(sizes, first, last), kv), WorkspaceBytes(sizes, limits, has_head));
+}
+
+absl::StatusOr<Plan> MakePlan(const ModelSizes& sizes, const std::vector<WorkerCapacity>& workers,
+                              const PlanLimits& limits) {
+  if (absl::Status status = CheckArguments(sizes, workers, limits); !status.ok()) return status;
+  const Problem problem(sizes, workers, limits, /*ignore_memory=*/false);
+  const std::optional<std::vector<int>> bounds = problem.Solve();
+  if (!bounds) return Refusal(sizes, workers, limits);
+  Plan plan;
+  for (size_t w = 0; w < workers.size(); ++w) {
+    const int first = (*bounds)[w], last = (*bounds)[w + 1];
+    plan.stages.push_back({.worker = workers[w].worker,
+                           .first_layer = first,
+                           .last_layer = last,
+                           .weight_bytes = WeightBytes(sizes, first, last),
+                           .kv_bytes = Mul(LayerKvBytes(sizes, limits), last - first),
+                           .seconds_per_token = problem.Seconds(static_cast<int>(w), first, last)});
+  }
+  return plan;
+}
+
+absl::StatusOr<Plan> MakePlan(const ModelFile& model, const std::vector<WorkerCapacity>& workers,
+                              const PlanLimits& limits) {
+  return MakePlan(MeasureModel(model), workers, limits);
+}
+
+std::string FormatPlan(const ModelFile& model, const Plan& plan) {
+  constexpr double kMiB = 1 << 20;
+  size_t width = 6;
+  for (const PlanStage& stage : plan.stages) width = std::max(width, stage.worker.size());
+  std::string table =
+      fmt::format("{:>5}  {:<{}}  {:>9}  {:>11}  {:>9}  {:>8}  {}\n", "stage", "worker", width,
+                  "layers", "weights MiB", "KV MiB", "ms/token", "holds");
+  double sum = 0, slowest = 0;
+  for (size_t i = 0; i < plan.stages.size(); ++i) {
+    const PlanStage& stage = plan.stages[i];
+    std::string holds = i == 0 ? "embedding, layers" : "layers";
+    if (i + 1 == plan.stages.size()) holds += ", head";
+    table += fmt::format(
+        "{:>5}  {:<{}}  {:>9}  {:>11.2f}  {:>9.2f}  {:>8.3f}  {}\n", i, stage.worker, width,
+        fmt::format("{}..{}", stage.first_layer, stage.last_layer - 1), stage.weight_bytes / kMiB,
+        stage.kv_bytes / kMiB, stage.seconds_per_token * 1e3, holds);
+    sum += stage.seconds_per_token;
+    slowest = std::max(slowest, stage.seconds_per_token);
+  }
+  return table + fmt::format(
+                     "{} layers over {} stages; slowest stage {:.3f} ms/token, "
+                     "all stages {:.3f} ms/token (predicted from bandwidth)\n",
+                     model.params().layers, plan.stages.size(), slowest * 1e3, sum * 1e3);
+}
+
+}  // namespace stagecoach
