@@ -48,6 +48,9 @@ absl::Status MakeModelError(ModelError error, const std::string& message);
 // The code carried by `status`, or nullopt if MakeModelError did not make it.
 std::optional<ModelError> GetModelError(const absl::Status& status);
 
+// `status` with " (file '<path>')" appended to its message; keeps the code and the ModelError.
+absl::Status WithPath(const absl::Status& status, const std::string& path);
+
 }  // namespace stagecoach
 
 #endif  // STAGECOACH_MODEL_MODEL_ERROR_H_

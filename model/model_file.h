@@ -81,9 +81,11 @@ class ModelFile {
  public:
   // Opens a GGUF file, or a split model by the path of any of its parts
   // (name-00001-of-0000N.gguf: all parts are opened and must agree). Checks everything that can be
-  // checked without reading tensor data, for all layers. Errors: NOT_FOUND or any ModelError.
+  // checked without reading tensor data, for all layers. Errors: NOT_FOUND, PERMISSION_DENIED or
+  // any ModelError; parts that disagree are kCorrupt. Tensors of layers that block_count does not
+  // count are unused if a gap separates them from the others (blk.99), else kBadHparam.
   static absl::StatusOr<std::shared_ptr<const ModelFile>> Open(const std::string& path);
-  // The same over given files (part 1 first).
+  // The same over given files (part 1 first; at least one).
   static absl::StatusOr<std::shared_ptr<const ModelFile>> FromFiles(
       std::vector<std::unique_ptr<RandomAccessFile>> files);
 
@@ -105,6 +107,8 @@ class ModelFile {
 
  private:
   ModelFile() = default;
+  absl::Status ReadParts();    // files_ -> gguf_, identities_, hash_
+  absl::Status BindTensors();  // gguf_ -> params_ and the units
   ModelParams params_;
   std::vector<std::unique_ptr<RandomAccessFile>> files_;
   std::vector<FileIdentity> identities_;
