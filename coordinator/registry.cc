@@ -1,0 +1,482 @@
+#include "coordinator/registry.h"
+
+#include <algorithm>
+#include <string_view>
+#include <utility>
+
+#include "coordinator/limits.h"
+#include "coordinator/worker_check.h"
+#include "fmt/format.h"
+#include "worker/link/frame.h"
+
+namespace stagecoach {
+namespace {
+
+// Failures of an assignment that say nothing against the worker itself.
+bool IsTransient(uint32_t code) {
+  switch (static_cast<absl::StatusCode>(code)) {
+    case absl::StatusCode::kUnavailable:
+    case absl::StatusCode::kDeadlineExceeded:
+    case absl::StatusCode::kAborted:
+    case absl::StatusCode::kCancelled:
+      return true;
+    default:
+      return false;
+  }
+}
+
+std::string LayerRange(int first, int last) {
+  return last - first == 1 ? fmt::format("layer {}", first)
+                           : fmt::format("layers {}-{}", first, last - 1);
+}
+
+}  // namespace
+
+Registry::Registry(RegistryOptions options)
+    : options_(std::move(options)), replan_delay_(kReplanDelay) {}
+
+std::vector<RegistryAction> Registry::TakeActions() { return std::exchange(actions_, {}); }
+
+// --- Events.
+
+void Registry::Opened(StreamId stream, MonotonicTime now) {
+  if (greeting_.size() + workers_.size() >= kMaxControlStreams) {
+    Close(stream, absl::ResourceExhaustedError("too many control streams"));
+    return;
+  }
+  greeting_[stream] = now;
+}
+
+void Registry::Received(StreamId stream, const v1::WorkerMessage& message, MonotonicTime now) {
+  Worker* worker = FindByStream(stream);
+  if (worker == nullptr) {
+    if (greeting_.count(stream) == 0) return;
+    if (message.has_hello()) {
+      OnHello(stream, message.hello(), now);
+    } else {
+      Close(stream, absl::InvalidArgumentError("the first message must be a hello"));
+    }
+    return;
+  }
+  worker->last_heard = now;
+  if (message.has_heartbeat()) {
+    OnHeartbeat(*worker, message.heartbeat(), now);
+  } else if (message.has_assignment_failed()) {
+    OnAssignmentFailed(*worker, message.assignment_failed(), now);
+  } else {
+    const std::string name = worker->hello.worker();
+    const char* what = message.has_hello() ? "a second hello" : "an empty or unknown message";
+    Close(stream, absl::InvalidArgumentError(fmt::format("{} on one control stream", what)));
+    Lose(name, fmt::format("it sent {}", what), now);
+  }
+}
+
+void Registry::Closed(StreamId stream, const absl::Status& reason, MonotonicTime now) {
+  greeting_.erase(stream);
+  if (const Worker* worker = FindByStream(stream)) {
+    Lose(worker->hello.worker(),
+         fmt::format("its control stream ended{}{}", reason.message().empty() ? "" : ": ",
+                     CleanText(std::string(reason.message()), kMaxDetailBytes)),
+         now);
+  }
+}
+
+void Registry::Tick(MonotonicTime now) {
+  std::vector<StreamId> silent;
+  for (const auto& [stream, since] : greeting_) {
+    if (now - since >= kHelloTimeout) silent.push_back(stream);
+  }
+  for (StreamId stream : silent) Close(stream, absl::DeadlineExceededError("no hello in time"));
+
+  std::vector<std::string> lost;
+  for (const auto& [name, worker] : workers_) {
+    if (now - worker.last_heard >= kHeartbeatTimeout) lost.push_back(name);
+  }
+  for (const std::string& name : lost) {
+    const std::string why = fmt::format(
+        "no heartbeat for {} ms",
+        std::chrono::duration_cast<std::chrono::milliseconds>(kHeartbeatTimeout).count());
+    Close(workers_.at(name).stream, absl::DeadlineExceededError(why));
+    Lose(name, why, now);
+  }
+
+  if ((phase_ == Phase::kLinking || phase_ == Phase::kDialling) &&
+      now - linking_since_ >= kLinkTimeout) {
+    EpochFailed(epoch_, absl::DeadlineExceededError(LinkingDetail()), now);
+  }
+  TryPlan(now);
+}
+
+void Registry::Dialled(uint64_t epoch) {
+  if (epoch != epoch_ || phase_ != Phase::kDialling) return;
+  phase_ = Phase::kServing;
+  replan_delay_ = kReplanDelay;
+  last_failure_ = absl::OkStatus();
+}
+
+void Registry::EpochFailed(uint64_t epoch, const absl::Status& reason, MonotonicTime now) {
+  if (epoch != epoch_ || phase_ == Phase::kWaiting) return;
+  last_failure_ = absl::UnavailableError(
+      fmt::format("epoch {} failed: {}", epoch, std::string(reason.message())));
+  EndCurrentEpoch(last_failure_);
+  Backoff(now);
+}
+
+void Registry::OnHello(StreamId stream, const v1::WorkerHello& hello, MonotonicTime now) {
+  absl::Status status = CheckHello(hello);
+  if (!status.ok()) {
+    Close(stream, status);
+    return;
+  }
+  if (workers_.count(hello.worker()) > 0) {
+    Close(workers_.at(hello.worker()).stream,
+          absl::AbortedError(fmt::format("worker '{}' joined again on a newer stream; this one is "
+                                         "fenced off",
+                                         hello.worker())));
+    Lose(hello.worker(), "it joined again on a newer stream", now);
+  }
+  greeting_.erase(stream);
+  if (workers_.empty()) {
+    backend_ = hello.backend();
+    kernel_revision_ = hello.kernel_revision();
+  }
+  workers_[hello.worker()] = {.stream = stream, .hello = hello, .last_heard = now};
+  SendToWorker welcome{.stream = stream};
+  welcome.message.mutable_welcome()->set_protocol_version(kProtocolVersion);
+  actions_.push_back(std::move(welcome));
+}
+
+absl::Status Registry::CheckHello(const v1::WorkerHello& hello) const {
+  absl::Status status = CheckWorkerHello(hello, options_.model_hash);
+  if (!status.ok()) return status;
+  return CheckFleet(hello);
+}
+
+// What only shows beside the other workers.
+absl::Status Registry::CheckFleet(const v1::WorkerHello& hello) const {
+  if (hello.data_address() == options_.results_address) {
+    return absl::InvalidArgumentError("data_address: this is the coordinator's own address");
+  }
+  bool others = false;
+  for (const auto& [name, worker] : workers_) {
+    if (name == hello.worker()) continue;
+    others = true;
+    if (worker.hello.data_address() == hello.data_address()) {
+      return absl::InvalidArgumentError(
+          fmt::format("data_address: '{}' belongs to worker '{}'", hello.data_address(), name));
+    }
+  }
+  if (others && (hello.backend() != backend_ || hello.kernel_revision() != kernel_revision_)) {
+    return absl::FailedPreconditionError(
+        fmt::format("kernel_revision: '{}' on backend '{}' does not go with the other workers' "
+                    "'{}' on '{}'; all must have the same numerics",
+                    hello.kernel_revision(), hello.backend(), kernel_revision_, backend_));
+  }
+  if (others && workers_.size() >= kMaxWorkers) {
+    return absl::ResourceExhaustedError(fmt::format("{} workers have joined", kMaxWorkers));
+  }
+  return absl::OkStatus();
+}
+
+void Registry::OnHeartbeat(Worker& worker, const v1::WorkerHeartbeat& heartbeat,
+                           MonotonicTime now) {
+  const bool first = !worker.heartbeat.has_value();
+  const uint64_t known = first ? kMaxEpoch : std::max(epoch_, epoch_floor_);
+  if (heartbeat.epoch() > known) {
+    const std::string why =
+        fmt::format("its heartbeat names epoch {}, which was never planned", heartbeat.epoch());
+    const std::string name = worker.hello.worker();
+    Close(worker.stream, absl::InvalidArgumentError(why));
+    Lose(name, why, now);
+    return;
+  }
+  worker.heartbeat = heartbeat;
+  worker.heartbeat->set_detail(CleanText(heartbeat.detail(), kMaxDetailBytes));
+  if (first) {
+    // A worker that outlived another coordinator accepts only newer epochs than it has seen.
+    epoch_floor_ = std::max(epoch_floor_, heartbeat.epoch());
+    plan_changed_ = true;
+    TryPlan(now);
+  }
+  CheckLinks();
+}
+
+void Registry::OnAssignmentFailed(Worker& worker, const v1::AssignmentFailed& failed,
+                                  MonotonicTime now) {
+  const std::string& name = worker.hello.worker();
+  if (failed.epoch() != epoch_ || phase_ == Phase::kWaiting || stage_of(name) < 0) return;
+  const std::string why = fmt::format("worker '{}' ({}): {}", name, LayersOf(name),
+                                      CleanText(failed.message(), kMaxDetailBytes));
+  if (IsTransient(failed.status_code())) {
+    EpochFailed(epoch_, absl::UnavailableError(why), now);
+    return;
+  }
+  worker.unfit = CleanText(failed.message(), kMaxDetailBytes);
+  if (worker.unfit.empty()) worker.unfit = "the assignment failed";
+  SendToWorker release{.stream = worker.stream};
+  release.message.mutable_release()->set_epoch(epoch_);
+  EndCurrentEpoch(absl::UnavailableError("a stage cannot be served: " + why));
+  actions_.push_back(std::move(release));
+  plan_changed_ = true;
+  TryPlan(now);
+}
+
+// --- Workers and epochs.
+
+Registry::Worker* Registry::FindByStream(StreamId stream) {
+  for (auto& [name, worker] : workers_) {
+    if (worker.stream == stream) return &worker;
+  }
+  return nullptr;
+}
+
+const Registry::Worker* Registry::FindByName(const std::string& name) const {
+  auto it = workers_.find(name);
+  return it == workers_.end() ? nullptr : &it->second;
+}
+
+void Registry::Close(StreamId stream, const absl::Status& reason) {
+  greeting_.erase(stream);
+  actions_.push_back(CloseStream{.stream = stream, .reason = reason});
+}
+
+void Registry::Lose(const std::string& name_ref, const std::string& why, MonotonicTime now) {
+  const std::string name = name_ref;  // may lie inside the entry that goes
+  const int stage = stage_of(name);
+  workers_.erase(name);
+  plan_changed_ = true;
+  if (phase_ != Phase::kWaiting && stage >= 0) {
+    EndCurrentEpoch(absl::UnavailableError(
+        fmt::format("stage {} was lost: worker '{}' ({}): {}", stage, name, LayersOf(name), why)));
+  }
+  TryPlan(now);
+}
+
+void Registry::EndCurrentEpoch(const absl::Status& reason) {
+  if (phase_ == Phase::kWaiting) return;
+  phase_ = Phase::kWaiting;
+  actions_.push_back(EndEpoch{.epoch = epoch_, .reason = reason});
+}
+
+void Registry::Backoff(MonotonicTime now) {
+  not_before_ = now + replan_delay_;
+  replan_delay_ = std::min(2 * replan_delay_, kMaxReplanDelay);
+  plan_changed_ = true;
+}
+
+// --- Planning.
+
+void Registry::TryPlan(MonotonicTime now) {
+  if (phase_ != Phase::kWaiting || !plan_changed_ || now < not_before_) return;
+  if (!FillSeats()) return;
+  plan_changed_ = false;
+  auto plan = PlanSeats();
+  plan_error_ = plan.status();
+  if (!plan.ok()) return;
+  plan_ = *std::move(plan);
+  plan_memory_.clear();
+  for (const std::string& name : seats_) {
+    plan_memory_.push_back(workers_.at(name).hello.memory_bytes());
+  }
+  BeginEpoch(now);
+}
+
+int Registry::UsableWorkers() const {
+  return static_cast<int>(std::count_if(workers_.begin(), workers_.end(),
+                                        [](const auto& entry) { return entry.second.usable(); }));
+}
+
+// Gives every hole to a usable worker without a seat, in order of names. False: too few of them.
+bool Registry::FillSeats() {
+  if (UsableWorkers() < options_.workers) return false;
+  seats_.resize(options_.workers);
+  for (std::string& seat : seats_) {
+    const Worker* worker = FindByName(seat);
+    if (worker != nullptr && worker->usable()) continue;
+    auto spare = std::find_if(workers_.begin(), workers_.end(), [this](const auto& entry) {
+      return entry.second.usable() && !seated(entry.first);
+    });
+    seat = spare->first;  // exists: there are at least as many usable workers as seats
+  }
+  return true;
+}
+
+absl::StatusOr<Plan> Registry::PlanSeats() {
+  if (std::optional<Plan> kept = KeepRanges()) return *std::move(kept);
+  auto plan_for = [this](const std::vector<std::string>& names) {
+    std::vector<WorkerCapacity> capacities;
+    for (const std::string& name : names) {
+      const v1::WorkerHello& hello = workers_.at(name).hello;
+      capacities.push_back({.worker = name,
+                            .memory_bytes = static_cast<uint64_t>(hello.memory_bytes()),
+                            .read_bytes_per_second = hello.read_bytes_per_second()});
+    }
+    return options_.plan(capacities);
+  };
+  absl::StatusOr<Plan> plan = plan_for(seats_);
+  if (plan.ok()) return plan;
+  // Perhaps it fits with the largest workers instead, spares included.
+  std::vector<std::string> largest;
+  for (const auto& [name, worker] : workers_) {
+    if (worker.usable()) largest.push_back(name);
+  }
+  if (largest.size() == seats_.size()) return plan;
+  std::stable_sort(largest.begin(), largest.end(), [this](const auto& a, const auto& b) {
+    return workers_.at(a).hello.memory_bytes() > workers_.at(b).hello.memory_bytes();
+  });
+  largest.resize(seats_.size());
+  std::sort(largest.begin(), largest.end());
+  absl::StatusOr<Plan> other = plan_for(largest);
+  if (!other.ok()) return plan;
+  seats_ = std::move(largest);
+  return other;
+}
+
+// The latest plan with its holes filled by workers that have at least the memory of the old ones.
+std::optional<Plan> Registry::KeepRanges() const {
+  if (!plan_.has_value()) return std::nullopt;
+  Plan plan = *plan_;
+  for (size_t i = 0; i < seats_.size(); ++i) {
+    const auto memory = static_cast<uint64_t>(workers_.at(seats_[i]).hello.memory_bytes());
+    if (memory < plan_memory_[i]) return std::nullopt;
+    plan.stages[i].worker = seats_[i];
+  }
+  return plan;
+}
+
+void Registry::BeginEpoch(MonotonicTime now) {
+  epoch_ = std::max(epoch_, epoch_floor_) + 1;
+  phase_ = Phase::kLinking;
+  linking_since_ = now;
+  const int stages = static_cast<int>(seats_.size());
+  actions_.push_back(ExpectResults{.epoch = epoch_, .stages = stages});
+  for (int i = 0; i < stages; ++i) {
+    SendToWorker send{.stream = workers_.at(seats_[i]).stream};
+    v1::Assignment& assignment = *send.message.mutable_assignment();
+    assignment.set_epoch(epoch_);
+    assignment.set_stage(i);
+    assignment.set_stages(stages);
+    assignment.set_first_layer(plan_->stages[i].first_layer);
+    assignment.set_last_layer(plan_->stages[i].last_layer);
+    assignment.set_next_hop(i + 1 < stages ? workers_.at(seats_[i + 1]).hello.data_address()
+                                           : options_.results_address);
+    assignment.set_max_slots(options_.limits.max_slots);
+    assignment.set_max_context(options_.limits.max_context);
+    assignment.set_max_step_tokens(options_.limits.max_step_tokens);
+    actions_.push_back(std::move(send));
+  }
+}
+
+void Registry::CheckLinks() {
+  if (phase_ != Phase::kLinking) return;
+  for (const std::string& name : seats_) {
+    const auto& heartbeat = workers_.at(name).heartbeat;
+    if (heartbeat->epoch() != epoch_ || !heartbeat->links_ready()) return;
+  }
+  phase_ = Phase::kDialling;
+  actions_.push_back(
+      DialFirstStage{.epoch = epoch_, .address = workers_.at(seats_[0]).hello.data_address()});
+}
+
+// --- State.
+
+bool Registry::seated(const std::string& name) const {
+  return std::find(seats_.begin(), seats_.end(), name) != seats_.end();
+}
+
+int Registry::stage_of(const std::string& name) const {
+  if (!plan_.has_value()) return -1;
+  auto it = std::find(seats_.begin(), seats_.end(), name);
+  return it == seats_.end() ? -1 : static_cast<int>(it - seats_.begin());
+}
+
+std::string Registry::LayersOf(const std::string& name) const {
+  const int stage = stage_of(name);
+  if (stage < 0) return "no layers";
+  return LayerRange(plan_->stages[stage].first_layer, plan_->stages[stage].last_layer);
+}
+
+std::string Registry::MissingLayers() const {
+  if (!plan_.has_value()) return LayerRange(0, options_.layers);
+  std::string missing;
+  for (size_t i = 0; i < seats_.size(); ++i) {
+    const Worker* worker = FindByName(seats_[i]);
+    if (worker != nullptr && worker->usable()) continue;
+    missing += fmt::format("{}{} (stage {}, worker '{}')", missing.empty() ? "" : ", ",
+                           LayersOf(seats_[i]), i, seats_[i]);
+  }
+  return missing;
+}
+
+std::string Registry::WaitingDetail() const {
+  const int usable = UsableWorkers();
+  std::string detail;
+  if (usable < options_.workers) {
+    detail = fmt::format("waiting for workers: {} of {} joined; no stage serves {}", usable,
+                         options_.workers, MissingLayers());
+  } else if (!plan_error_.ok()) {
+    detail = fmt::format("the joined workers cannot hold the model: {}",
+                         std::string(plan_error_.message()));
+  } else {
+    detail = fmt::format("{}; trying again", std::string(last_failure_.message()));
+  }
+  for (const auto& [name, worker] : workers_) {
+    if (!worker.unfit.empty()) {
+      detail += fmt::format("; worker '{}' cannot serve: {}", name, worker.unfit);
+    }
+  }
+  return detail;
+}
+
+std::string Registry::LinkingDetail() const {
+  if (phase_ == Phase::kDialling) {
+    return fmt::format("no stage serves yet: connecting to stage 0, worker '{}'", seats_[0]);
+  }
+  std::string detail = "no stage serves yet: the stages are linking; waiting for";
+  for (const std::string& name : seats_) {
+    const auto& heartbeat = workers_.at(name).heartbeat;
+    if (heartbeat->epoch() == epoch_ && heartbeat->links_ready()) continue;
+    detail += fmt::format(" worker '{}' ({}){}{}", name, LayersOf(name),
+                          heartbeat->detail().empty() ? "" : ": ", heartbeat->detail());
+  }
+  return detail;
+}
+
+absl::Status Registry::Readiness() const {
+  switch (phase_) {
+    case Phase::kServing:
+      return absl::OkStatus();
+    case Phase::kLinking:
+    case Phase::kDialling:
+      return absl::UnavailableError(LinkingDetail());
+    case Phase::kWaiting:
+      break;
+  }
+  return absl::UnavailableError(WaitingDetail());
+}
+
+void Registry::FillStatus(v1::GetStatusResponse* response) const {
+  response->set_state(phase_ == Phase::kServing   ? v1::SERVICE_STATE_SERVING
+                      : phase_ == Phase::kWaiting ? v1::SERVICE_STATE_WAITING
+                                                  : v1::SERVICE_STATE_LOADING);
+  response->set_detail(std::string(Readiness().message()));
+  response->set_epoch(epoch_);
+  if (!plan_.has_value()) return;
+  for (size_t i = 0; i < seats_.size(); ++i) {
+    v1::StageStatus* stage = response->add_stages();
+    stage->set_stage(static_cast<uint32_t>(i));
+    stage->set_worker(seats_[i]);
+    stage->set_first_layer(plan_->stages[i].first_layer);
+    stage->set_last_layer(plan_->stages[i].last_layer);
+    stage->set_has_embedding(i == 0);
+    stage->set_has_head(i + 1 == seats_.size());
+    if (const Worker* worker = FindByName(seats_[i])) {
+      FillStageStatus(worker->hello, worker->heartbeat, stage);
+      if (!worker->unfit.empty()) stage->set_detail(worker->unfit);
+    } else {
+      stage->set_detail("no worker");
+    }
+  }
+}
+
+}  // namespace stagecoach

@@ -1,0 +1,518 @@
+#include "coordinator/registry.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "coordinator/limits.h"
+#include "worker/link/frame.h"
+
+namespace stagecoach {
+namespace {
+
+using std::chrono::milliseconds;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+
+constexpr int kLayers = 32;
+constexpr int64_t kMemory = 1 << 30;
+
+// Even ranges; a worker under 1000 bytes holds nothing.
+absl::StatusOr<Plan> EvenPlan(const std::vector<WorkerCapacity>& workers) {
+  Plan plan;
+  const int n = static_cast<int>(workers.size());
+  for (int i = 0; i < n; ++i) {
+    if (workers[i].memory_bytes < 1000) return absl::ResourceExhaustedError("too small");
+    plan.stages.push_back({.worker = workers[i].worker,
+                           .first_layer = kLayers * i / n,
+                           .last_layer = kLayers * (i + 1) / n});
+  }
+  return plan;
+}
+
+v1::WorkerHello Hello(const std::string& name) {
+  v1::WorkerHello hello;
+  hello.set_protocol_version(kProtocolVersion);
+  hello.set_worker(name);
+  hello.set_data_address(name + ".host:1");
+  hello.set_backend("cpu");
+  hello.set_kernel_revision("cpu-1");
+  hello.set_model_hash("hash");
+  hello.set_memory_bytes(kMemory);
+  hello.add_transports("grpc");
+  return hello;
+}
+
+v1::WorkerMessage Message(const v1::WorkerHello& hello) {
+  v1::WorkerMessage message;
+  *message.mutable_hello() = hello;
+  return message;
+}
+
+v1::WorkerMessage Heartbeat(uint64_t epoch, bool links_ready) {
+  v1::WorkerMessage message;
+  message.mutable_heartbeat()->set_epoch(epoch);
+  message.mutable_heartbeat()->set_links_ready(links_ready);
+  return message;
+}
+
+class RegistryTest : public testing::Test {
+ protected:
+  void Make(int workers) {
+    RegistryOptions options;
+    options.workers = workers;
+    options.layers = kLayers;
+    options.limits = {.max_slots = 4, .max_context = 128, .max_step_tokens = 64};
+    options.model_hash = "hash";
+    options.results_address = "coordinator:1";
+    options.plan = [this](const std::vector<WorkerCapacity>& workers) {
+      ++plans_;
+      return EvenPlan(workers);
+    };
+    registry_ = std::make_unique<Registry>(std::move(options));
+  }
+
+  void Apply() {
+    for (RegistryAction& action : registry_->TakeActions()) {
+      if (auto* send = std::get_if<SendToWorker>(&action)) {
+        if (send->message.has_welcome()) ++welcomes_;
+        if (send->message.has_release()) released_.push_back(send->stream);
+        if (send->message.has_assignment()) assigned_[send->stream] = send->message.assignment();
+      } else if (auto* close = std::get_if<CloseStream>(&action)) {
+        closed_[close->stream] = close->reason;
+      } else if (auto* dial = std::get_if<DialFirstStage>(&action)) {
+        dialled_.push_back(dial->address);
+      } else if (auto* expect = std::get_if<ExpectResults>(&action)) {
+        expected_ = expect->epoch;
+        EXPECT_EQ(expect->epoch, registry_->epoch());
+      } else if (auto* end = std::get_if<EndEpoch>(&action)) {
+        ended_.push_back(std::string(end->reason.message()));
+        EXPECT_EQ(end->reason.code(), absl::StatusCode::kUnavailable);
+      }
+    }
+  }
+
+  StreamId Greet(const v1::WorkerHello& hello) {
+    const StreamId stream = ++streams_;
+    registry_->Opened(stream, now_);
+    registry_->Received(stream, Message(hello), now_);
+    Apply();
+    return stream;
+  }
+
+  void Beat(StreamId stream, uint64_t epoch, bool ready) {
+    registry_->Received(stream, Heartbeat(epoch, ready), now_);
+    Apply();
+  }
+
+  StreamId Join(const v1::WorkerHello& hello, uint64_t epoch = 0) {
+    const StreamId stream = Greet(hello);
+    Beat(stream, epoch, false);
+    return stream;
+  }
+  StreamId Join(const std::string& name) { return Join(Hello(name)); }
+
+  // All links of the current epoch become ready.
+  void Serve(const std::vector<StreamId>& streams) {
+    for (StreamId stream : streams) Beat(stream, registry_->epoch(), true);
+    registry_->Dialled(registry_->epoch());
+    ASSERT_TRUE(registry_->Readiness().ok()) << registry_->Readiness();
+  }
+
+  void Close(StreamId stream) {
+    registry_->Closed(stream, absl::CancelledError("reset"), now_);
+    Apply();
+  }
+
+  void Advance(milliseconds by) {
+    now_ += by;
+    registry_->Tick(now_);
+    Apply();
+  }
+
+  std::string Detail() const { return std::string(registry_->Readiness().message()); }
+
+  std::unique_ptr<Registry> registry_;
+  MonotonicTime now_{std::chrono::hours(1)};
+  StreamId streams_ = 0;
+  int plans_ = 0;
+  int welcomes_ = 0;
+  uint64_t expected_ = 0;
+  std::map<StreamId, v1::Assignment> assigned_;
+  std::map<StreamId, absl::Status> closed_;
+  std::vector<StreamId> released_;
+  std::vector<std::string> dialled_;
+  std::vector<std::string> ended_;
+};
+
+TEST_F(RegistryTest, PlansOnceAllHaveJoined) {
+  Make(2);
+  EXPECT_EQ(Detail(), "waiting for workers: 0 of 2 joined; no stage serves layers 0-31");
+  const StreamId b = Join("b");
+  EXPECT_EQ(Detail(), "waiting for workers: 1 of 2 joined; no stage serves layers 0-31");
+  EXPECT_THAT(assigned_, IsEmpty());
+  const StreamId a = Join("a");
+  EXPECT_EQ(welcomes_, 2);
+  ASSERT_EQ(assigned_.size(), 2u);
+  EXPECT_EQ(expected_, 1u);
+  EXPECT_EQ(assigned_[a].stage(), 0u);  // by name, not by who came first
+  EXPECT_EQ(assigned_[a].last_layer(), 16u);
+  EXPECT_EQ(assigned_[a].next_hop(), "b.host:1");
+  EXPECT_EQ(assigned_[b].stage(), 1u);
+  EXPECT_EQ(assigned_[b].stages(), 2u);
+  EXPECT_EQ(assigned_[b].first_layer(), 16u);
+  EXPECT_EQ(assigned_[b].last_layer(), 32u);
+  EXPECT_EQ(assigned_[b].next_hop(), "coordinator:1");
+  EXPECT_EQ(assigned_[b].max_slots(), 4u);
+  EXPECT_EQ(assigned_[b].max_context(), 128u);
+  EXPECT_EQ(assigned_[b].max_step_tokens(), 64u);
+}
+
+TEST_F(RegistryTest, NotPlannedBeforeTheFirstHeartbeat) {
+  Make(1);
+  const StreamId a = Greet(Hello("a"));
+  EXPECT_THAT(assigned_, IsEmpty());
+  Beat(a, 0, false);
+  EXPECT_EQ(assigned_[a].epoch(), 1u);
+}
+
+TEST_F(RegistryTest, ServesOnceAllLinksAreReadyAndStageZeroIsDialled) {
+  Make(2);
+  const StreamId a = Join("a");
+  const StreamId b = Join("b");
+  Beat(a, 1, true);
+  EXPECT_THAT(Detail(), HasSubstr("waiting for worker 'b' (layers 16-31)"));
+  Beat(b, 1, false);
+  Beat(b, 0, true);  // of no epoch: does not count
+  EXPECT_THAT(dialled_, IsEmpty());
+  Beat(b, 1, true);
+  EXPECT_THAT(dialled_, ElementsAre("a.host:1"));
+  EXPECT_FALSE(registry_->Readiness().ok());
+  registry_->Dialled(7);  // of another epoch
+  EXPECT_FALSE(registry_->Readiness().ok());
+  registry_->Dialled(1);
+  EXPECT_TRUE(registry_->Readiness().ok());
+  EXPECT_THAT(ended_, IsEmpty());
+}
+
+TEST_F(RegistryTest, EndOfTheStreamLosesTheWorkerAndARestartFillsTheHole) {
+  Make(3);
+  const StreamId a = Join("a"), b = Join("b"), c = Join("c");
+  Serve({a, b, c});
+  Close(b);
+  ASSERT_EQ(ended_.size(), 1u);
+  EXPECT_EQ(ended_[0],
+            "stage 1 was lost: worker 'b' (layers 10-20): its control stream ended: reset");
+  EXPECT_EQ(Detail(),
+            "waiting for workers: 2 of 3 joined; no stage serves layers 10-20 (stage 1, "
+            "worker 'b')");
+  const StreamId b2 = Join("b");
+  EXPECT_EQ(assigned_[a].epoch(), 2u);
+  EXPECT_EQ(assigned_[b2].epoch(), 2u);
+  EXPECT_EQ(assigned_[b2].stage(), 1u);
+  EXPECT_EQ(assigned_[a].stage(), 0u);
+  EXPECT_EQ(assigned_[c].stage(), 2u);
+  EXPECT_EQ(plans_, 1);  // the ranges stay as they are
+  Serve({a, b2, c});
+}
+
+TEST_F(RegistryTest, AnotherNameTakesTheHoleAndOthersStay) {
+  Make(2);
+  const StreamId a = Join("m"), b = Join("n");
+  Serve({a, b});
+  Close(a);
+  const StreamId z = Join("z");
+  EXPECT_EQ(assigned_[z].stage(), 0u);
+  EXPECT_EQ(assigned_[b].stage(), 1u);
+  EXPECT_EQ(assigned_[b].first_layer(), 16u);
+}
+
+TEST_F(RegistryTest, SmallerReplacementIsPlannedAnew) {
+  Make(2);
+  const StreamId a = Join("a"), b = Join("b");
+  Serve({a, b});
+  Close(b);
+  v1::WorkerHello small = Hello("b");
+  small.set_memory_bytes(kMemory / 2);
+  Join(small);
+  EXPECT_EQ(plans_, 2);
+  EXPECT_EQ(registry_->epoch(), 2u);
+}
+
+TEST_F(RegistryTest, SilentWorkerIsSuspectAfterTwoSeconds) {
+  Make(2);
+  const StreamId a = Join("a"), b = Join("b");
+  Serve({a, b});
+  for (int i = 0; i < 3; ++i) {
+    Advance(milliseconds(500));
+    Beat(a, 1, true);
+    EXPECT_TRUE(registry_->Readiness().ok());
+  }
+  Advance(milliseconds(499));
+  EXPECT_TRUE(registry_->Readiness().ok());
+  Advance(milliseconds(1));
+  ASSERT_EQ(ended_.size(), 1u);
+  EXPECT_THAT(ended_[0], HasSubstr("stage 1 was lost: worker 'b' (layers 16-31): no heartbeat"));
+  EXPECT_EQ(closed_[b].code(), absl::StatusCode::kDeadlineExceeded);
+  EXPECT_EQ(closed_.count(a), 0u);
+  Beat(b, 1, true);  // too late: the stream is closed
+  EXPECT_FALSE(registry_->Readiness().ok());
+}
+
+TEST_F(RegistryTest, SparesWaitAndStepIn) {
+  Make(2);
+  const StreamId a = Join("a"), b = Join("b"), c = Join("c");
+  EXPECT_EQ(assigned_.count(c), 0u);
+  Serve({a, b});
+  Close(c);  // losing a spare disturbs nobody
+  EXPECT_THAT(ended_, IsEmpty());
+  EXPECT_TRUE(registry_->Readiness().ok());
+  const StreamId d = Join("d");
+  EXPECT_TRUE(registry_->Readiness().ok());
+  Close(a);
+  EXPECT_EQ(assigned_[d].epoch(), 2u);
+  EXPECT_EQ(assigned_[d].stage(), 0u);
+  EXPECT_EQ(assigned_[b].stage(), 1u);
+  const StreamId a2 = Join("a");  // now a spare itself
+  EXPECT_EQ(assigned_.count(a2), 0u);
+  Serve({d, b});
+}
+
+TEST_F(RegistryTest, NewerStreamOfTheSameNameFencesTheOlder) {
+  Make(2);
+  const StreamId a = Join("a"), b = Join("b");
+  Serve({a, b});
+  const StreamId b2 = Join("b");
+  EXPECT_EQ(closed_[b].code(), absl::StatusCode::kAborted);
+  ASSERT_EQ(ended_.size(), 1u);
+  EXPECT_EQ(assigned_[b2].epoch(), 2u);
+  Beat(b, 2, true);  // fenced: not heard
+  Beat(a, 2, true);
+  EXPECT_THAT(dialled_, testing::SizeIs(1));
+  Close(b);  // its end changes nothing
+  EXPECT_EQ(registry_->epoch(), 2u);
+  Serve({a, b2});
+}
+
+TEST_F(RegistryTest, AFencedImpostorThatIsRefusedDisturbsNobody) {
+  Make(1);
+  const StreamId a = Join("a");
+  Serve({a});
+  v1::WorkerHello lie = Hello("a");
+  lie.set_memory_bytes(-1);
+  const StreamId impostor = Greet(lie);
+  EXPECT_EQ(closed_[impostor].code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(registry_->Readiness().ok());
+}
+
+TEST_F(RegistryTest, RefusesLies) {
+  struct Case {
+    std::function<void(v1::WorkerHello&)> lie;
+    absl::StatusCode code;
+    const char* field;
+  };
+  constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+  constexpr auto kPrecondition = absl::StatusCode::kFailedPrecondition;
+  const std::vector<Case> cases = {
+      {[](auto& h) { h.set_protocol_version(99); }, kPrecondition, "protocol_version"},
+      {[](auto& h) { h.set_model_hash("other"); }, kPrecondition, "model_hash"},
+      {[](auto& h) { h.set_backend("abacus"); }, kPrecondition, "backend"},
+      {[](auto& h) { h.clear_transports(); }, kPrecondition, "transports"},
+      {[](auto& h) { h.set_kernel_revision("cpu-2"); }, kPrecondition, "kernel_revision"},
+      {[](auto& h) { h.set_backend("cuda"); }, kPrecondition, "kernel_revision"},
+      {[](auto& h) { h.set_kernel_revision(""); }, kInvalid, "kernel_revision"},
+      {[](auto& h) { h.set_memory_bytes(0); }, kInvalid, "memory_bytes"},
+      {[](auto& h) { h.set_memory_bytes(-5); }, kInvalid, "memory_bytes"},
+      {[](auto& h) { h.set_memory_bytes(INT64_MAX); }, kInvalid, "memory_bytes"},
+      {[](auto& h) { h.set_read_bytes_per_second(-1); }, kInvalid, "read_bytes_per_second"},
+      {[](auto& h) { h.set_read_bytes_per_second(NAN); }, kInvalid, "read_bytes_per_second"},
+      {[](auto& h) { h.set_worker(""); }, kInvalid, "worker"},
+      {[](auto& h) { h.set_worker("a b"); }, kInvalid, "worker"},
+      {[](auto& h) { h.set_worker("a\n"); }, kInvalid, "worker"},
+      {[](auto& h) { h.set_worker(std::string(129, 'x')); }, kInvalid, "worker"},
+      {[](auto& h) { h.set_data_address(""); }, kInvalid, "data_address"},
+      {[](auto& h) { h.set_data_address("nowhere"); }, kInvalid, "data_address"},
+      {[](auto& h) { h.set_data_address("a.host:1"); }, kInvalid, "data_address"},
+      {[](auto& h) { h.set_data_address("coordinator:1"); }, kInvalid, "data_address"},
+  };
+  Make(2);
+  Join("a");
+  for (const Case& c : cases) {
+    v1::WorkerHello hello = Hello("b");
+    c.lie(hello);
+    const StreamId stream = Join(hello);
+    ASSERT_EQ(closed_.count(stream), 1u) << c.field;
+    EXPECT_EQ(closed_[stream].code(), c.code) << closed_[stream];
+    EXPECT_THAT(std::string(closed_[stream].message()), HasSubstr(c.field));
+  }
+  EXPECT_THAT(assigned_, IsEmpty());
+  EXPECT_EQ(Detail(), "waiting for workers: 1 of 2 joined; no stage serves layers 0-31");
+  Join("b");  // the honest one
+  EXPECT_EQ(assigned_.size(), 2u);
+}
+
+TEST_F(RegistryTest, OtherNumericsMayFormANewFleetOnceAllHaveLeft) {
+  Make(1);
+  Close(Join("a"));
+  v1::WorkerHello hello = Hello("a");
+  hello.set_kernel_revision("cpu-2");
+  const StreamId a = Join(hello);
+  EXPECT_EQ(closed_.count(a), 0u);
+  EXPECT_EQ(registry_->kernel_revision(), "cpu-2");
+}
+
+TEST_F(RegistryTest, HelloMustComeFirstOnceAndInTime) {
+  Make(1);
+  registry_->Opened(100, now_);
+  registry_->Received(100, Heartbeat(0, false), now_);
+  Apply();
+  EXPECT_EQ(closed_[100].code(), absl::StatusCode::kInvalidArgument);
+
+  registry_->Opened(101, now_);
+  Advance(kHelloTimeout);
+  EXPECT_EQ(closed_[101].code(), absl::StatusCode::kDeadlineExceeded);
+
+  const StreamId a = Join("a");
+  registry_->Received(a, Message(Hello("a")), now_);
+  Apply();
+  EXPECT_EQ(closed_[a].code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(ended_, testing::SizeIs(1));
+}
+
+TEST_F(RegistryTest, BoundsOpenStreams) {
+  Make(1);
+  for (StreamId i = 1; i <= kMaxControlStreams + 1; ++i) registry_->Opened(i, now_);
+  Apply();
+  EXPECT_EQ(closed_.size(), 1u);
+  EXPECT_EQ(closed_[kMaxControlStreams + 1].code(), absl::StatusCode::kResourceExhausted);
+}
+
+TEST_F(RegistryTest, WorkerFromALaterEpochRaisesTheNext) {
+  Make(2);
+  Join("a");
+  const StreamId b = Join(Hello("b"), 41);  // outlived another coordinator
+  EXPECT_EQ(assigned_[b].epoch(), 42u);
+}
+
+TEST_F(RegistryTest, InventedEpochsAreRefused) {
+  Make(2);
+  const StreamId a = Join("a"), b = Join("b");
+  Serve({a, b});
+  Beat(b, 9, true);
+  EXPECT_EQ(closed_[b].code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(ended_, testing::SizeIs(1));
+  const StreamId c = Join(Hello("c"), UINT64_MAX);
+  EXPECT_EQ(closed_[c].code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(registry_->epoch(), 1u);
+}
+
+TEST_F(RegistryTest, WorkerThatCannotServeIsReleasedAndReplacedByASpare) {
+  Make(2);
+  const StreamId a = Join("a"), b = Join("b");
+  v1::WorkerMessage failed;
+  failed.mutable_assignment_failed()->set_epoch(1);
+  failed.mutable_assignment_failed()->set_status_code(
+      static_cast<uint32_t>(absl::StatusCode::kResourceExhausted));
+  failed.mutable_assignment_failed()->set_message("no\nmemory");
+  registry_->Received(b, failed, now_);
+  Apply();
+  EXPECT_THAT(released_, ElementsAre(b));
+  EXPECT_THAT(Detail(), HasSubstr("no stage serves layers 16-31"));
+  EXPECT_THAT(Detail(), HasSubstr("worker 'b' cannot serve: no?memory"));
+  const StreamId c = Join("c");
+  EXPECT_EQ(assigned_[c].stage(), 1u);
+  EXPECT_EQ(assigned_[c].epoch(), 2u);
+  registry_->Received(b, failed, now_);  // of an old epoch: ignored
+  Apply();
+  Serve({a, c});
+}
+
+TEST_F(RegistryTest, TransientFailureIsTriedAgainAfterAGrowingPause) {
+  Make(1);
+  const StreamId a = Join("a");
+  v1::WorkerMessage failed;
+  failed.mutable_assignment_failed()->set_epoch(1);
+  failed.mutable_assignment_failed()->set_status_code(
+      static_cast<uint32_t>(absl::StatusCode::kUnavailable));
+  registry_->Received(a, failed, now_);
+  Apply();
+  EXPECT_EQ(registry_->epoch(), 1u);
+  EXPECT_THAT(Detail(), HasSubstr("trying again"));
+  Advance(kReplanDelay);
+  EXPECT_EQ(registry_->epoch(), 2u);
+  Beat(a, 2, true);
+  registry_->EpochFailed(2, absl::UnavailableError("link broke"), now_);
+  Advance(kReplanDelay);
+  EXPECT_EQ(registry_->epoch(), 2u);  // the pause has doubled
+  Advance(kReplanDelay);
+  EXPECT_EQ(registry_->epoch(), 3u);
+  Serve({a});
+  registry_->EpochFailed(3, absl::UnavailableError("link broke"), now_);
+  registry_->EpochFailed(3, absl::UnavailableError("again"), now_);  // counts once
+  EXPECT_THAT(Detail(), HasSubstr("link broke"));
+  Advance(kReplanDelay);
+  EXPECT_EQ(registry_->epoch(), 4u);  // serving has reset the pause
+}
+
+TEST_F(RegistryTest, GivesUpAnEpochThatDoesNotLink) {
+  Make(1);
+  const StreamId a = Join("a");
+  for (milliseconds t{0}; t < kLinkTimeout; t += milliseconds(500)) {
+    EXPECT_EQ(registry_->epoch(), 1u);
+    Beat(a, 1, false);
+    Advance(milliseconds(500));
+  }
+  ASSERT_EQ(ended_.size(), 1u);
+  EXPECT_THAT(ended_[0], HasSubstr("waiting for worker 'a' (layers 0-31)"));
+  Advance(kReplanDelay);
+  EXPECT_EQ(registry_->epoch(), 2u);
+}
+
+TEST_F(RegistryTest, TooSmallWorkersGiveWayToALargerSpare) {
+  Make(2);
+  Join("a");
+  v1::WorkerHello small = Hello("b");
+  small.set_memory_bytes(10);
+  const StreamId b = Join(small);
+  EXPECT_THAT(assigned_, IsEmpty());
+  EXPECT_THAT(Detail(), HasSubstr("cannot hold the model: too small"));
+  const StreamId c = Join("c");
+  EXPECT_EQ(assigned_[c].stage(), 1u);
+  EXPECT_EQ(assigned_.count(b), 0u);
+}
+
+TEST_F(RegistryTest, StatusShowsStages) {
+  Make(2);
+  const StreamId a = Join("a"), b = Join("b");
+  v1::GetStatusResponse status;
+  registry_->FillStatus(&status);
+  EXPECT_EQ(status.state(), v1::SERVICE_STATE_LOADING);
+  Serve({a, b});
+  v1::WorkerMessage beat = Heartbeat(1, true);
+  beat.mutable_heartbeat()->add_units(v1::UNIT_STATE_RESIDENT);
+  beat.mutable_heartbeat()->add_units(v1::UNIT_STATE_READING);
+  beat.mutable_heartbeat()->set_detail("bad\x01\xff");
+  registry_->Received(b, beat, now_);
+  status.Clear();
+  registry_->FillStatus(&status);
+  EXPECT_EQ(status.state(), v1::SERVICE_STATE_SERVING);
+  EXPECT_EQ(status.detail(), "");
+  ASSERT_EQ(status.stages_size(), 2);
+  EXPECT_TRUE(status.stages(0).has_embedding());
+  EXPECT_FALSE(status.stages(0).has_head());
+  EXPECT_TRUE(status.stages(1).has_head());
+  EXPECT_EQ(status.stages(1).worker(), "b");
+  EXPECT_EQ(status.stages(1).address(), "b.host:1");
+  EXPECT_EQ(status.stages(1).resident_units(), 1u);
+  EXPECT_EQ(status.stages(1).units(), 2u);
+  EXPECT_EQ(status.stages(1).detail(), "bad??");
+  Close(a);
+  status.Clear();
+  registry_->FillStatus(&status);
+  EXPECT_EQ(status.state(), v1::SERVICE_STATE_WAITING);
+  EXPECT_EQ(status.stages(0).detail(), "no worker");
+  EXPECT_EQ(status.stages(0).worker(), "a");
+}
+
+}  // namespace
+}  // namespace stagecoach

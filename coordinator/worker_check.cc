@@ -1,0 +1,104 @@
+#include "coordinator/worker_check.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "coordinator/limits.h"
+#include "fmt/format.h"
+#include "worker/link/frame.h"
+
+namespace stagecoach {
+namespace {
+
+bool IsWord(std::string_view text, size_t max_bytes) {
+  return !text.empty() && text.size() <= max_bytes &&
+         std::all_of(text.begin(), text.end(), [](char c) { return c > ' ' && c < '\x7f'; });
+}
+
+absl::Status Invalid(std::string_view field, const std::string& what) {
+  return absl::InvalidArgumentError(fmt::format("{}: {}", field, what));
+}
+
+absl::Status CheckWords(const v1::WorkerHello& hello) {
+  const std::string limit = "must be 1 to {} characters of printable ASCII without spaces";
+  if (!IsWord(hello.worker(), kMaxWorkerNameBytes)) {
+    return Invalid("worker", fmt::format(fmt::runtime(limit), kMaxWorkerNameBytes));
+  }
+  if (!IsWord(hello.data_address(), kMaxAddressBytes) ||
+      hello.data_address().find(':') == std::string::npos) {
+    return Invalid("data_address",
+                   fmt::format(fmt::runtime(limit + ", as host:port"), kMaxAddressBytes));
+  }
+  if (!IsWord(hello.kernel_revision(), kMaxAddressBytes)) {
+    return Invalid("kernel_revision", fmt::format(fmt::runtime(limit), kMaxAddressBytes));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status CheckWorkerHello(const v1::WorkerHello& hello, const std::string& model_hash) {
+  if (hello.protocol_version() != kProtocolVersion) {
+    return absl::FailedPreconditionError(
+        fmt::format("protocol_version: the worker speaks {}, the coordinator {}; run the same "
+                    "release of both",
+                    hello.protocol_version(), kProtocolVersion));
+  }
+  if (absl::Status status = CheckWords(hello); !status.ok()) return status;
+  if (hello.backend() != "cpu" && hello.backend() != "cuda" && hello.backend() != "reference") {
+    return absl::FailedPreconditionError(
+        fmt::format("backend: '{}' is not known here", CleanText(hello.backend(), 64)));
+  }
+  if (hello.model_hash() != model_hash) {
+    return absl::FailedPreconditionError(
+        fmt::format("model_hash: the worker has model {}, the coordinator {}; point both at the "
+                    "same file",
+                    CleanText(hello.model_hash(), 64), model_hash));
+  }
+  if (hello.memory_bytes() <= 0 || hello.memory_bytes() > kMaxWorkerMemoryBytes) {
+    return Invalid("memory_bytes", fmt::format("{} is outside [1, {}]", hello.memory_bytes(),
+                                               kMaxWorkerMemoryBytes));
+  }
+  if (!(std::isfinite(hello.read_bytes_per_second()) && hello.read_bytes_per_second() >= 0)) {
+    return Invalid("read_bytes_per_second",
+                   fmt::format("{} is not a speed", hello.read_bytes_per_second()));
+  }
+  const auto& transports = hello.transports();
+  if (std::find(transports.begin(), transports.end(), "grpc") == transports.end()) {
+    return absl::FailedPreconditionError("transports: the worker does not offer 'grpc'");
+  }
+  return absl::OkStatus();
+}
+
+std::string CleanText(std::string_view text, size_t max_bytes) {
+  std::string clean(text.substr(0, max_bytes));
+  std::replace_if(
+      clean.begin(), clean.end(), [](char c) { return c < ' ' || c >= '\x7f'; }, '?');
+  return clean;
+}
+
+void FillStageStatus(const v1::WorkerHello& hello,
+                     const std::optional<v1::WorkerHeartbeat>& heartbeat, v1::StageStatus* stage) {
+  stage->set_address(hello.data_address());
+  stage->set_backend(hello.backend());
+  if (!heartbeat.has_value()) return;
+  const auto& units = heartbeat->units();
+  stage->set_resident_units(static_cast<uint32_t>(
+      std::count(units.begin(), units.end(), static_cast<int>(v1::UNIT_STATE_RESIDENT))));
+  stage->set_units(static_cast<uint32_t>(units.size()));
+  stage->set_slice_bytes(heartbeat->slice_bytes());
+  stage->set_loaded_bytes(heartbeat->loaded_bytes());
+  stage->set_load_seconds(heartbeat->load_seconds());
+  stage->set_steps(heartbeat->steps());
+  stage->set_tokens(heartbeat->tokens());
+  stage->set_compute_seconds(heartbeat->compute_seconds());
+  stage->set_wait_seconds(heartbeat->wait_seconds());
+  stage->set_prefetch_hits(heartbeat->prefetch_hits());
+  stage->set_prefetch_late_hits(heartbeat->prefetch_late_hits());
+  stage->set_prefetch_misses(heartbeat->prefetch_misses());
+  stage->set_stall_seconds(heartbeat->stall_seconds());
+  stage->set_detail(heartbeat->detail());
+  stage->set_dropped_frames(heartbeat->dropped_frames());
+}
+
+}  // namespace stagecoach
