@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -15,15 +16,16 @@ namespace stagecoach {
 
 enum class UnitState { kAbsent, kQueued, kReading, kConverting, kResident, kFailed };
 
-// Counters since construction; seconds are wall clock.
+// Progress of the assignment and counters since construction; seconds are wall clock.
 struct LayerStoreStats {
-  uint64_t slice_bytes = 0;  // of all units of the assignment, as in the file
-  uint64_t loaded_bytes = 0;
-  double load_seconds = 0;   // from the start of loading to the last unit, or to now
-  uint64_t hits = 0;         // Acquire found the unit resident
-  uint64_t late_hits = 0;    // Acquire waited for a load already under way
-  uint64_t misses = 0;       // Acquire had to load the unit itself
-  double stall_seconds = 0;  // Acquire waited, late hits and misses together
+  uint64_t slice_bytes = 0;   // of all units of the assignment, as in the file
+  uint64_t loaded_bytes = 0;  // those of them that are resident now
+  uint64_t read_bytes = 0;    // read from the file, since construction
+  double load_seconds = 0;    // during which at least one load was under way
+  uint64_t hits = 0;          // Acquire found the unit resident
+  uint64_t late_hits = 0;     // Acquire waited for a load already under way
+  uint64_t misses = 0;        // Acquire had to load the unit itself
+  double stall_seconds = 0;   // Acquire waited, late hits and misses together
   uint64_t failed_prefetches = 0;
 };
 
@@ -45,7 +47,7 @@ struct LayerStoreOptions {
   int max_queued_units = 8;  // bound of the prefetch queue; the rest follow as it drains
 };
 
-// Thread-safe.
+// Thread-safe. Every assigned unit becomes resident and stays so until the assignment changes.
 class LayerStore {
  public:
   // `backend` must outlive the store.
@@ -64,7 +66,8 @@ class LayerStore {
   std::vector<UnitState> States() const;  // one per assigned unit
   LayerStoreStats Stats() const;
 
-  // Cancels queued loads, waits for the reads under way, joins threads, wakes waiters. Idempotent.
+  // Cancels queued loads, stops those under way at their next chunk, joins threads, wakes waiters
+  // and waits until they have left. Idempotent; safe at any moment and from several threads.
   void Shutdown();
 
  private:

@@ -14,6 +14,9 @@
 
 namespace stagecoach {
 
+inline constexpr int kMaxSlots = 1024;
+inline constexpr int kMaxStepTokens = 16384;
+
 struct StageConfig {
   uint64_t epoch = 0;
   int stage = 0;
@@ -26,12 +29,12 @@ struct StageConfig {
   KvType kv_type = KvType::kF16;
 };
 
-// Not thread-safe: one thread runs the stage.
+// Not thread-safe: one thread runs the stage. The counters may be read from any thread.
 class Stage {
  public:
   // Allocates KV cache and workspace. `backend` and `store` must outlive the stage; the store must
   // already be assigned this stage's units. Errors: INVALID_ARGUMENT for an impossible config,
-  // RESOURCE_EXHAUSTED with the bytes wanted and available.
+  // RESOURCE_EXHAUSTED with the bytes wanted and available; those of Backend::CheckTensor.
   static absl::StatusOr<std::unique_ptr<Stage>> Create(Backend* backend,
                                                        std::shared_ptr<const ModelFile> model,
                                                        LayerStore* store, StageConfig config);
@@ -45,11 +48,14 @@ class Stage {
   //   ALREADY_EXISTS       a step that was run before
   //   OUT_OF_RANGE         a step skipped; a position that is not the KV length; context exceeded
   //   NOT_FOUND            rows or close for a slot or sequence id that is not open
-  //   INVALID_ARGUMENT     payload size, row counts, slot or token id out of range
+  //   INVALID_ARGUMENT     payload size, row counts, slot or token id out of range; open of a slot
+  //                        that is open; sampling parameters out of range
   //   FAILED_PRECONDITION  d_model of another model
-  // A weight that cannot be loaded, or a device fault, is returned as it is.
+  // A weight that cannot be loaded, or a device fault, is returned as it is; the step then counts
+  // as not run.
   // Trouble of one sequence (non-finite values: DATA_LOSS) is reported in its SequenceResult and
-  // leaves the others alone; its KV is cleared before reuse.
+  // leaves the others alone; its KV is cleared before reuse. Middle stages pass non-finite values
+  // on, so that the last stage sees and reports them; it does so until the sequence is closed.
   absl::StatusOr<Frame> Run(const Frame& frame);
 
   const StageConfig& config() const;

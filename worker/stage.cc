@@ -1,0 +1,292 @@
+#include "worker/stage.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <new>
+#include <optional>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "fmt/format.h"
+#include "model/checked_math.h"
+#include "model/status_macros.h"
+#include "worker/kv_slots.h"
+#include "worker/stage_check.h"
+#include "worker/step_output.h"
+
+namespace stagecoach {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+KvShape StageKvShape(const StageConfig& config, const ModelParams& params) {
+  return {.layers = config.last_layer - config.first_layer,
+          .kv_heads = params.kv_heads,
+          .key_length = params.key_length,
+          .value_length = params.value_length,
+          .blocks = config.max_slots * BlockTable::BlocksPerSlot(config.max_context),
+          .type = config.kv_type};
+}
+
+// Refuses before anything is allocated what the device has no room for.
+absl::Status CheckMemory(const BackendInfo& info, const KvShape& kv, uint64_t weight_bytes) {
+  const uint64_t kv_bytes = KvBytes(kv);
+  const std::optional<uint64_t> wanted = CheckedAdd(kv_bytes, weight_bytes);
+  if (wanted && (info.memory_bytes == 0 || *wanted <= info.memory_bytes)) return absl::OkStatus();
+  return absl::ResourceExhaustedError(fmt::format(
+      "{} bytes of KV and {} bytes of weights do not fit in {} bytes; fewer slots, a shorter "
+      "context or more stages would help",
+      kv_bytes, weight_bytes, info.memory_bytes));
+}
+
+uint32_t Microseconds(Clock::duration duration) {
+  const int64_t us = std::chrono::duration_cast<std::chrono::microseconds>(duration).count();
+  return static_cast<uint32_t>(std::clamp<int64_t>(us, 0, UINT32_MAX));
+}
+
+}  // namespace
+
+class Stage::Impl {
+ public:
+  Impl(Backend* backend, std::shared_ptr<const ModelFile> model, LayerStore* store,
+       const StageConfig& config, const KvShape& kv_shape, std::unique_ptr<KvCache> kv,
+       std::unique_ptr<Workspace> workspace);
+
+  absl::StatusOr<Frame> Run(const Frame& frame);
+
+  const StageConfig config_;
+  std::atomic<uint64_t> steps_ = 0;
+  std::atomic<uint64_t> tokens_ = 0;
+  std::atomic<int64_t> compute_ns_ = 0;
+
+ private:
+  bool first() const { return config_.stage == 0; }
+  bool last() const { return config_.stage == config_.stages - 1; }
+
+  absl::StatusOr<UnitLease> Acquire(const Unit& unit);  // adds to stalled_
+  absl::Status ClearPoisonedSlots(const v1::StepHeader& step);
+  absl::Status ClearBlock(int32_t block);
+  void MakeBatch(const v1::StepHeader& step);
+  absl::Status RunLayers(const Frame& frame);
+  // Non-finite rows poison the slots of their sequences.
+  void MarkPoisoned(const v1::StepHeader& step, std::span<const float> residual);
+  absl::StatusOr<Frame> MakeActivations(const Frame& frame);
+  absl::StatusOr<Frame> MakeResult(const Frame& frame);
+  void AddTiming(Clock::time_point start, Frame& frame);
+
+  Backend* const backend_;
+  const std::shared_ptr<const ModelFile> model_;
+  LayerStore* const store_;
+  const ModelParams& params_;
+  const KvShape kv_shape_;
+
+  const std::unique_ptr<KvCache> kv_;
+  const std::unique_ptr<Workspace> workspace_;
+  KvSlots slots_;
+  std::optional<StepOutput> output_;  // last stage only
+
+  uint64_t last_step_ = 0;
+  Clock::duration stalled_{};                   // in this step, waiting for weights
+  std::optional<Clock::time_point> last_end_;   // of the step before
+  std::vector<BatchSequence> batch_sequences_;  // of this step
+  StepBatch batch_;
+  std::vector<float> residual_;  // last stage: [max_step_tokens][d_model]
+};
+
+Stage::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model, LayerStore* store,
+                  const StageConfig& config, const KvShape& kv_shape, std::unique_ptr<KvCache> kv,
+                  std::unique_ptr<Workspace> workspace)
+    : config_(config),
+      backend_(backend),
+      model_(std::move(model)),
+      store_(store),
+      params_(model_->params()),
+      kv_shape_(kv_shape),
+      kv_(std::move(kv)),
+      workspace_(std::move(workspace)),
+      slots_(config.max_slots, config.max_context, /*keep_history=*/last()) {
+  batch_sequences_.reserve(std::min(config.max_slots, config.max_step_tokens));
+  if (!last()) return;
+  output_.emplace(backend_, workspace_.get(), params_.vocab_size, config.max_step_tokens);
+  residual_.resize(static_cast<size_t>(config.max_step_tokens) * params_.d_model);
+}
+
+absl::StatusOr<Frame> Stage::Impl::Run(const Frame& frame) {
+  const Clock::time_point start = Clock::now();
+  stalled_ = {};
+  STAGECOACH_RETURN_IF_ERROR(PrepareStep(config_, params_, frame, last_step_, slots_));
+  const v1::StepHeader& step = frame.header.step();
+  STAGECOACH_RETURN_IF_ERROR(ClearPoisonedSlots(step));
+  MakeBatch(step);
+  STAGECOACH_RETURN_IF_ERROR(RunLayers(frame));
+  STAGECOACH_ASSIGN_OR_RETURN(Frame out, last() ? MakeResult(frame) : MakeActivations(frame));
+  slots_.Commit();
+  last_step_ = step.step();
+  AddTiming(start, out);
+  steps_ += 1;
+  tokens_ += batch_.rows;
+  return out;
+}
+
+absl::StatusOr<UnitLease> Stage::Impl::Acquire(const Unit& unit) {
+  const Clock::time_point start = Clock::now();
+  absl::StatusOr<UnitLease> lease = store_->Acquire(unit);
+  stalled_ += Clock::now() - start;
+  return lease;
+}
+
+// A kernel may read a tile's unused positions and multiply them by zero, so what lies there must be
+// finite. The slot stays poisoned until the step is committed.
+absl::Status Stage::Impl::ClearPoisonedSlots(const v1::StepHeader& step) {
+  for (const uint32_t slot : step.close()) {
+    const SlotState& state = slots_.now(slot);
+    if (!state.poisoned) continue;
+    for (const int32_t block : slots_.Blocks(slot, state.length)) {
+      STAGECOACH_RETURN_IF_ERROR(ClearBlock(block));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Stores zero keys and values at all positions of the block, as a sequence of that block alone.
+absl::Status Stage::Impl::ClearBlock(int32_t block) {
+  const size_t heads = static_cast<size_t>(kKvBlockPositions) * params_.heads;
+  const size_t kv_heads = static_cast<size_t>(kKvBlockPositions) * params_.kv_heads;
+  const std::vector<float> q(heads * params_.key_length);
+  const std::vector<float> k(kv_heads * params_.key_length);
+  const std::vector<float> v(kv_heads * params_.value_length);
+  std::vector<float> out(heads * params_.value_length);
+  const BatchSequence sequence{.row_count = kKvBlockPositions, .blocks = {&block, 1}};
+  const StepBatch batch{.sequences = {&sequence, 1}, .rows = kKvBlockPositions};
+  for (int layer = 0; layer < kv_shape_.layers; ++layer) {
+    STAGECOACH_RETURN_IF_ERROR(backend_->Attention(params_, q, k, v, *kv_, layer, batch, out));
+  }
+  return absl::OkStatus();
+}
+
+void Stage::Impl::MakeBatch(const v1::StepHeader& step) {
+  batch_sequences_.clear();
+  int row = 0;
+  for (const v1::SequenceRows& rows : step.rows()) {
+    const int slot = static_cast<int>(rows.slot());
+    const int count = static_cast<int>(rows.row_count());
+    batch_sequences_.push_back({.first_row = row,
+                                .row_count = count,
+                                .start_position = static_cast<int>(rows.start_position()),
+                                .blocks = slots_.Blocks(slot, slots_.next(slot).length)});
+    slots_.SetTokens(slot, rows.start_position(),
+                     {step.token_ids().data() + row, static_cast<size_t>(count)});
+    row += count;
+  }
+  batch_ = {.sequences = batch_sequences_, .rows = row};
+}
+
+absl::Status Stage::Impl::RunLayers(const Frame& frame) {
+  if (batch_.rows == 0) return absl::OkStatus();
+  if (first()) {
+    const auto& ids = frame.header.step().token_ids();
+    STAGECOACH_ASSIGN_OR_RETURN(const UnitLease embedding,
+                                Acquire({.kind = Unit::Kind::kEmbedding}));
+    STAGECOACH_RETURN_IF_ERROR(
+        backend_->Embed(*workspace_, *embedding, {ids.data(), static_cast<size_t>(ids.size())}));
+  } else {
+    STAGECOACH_RETURN_IF_ERROR(backend_->SetResidual(*workspace_, frame.payload.values()));
+  }
+  for (int layer = config_.first_layer; layer < config_.last_layer; ++layer) {
+    STAGECOACH_ASSIGN_OR_RETURN(const UnitLease weights,
+                                Acquire({.kind = Unit::Kind::kLayer, .layer = layer}));
+    STAGECOACH_RETURN_IF_ERROR(
+        backend_->RunLayer(*workspace_, *weights, *kv_, layer - config_.first_layer, batch_));
+  }
+  return absl::OkStatus();
+}
+
+void Stage::Impl::MarkPoisoned(const v1::StepHeader& step, std::span<const float> residual) {
+  for (int i = 0; i < step.rows_size(); ++i) {
+    const BatchSequence& sequence = batch_sequences_[i];
+    const size_t d_model = params_.d_model;
+    if (!AllFinite(residual.subspan(sequence.first_row * d_model, sequence.row_count * d_model))) {
+      slots_.next(step.rows(i).slot()).poisoned = true;
+    }
+  }
+}
+
+absl::StatusOr<Frame> Stage::Impl::MakeActivations(const Frame& frame) {
+  const v1::StepHeader& step = frame.header.step();
+  std::vector<float> residual(static_cast<size_t>(batch_.rows) * params_.d_model);
+  if (batch_.rows > 0) {
+    STAGECOACH_RETURN_IF_ERROR(backend_->GetResidual(*workspace_, residual));
+    MarkPoisoned(step, residual);
+  }
+  Frame out;
+  out.header.set_epoch(config_.epoch);
+  *out.header.mutable_step() = step;
+  out.header.mutable_step()->set_d_model(static_cast<uint32_t>(params_.d_model));
+  out.payload = Payload(std::move(residual));
+  return out;
+}
+
+absl::StatusOr<Frame> Stage::Impl::MakeResult(const Frame& frame) {
+  const v1::StepHeader& step = frame.header.step();
+  Frame out;
+  out.header.set_epoch(config_.epoch);
+  v1::StepResult& result = *out.header.mutable_result();
+  result.set_step(step.step());
+  result.set_vocab(static_cast<uint32_t>(params_.vocab_size));
+  *result.mutable_timings() = step.timings();
+  if (batch_.rows == 0) return out;
+  const std::span<float> residual(residual_.data(),
+                                  static_cast<size_t>(batch_.rows) * params_.d_model);
+  STAGECOACH_RETURN_IF_ERROR(backend_->GetResidual(*workspace_, residual));
+  MarkPoisoned(step, residual);
+  STAGECOACH_ASSIGN_OR_RETURN(const UnitLease head, Acquire({.kind = Unit::Kind::kHead}));
+  std::vector<float> logits;
+  STAGECOACH_RETURN_IF_ERROR(output_->Run(*head, step, slots_, result, logits));
+  out.payload = Payload(std::move(logits));
+  return out;
+}
+
+void Stage::Impl::AddTiming(Clock::time_point start, Frame& frame) {
+  const Clock::time_point end = Clock::now();
+  const Clock::duration compute = end - start - stalled_;
+  compute_ns_ += std::chrono::duration_cast<std::chrono::nanoseconds>(compute).count();
+  v1::StageTiming& timing =
+      *(frame.header.has_step() ? frame.header.mutable_step()->add_timings()
+                                : frame.header.mutable_result()->add_timings());
+  timing.set_compute_us(Microseconds(compute));
+  if (last_end_) timing.set_wait_us(Microseconds(start - *last_end_));
+  last_end_ = end;
+}
+
+absl::StatusOr<std::unique_ptr<Stage>> Stage::Create(Backend* backend,
+                                                     std::shared_ptr<const ModelFile> model,
+                                                     LayerStore* store, StageConfig config) {
+  const ModelParams& params = model->params();
+  STAGECOACH_RETURN_IF_ERROR(CheckStageConfig(config, params));
+  uint64_t weight_bytes = 0;
+  for (const Unit& unit : StageUnits(params, config.first_layer, config.last_layer)) {
+    weight_bytes += model->UnitBytes(unit);
+    for (const UnitTensor& entry : model->UnitTensors(unit)) {
+      STAGECOACH_RETURN_IF_ERROR(backend->CheckTensor(entry.role, *entry.tensor));
+    }
+  }
+  const KvShape kv_shape = StageKvShape(config, params);
+  STAGECOACH_RETURN_IF_ERROR(CheckMemory(backend->info(), kv_shape, weight_bytes));
+  STAGECOACH_ASSIGN_OR_RETURN(auto kv, backend->NewKvCache(kv_shape));
+  STAGECOACH_ASSIGN_OR_RETURN(auto workspace,
+                              backend->NewWorkspace(params, config.max_step_tokens));
+  return std::unique_ptr<Stage>(new Stage(std::make_unique<Impl>(
+      backend, std::move(model), store, config, kv_shape, std::move(kv), std::move(workspace))));
+}
+
+Stage::Stage(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Stage::~Stage() = default;
+absl::StatusOr<Frame> Stage::Run(const Frame& frame) { return impl_->Run(frame); }
+const StageConfig& Stage::config() const { return impl_->config_; }
+uint64_t Stage::steps() const { return impl_->steps_; }
+uint64_t Stage::tokens() const { return impl_->tokens_; }
+double Stage::compute_seconds() const { return static_cast<double>(impl_->compute_ns_) * 1e-9; }
+
+}  // namespace stagecoach

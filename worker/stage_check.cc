@@ -1,0 +1,211 @@
+#include "worker/stage_check.h"
+
+#include <string>
+
+#include "fmt/format.h"
+#include "model/status_macros.h"
+
+namespace stagecoach {
+namespace {
+
+absl::Status Invalid(const std::string& message) { return absl::InvalidArgumentError(message); }
+
+// Written so that NaN is out of range.
+bool InRange(float value, float low, float high) { return value >= low && value <= high; }
+
+absl::Status CheckEpochAndStep(const StageConfig& config, const v1::FrameHeader& header,
+                               uint64_t last_step) {
+  if (header.epoch() != config.epoch) {
+    return absl::AbortedError(
+        fmt::format("epoch {} where {} is running", header.epoch(), config.epoch));
+  }
+  if (!header.has_step()) return Invalid("a frame for a stage must carry a step");
+  const uint64_t step = header.step().step();
+  if (step <= last_step) {
+    return absl::AlreadyExistsError(
+        fmt::format("step {} was run before; the next one is {}", step, last_step + 1));
+  }
+  if (step != last_step + 1) {
+    return absl::OutOfRangeError(fmt::format("step {} where {} is due", step, last_step + 1));
+  }
+  return absl::OkStatus();
+}
+
+// Shapes of the payload, the token ids and the timings, all of which go by the rows.
+absl::Status CheckShape(const StageConfig& config, const ModelParams& params, const Frame& frame) {
+  const v1::StepHeader& step = frame.header.step();
+  const uint32_t d_model = config.stage == 0 ? 0 : static_cast<uint32_t>(params.d_model);
+  if (step.d_model() != d_model) {
+    return absl::FailedPreconditionError(
+        fmt::format("d_model {} where stage {} takes {}", step.d_model(), config.stage, d_model));
+  }
+  uint64_t rows = 0;  // at most 2^31 entries of less than 2^32 each
+  for (const v1::SequenceRows& sequence : step.rows()) rows += sequence.row_count();
+  if (rows > static_cast<uint64_t>(config.max_step_tokens)) {
+    return Invalid(fmt::format("{} rows; at most {} in a step", rows, config.max_step_tokens));
+  }
+  if (static_cast<uint64_t>(step.token_ids_size()) != rows) {
+    return Invalid(fmt::format("{} token ids for {} rows", step.token_ids_size(), rows));
+  }
+  for (const int32_t token : step.token_ids()) {
+    if (token < 0 || token >= params.vocab_size) {
+      return Invalid(fmt::format("token id {} outside [0, {})", token, params.vocab_size));
+    }
+  }
+  if (frame.payload.values().size() != rows * d_model) {
+    return Invalid(fmt::format("a payload of {} floats where {} rows of {} are due",
+                               frame.payload.values().size(), rows, d_model));
+  }
+  if (step.timings_size() != config.stage) {
+    return Invalid(fmt::format("{} stage timings at stage {}", step.timings_size(), config.stage));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckSlot(uint32_t slot, const KvSlots& slots) {
+  if (slot < static_cast<uint32_t>(slots.size())) return absl::OkStatus();
+  return Invalid(fmt::format("slot {} outside [0, {})", slot, slots.size()));
+}
+
+absl::Status CheckSampling(const v1::SamplingParams& sampling) {
+  if (!InRange(sampling.temperature(), 0, 100)) return Invalid("temperature outside [0, 100]");
+  if (!InRange(sampling.top_p(), 0, 1)) return Invalid("top_p outside [0, 1]");
+  if (!InRange(sampling.min_p(), 0, 1)) return Invalid("min_p outside [0, 1]");
+  if (!InRange(sampling.repetition_penalty(), 0, 100)) {
+    return Invalid("repetition_penalty outside [0, 100]");
+  }
+  if (!InRange(sampling.presence_penalty(), -2, 2)) {
+    return Invalid("presence_penalty outside [-2, 2]");
+  }
+  if (!InRange(sampling.frequency_penalty(), -2, 2)) {
+    return Invalid("frequency_penalty outside [-2, 2]");
+  }
+  if (sampling.logprobs() > kMaxLogprobs) {
+    return Invalid(fmt::format("logprobs {}; at most {}", sampling.logprobs(), kMaxLogprobs));
+  }
+  return absl::OkStatus();
+}
+
+SamplingParams ToSampling(const v1::SamplingParams& sampling) {
+  return {.temperature = sampling.temperature(),
+          .top_k = sampling.top_k(),
+          .top_p = sampling.top_p(),
+          .min_p = sampling.min_p(),
+          .repetition_penalty = sampling.repetition_penalty(),
+          .presence_penalty = sampling.presence_penalty(),
+          .frequency_penalty = sampling.frequency_penalty(),
+          .seed = sampling.seed(),
+          .logprobs = sampling.logprobs()};
+}
+
+absl::Status Close(uint32_t slot, KvSlots& slots) {
+  STAGECOACH_RETURN_IF_ERROR(CheckSlot(slot, slots));
+  if (!slots.next(slot).open) {
+    return absl::NotFoundError(fmt::format("close of slot {}, which is not open", slot));
+  }
+  slots.next(slot) = SlotState{};
+  return absl::OkStatus();
+}
+
+absl::Status Open(const v1::SequenceOpen& open, KvSlots& slots) {
+  STAGECOACH_RETURN_IF_ERROR(CheckSlot(open.slot(), slots));
+  if (slots.next(open.slot()).open) {
+    return Invalid(fmt::format("open of slot {}, which is open already", open.slot()));
+  }
+  if (open.prompt_tokens() > static_cast<uint32_t>(slots.max_context())) {
+    return Invalid(fmt::format("prompt_tokens {} in a context of {}", open.prompt_tokens(),
+                               slots.max_context()));
+  }
+  STAGECOACH_RETURN_IF_ERROR(CheckSampling(open.sampling()));
+  slots.next(open.slot()) = {.open = true,
+                             .sequence_id = open.sequence_id(),
+                             .sampling = ToSampling(open.sampling()),
+                             .prompt_tokens = open.prompt_tokens()};
+  return absl::OkStatus();
+}
+
+// Targets are those of all rows, or of all but the last one.
+absl::Status CheckTargets(const v1::SequenceRows& rows, const ModelParams& params) {
+  const uint32_t targets = rows.targets_size();
+  if (!rows.logprobs() && targets > 0) return Invalid("targets without logprobs");
+  if (rows.logprobs() && targets != rows.row_count() && targets + 1 != rows.row_count()) {
+    return Invalid(fmt::format("{} targets for {} rows", targets, rows.row_count()));
+  }
+  for (const int32_t token : rows.targets()) {
+    if (token < 0 || token >= params.vocab_size) {
+      return Invalid(fmt::format("target {} outside [0, {})", token, params.vocab_size));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Extend(const v1::SequenceRows& rows, const ModelParams& params, KvSlots& slots) {
+  STAGECOACH_RETURN_IF_ERROR(CheckSlot(rows.slot(), slots));
+  SlotState& state = slots.next(rows.slot());
+  if (!state.open || state.sequence_id != rows.sequence_id()) {
+    return absl::NotFoundError(
+        fmt::format("slot {} does not hold sequence {}", rows.slot(), rows.sequence_id()));
+  }
+  if (state.has_rows) return Invalid(fmt::format("slot {} twice in one step", rows.slot()));
+  if (rows.row_count() == 0) return Invalid(fmt::format("no rows for slot {}", rows.slot()));
+  if (rows.start_position() != static_cast<uint32_t>(state.length)) {
+    return absl::OutOfRangeError(fmt::format("rows from position {} for slot {}, whose KV has {}",
+                                             rows.start_position(), rows.slot(), state.length));
+  }
+  const uint64_t end = uint64_t{rows.start_position()} + rows.row_count();
+  if (end > static_cast<uint64_t>(slots.max_context())) {
+    return absl::OutOfRangeError(
+        fmt::format("rows up to position {} in a context of {}", end, slots.max_context()));
+  }
+  STAGECOACH_RETURN_IF_ERROR(CheckTargets(rows, params));
+  state.length = static_cast<int>(end);
+  state.has_rows = true;
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status CheckStageConfig(const StageConfig& config, const ModelParams& params) {
+  if (config.stages < 1 || config.stages > params.layers) {
+    return Invalid(fmt::format("{} stages for {} layers", config.stages, params.layers));
+  }
+  if (config.stage < 0 || config.stage >= config.stages) {
+    return Invalid(fmt::format("stage {} of {}", config.stage, config.stages));
+  }
+  const bool range_ok = config.first_layer >= 0 && config.first_layer < config.last_layer &&
+                        config.last_layer <= params.layers;
+  const bool first_ok = (config.stage == 0) == (config.first_layer == 0);
+  const bool last_ok = (config.stage == config.stages - 1) == (config.last_layer == params.layers);
+  if (!range_ok || !first_ok || !last_ok) {
+    return Invalid(fmt::format("layers [{}, {}) of {} for stage {} of {}", config.first_layer,
+                               config.last_layer, params.layers, config.stage, config.stages));
+  }
+  if (config.max_slots < 1 || config.max_slots > kMaxSlots) {
+    return Invalid(fmt::format("max_slots {} outside [1, {}]", config.max_slots, kMaxSlots));
+  }
+  if (config.max_context < 1 || config.max_context > kMaxContextLength) {
+    return Invalid(
+        fmt::format("max_context {} outside [1, {}]", config.max_context, kMaxContextLength));
+  }
+  if (config.max_step_tokens < 1 || config.max_step_tokens > kMaxStepTokens) {
+    return Invalid(
+        fmt::format("max_step_tokens {} outside [1, {}]", config.max_step_tokens, kMaxStepTokens));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status PrepareStep(const StageConfig& config, const ModelParams& params, const Frame& frame,
+                         uint64_t last_step, KvSlots& slots) {
+  STAGECOACH_RETURN_IF_ERROR(CheckEpochAndStep(config, frame.header, last_step));
+  STAGECOACH_RETURN_IF_ERROR(CheckShape(config, params, frame));
+  const v1::StepHeader& step = frame.header.step();
+  slots.Begin();
+  for (const uint32_t slot : step.close()) STAGECOACH_RETURN_IF_ERROR(Close(slot, slots));
+  for (const v1::SequenceOpen& open : step.open()) STAGECOACH_RETURN_IF_ERROR(Open(open, slots));
+  for (const v1::SequenceRows& rows : step.rows()) {
+    STAGECOACH_RETURN_IF_ERROR(Extend(rows, params, slots));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace stagecoach

@@ -1,0 +1,130 @@
+#include "worker/step_output.h"
+
+#include <algorithm>
+#include <bit>
+#include <string>
+#include <utility>
+
+#include "absl/status/statusor.h"
+#include "kernels/sampling.h"
+#include "model/status_macros.h"
+
+namespace stagecoach {
+namespace {
+
+bool Wanted(const v1::SequenceRows& rows, int index) {
+  const bool last = index + 1 == static_cast<int>(rows.row_count());
+  return rows.logits() || index < rows.targets_size() || (rows.sample() && last);
+}
+
+// Takes back what the sequence has produced and leaves the error alone.
+void Fail(const absl::Status& status, size_t vocab_size, v1::SequenceResult& result,
+          std::vector<float>& payload) {
+  payload.resize(payload.size() - result.logits_rows() * vocab_size);
+  v1::SequenceResult failed;
+  failed.set_slot(result.slot());
+  failed.set_sequence_id(result.sequence_id());
+  failed.set_status_code(static_cast<uint32_t>(status.code()));
+  failed.set_status_message(std::string(status.message()));
+  result = std::move(failed);
+}
+
+}  // namespace
+
+bool AllFinite(std::span<const float> values) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  uint32_t non_finite = 0;
+  for (const float value : values) {
+    non_finite |= (std::bit_cast<uint32_t>(value) & kExponent) == kExponent;
+  }
+  return non_finite == 0;
+}
+
+StepOutput::StepOutput(Backend* backend, Workspace* workspace, int vocab_size, int max_step_tokens)
+    : backend_(backend),
+      workspace_(workspace),
+      vocab_size_(vocab_size),
+      logits_(vocab_size_ * std::min(kHeadRows, max_step_tokens)) {
+  rows_.reserve(max_step_tokens);
+  row_numbers_.reserve(max_step_tokens);
+}
+
+absl::Status StepOutput::Run(const UnitWeights& head, const v1::StepHeader& step, KvSlots& slots,
+                             v1::StepResult& result, std::vector<float>& payload) {
+  result.set_vocab(static_cast<uint32_t>(vocab_size_));
+  size_t logits_rows = 0;
+  for (const v1::SequenceRows& rows : step.rows()) {
+    v1::SequenceResult& sequence = *result.add_sequences();
+    sequence.set_slot(rows.slot());
+    sequence.set_sequence_id(rows.sequence_id());
+    if (slots.next(rows.slot()).poisoned) {
+      Fail(absl::DataLossError("non-finite activations"), vocab_size_, sequence, payload);
+    } else if (rows.logits()) {
+      logits_rows += rows.row_count();
+    }
+  }
+  payload.reserve(logits_rows * vocab_size_);
+  ListRows(step, slots);
+  for (size_t first = 0; first < rows_.size(); first += kHeadRows) {
+    const size_t count = std::min<size_t>(kHeadRows, rows_.size() - first);
+    const auto row_numbers = std::span<const int32_t>(row_numbers_).subspan(first, count);
+    const std::span<float> logits(logits_.data(), count * vocab_size_);
+    STAGECOACH_RETURN_IF_ERROR(backend_->Head(*workspace_, head, row_numbers, logits));
+    for (size_t i = 0; i < count; ++i) {
+      const HeadRow& row = rows_[first + i];
+      const v1::SequenceRows& rows = step.rows(row.sequence);
+      v1::SequenceResult& sequence = *result.mutable_sequences(row.sequence);
+      if (sequence.status_code() != 0) continue;
+      const absl::Status status = Consume(
+          rows, row.index, logits.subspan(i * vocab_size_, vocab_size_), slots, sequence, payload);
+      if (status.ok()) continue;
+      slots.next(rows.slot()).poisoned = true;
+      Fail(status, vocab_size_, sequence, payload);
+    }
+  }
+  return absl::OkStatus();
+}
+
+void StepOutput::ListRows(const v1::StepHeader& step, const KvSlots& slots) {
+  rows_.clear();
+  row_numbers_.clear();
+  int first_row = 0;
+  for (int sequence = 0; sequence < step.rows_size(); ++sequence) {
+    const v1::SequenceRows& rows = step.rows(sequence);
+    const int count = static_cast<int>(rows.row_count());
+    for (int index = 0; index < count && !slots.next(rows.slot()).poisoned; ++index) {
+      if (!Wanted(rows, index)) continue;
+      rows_.push_back({sequence, index});
+      row_numbers_.push_back(first_row + index);
+    }
+    first_row += count;
+  }
+}
+
+absl::Status StepOutput::Consume(const v1::SequenceRows& rows, int index,
+                                 std::span<const float> logits, const KvSlots& slots,
+                                 v1::SequenceResult& result, std::vector<float>& payload) const {
+  if (!AllFinite(logits)) return absl::DataLossError("non-finite logits");
+  if (rows.logits()) {
+    payload.insert(payload.end(), logits.begin(), logits.end());
+    result.set_logits_rows(result.logits_rows() + 1);
+  }
+  if (index < rows.targets_size()) {
+    STAGECOACH_ASSIGN_OR_RETURN(const float logprob, LogProbability(logits, rows.targets(index)));
+    result.add_target_logprobs(logprob);
+  }
+  if (rows.sample() && index + 1 == static_cast<int>(rows.row_count())) {
+    const SlotState& slot = slots.next(rows.slot());
+    STAGECOACH_ASSIGN_OR_RETURN(const SampledToken token,
+                                Sample(logits, slot.sampling, slots.History(rows.slot()),
+                                       slot.prompt_tokens, static_cast<uint64_t>(slot.length)));
+    result.set_sampled(true);
+    result.set_token_id(token.token_id);
+    result.set_logprob(token.logprob);
+    result.mutable_top_ids()->Add(token.top_ids.begin(), token.top_ids.end());
+    result.mutable_top_logprobs()->Add(token.top_logprobs.begin(), token.top_logprobs.end());
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace stagecoach
