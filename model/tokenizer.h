@@ -9,16 +9,20 @@
 #include <string_view>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "model/gguf.h"
 
 namespace stagecoach {
+
+struct Vocab;
 
 enum class TokenKind { kNormal, kUnknown, kControl, kUserDefined, kUnused, kByte };
 
 struct EncodeOptions {
   bool add_special = false;    // BOS/EOS as the vocabulary asks for
   bool parse_special = false;  // control pieces in the text become their ids; never for user text
+                               // (user-defined pieces always do, as SentencePiece has it)
 };
 
 // Immutable; thread-safe.
@@ -38,7 +42,8 @@ class Tokenizer {
   // Control pieces give "" unless render_special. Requires 0 <= id < vocab_size().
   virtual std::string Piece(int32_t id, bool render_special) const = 0;
 
-  // Whole-list decoding; drops the space that the encoder put in front. Errors: OUT_OF_RANGE.
+  // Whole-list decoding; drops the space that the encoder put in front. The bytes of invalid UTF-8
+  // come out as they are. Errors: OUT_OF_RANGE.
   absl::StatusOr<std::string> Decode(std::span<const int32_t> ids, bool render_special) const;
 
   int vocab_size() const { return static_cast<int>(kinds_.size()); }
@@ -51,13 +56,16 @@ class Tokenizer {
   bool strips_leading_space() const { return strip_leading_space_; }
 
  protected:
-  std::vector<TokenKind> kinds_;
-  std::vector<int32_t> end_ids_;
-  int32_t bos_id_ = -1;
-  int32_t eos_id_ = -1;
-  bool add_bos_ = false;
-  bool add_eos_ = false;
-  bool strip_leading_space_ = false;
+  Tokenizer(const Vocab& vocab, bool strip_leading_space);
+  static absl::Status CheckEncodeSize(std::string_view text);
+
+  const std::vector<TokenKind> kinds_;  // [n]
+  const std::vector<int32_t> end_ids_;  // sorted
+  const int32_t bos_id_;
+  const int32_t eos_id_;
+  const bool add_bos_;
+  const bool add_eos_;
+  const bool strip_leading_space_;
 };
 
 inline constexpr size_t kMaxEncodeBytes = 16 << 20;
