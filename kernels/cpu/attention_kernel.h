@@ -1,0 +1,223 @@
+// Causal attention over tiles of 32 KV positions. Every tile starts fresh (its own maximum, sum and
+// weighted values) and is merged into the running result in tile order, so a query's bits do not
+// depend on the other queries. S: PortableSimd or Avx2Simd.
+#ifndef STAGECOACH_KERNELS_CPU_ATTENTION_KERNEL_H_
+#define STAGECOACH_KERNELS_CPU_ATTENTION_KERNEL_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/cpu/cpu_kernels.h"
+#include "kernels/cpu/unpack.h"
+#include "kernels/cpu/vector_kernels.h"
+
+namespace stagecoach::cpu {
+
+// kHalf: the KV is stored as half, else as float.
+template <class S, bool kHalf>
+class TiledAttention {
+ public:
+  static void Run(const AttentionTask& task) {
+    State states[kMaxTaskQueries];
+    const int queries = task.rows * task.group;
+    const int last_tile = (task.first_position + task.rows - 1) / kTilePositions;
+    for (int tile = 0; tile <= last_tile; ++tile) {
+      const std::byte* kv = task.kv + task.blocks[tile] * task.block_stride;
+      const Element* keys = reinterpret_cast<const Element*>(kv);
+      const Element* values = keys + static_cast<ptrdiff_t>(task.key_length) * kTilePositions;
+      // The first query that sees this tile.
+      const int first_row = tile * kTilePositions - task.first_position;
+      int i = first_row > 0 ? first_row * task.group : 0;
+      for (; i + 2 <= queries; i += 2) RunQueries<2>(task, i, tile, keys, values, states);
+      if (i < queries) RunQueries<1>(task, i, tile, keys, values, states);
+    }
+    for (int i = 0; i < queries; ++i) Finish(task, Out(task, i), states[i].sum);
+  }
+
+ private:
+  using Floats = typename S::Floats;
+  using Element = std::conditional_t<kHalf, uint16_t, float>;
+
+  struct State {
+    float max;
+    float sum;
+  };
+
+  static Floats LoadElements(const Element* p) {
+    if constexpr (kHalf) {
+      return S::LoadHalf(p);
+    } else {
+      return S::Load(p);
+    }
+  }
+  static float* Out(const AttentionTask& task, int query) {
+    return task.out + query / task.group * task.out_stride +
+           static_cast<ptrdiff_t>(query % task.group) * task.value_length;
+  }
+
+  // Scores of kQueries queries against all 32 positions, scaled.
+  template <int kQueries>
+  static void Scores(const AttentionTask& task, const float* const* q, const Element* keys,
+                     float (*scores)[kTilePositions]) {
+    Floats sums[kQueries][4];
+    STAGECOACH_UNROLL
+    for (int t = 0; t < kQueries; ++t) {
+      STAGECOACH_UNROLL
+      for (int i = 0; i < 4; ++i) sums[t][i] = S::Set(0);
+    }
+    for (int d = 0; d < task.key_length; ++d, keys += kTilePositions) {
+      STAGECOACH_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const Floats k = LoadElements(keys + 8 * i);
+        STAGECOACH_UNROLL
+        for (int t = 0; t < kQueries; ++t) {
+          sums[t][i] = S::Add(sums[t][i], S::Mul(S::Set(q[t][d]), k));
+        }
+      }
+    }
+    STAGECOACH_UNROLL
+    for (int t = 0; t < kQueries; ++t) {
+      STAGECOACH_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        S::Store(S::Mul(sums[t][i], S::Set(task.scale)), scores[t] + 8 * i);
+      }
+    }
+  }
+
+  // Scores become weights e^(score - max), 0 from `visible` on. Returns max and sum of the tile.
+  static State Softmax(float* scores, int visible) {
+    for (int i = visible; i < kTilePositions; ++i) scores[i] = scores[0];
+    float lanes[8];
+    S::Store(S::Max(S::Max(S::Load(scores), S::Load(scores + 8)),
+                    S::Max(S::Load(scores + 16), S::Load(scores + 24))),
+             lanes);
+    float max = lanes[0];
+    for (int i = 1; i < 8; ++i) max = lanes[i] > max ? lanes[i] : max;
+    for (int i = 0; i < kTilePositions; i += 8) {
+      S::Store(Exp<S>(S::Sub(S::Load(scores + i), S::Set(max))), scores + i);
+    }
+    for (int i = visible; i < kTilePositions; ++i) scores[i] = 0;
+    const float sum = S::Sum(S::Add(S::Add(S::Load(scores), S::Load(scores + 16)),
+                                    S::Add(S::Load(scores + 8), S::Load(scores + 24))));
+    return {max, sum};
+  }
+
+  template <int kQueries, int kVectors>
+  static void AddPosition(const Element* values, const float (*weights)[kTilePositions], int first,
+                          int position, Floats (*acc)[4]) {
+    STAGECOACH_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      const Floats v = LoadElements(values + 8 * i);
+      STAGECOACH_UNROLL
+      for (int t = 0; t < kQueries; ++t) {
+        acc[first + t][i] =
+            S::Add(acc[first + t][i], S::Mul(S::Set(weights[first + t][position]), v));
+      }
+    }
+  }
+
+  // out = out * keep + tile * add for 8 * kVectors values (`count` of them real).
+  template <int kQueries, int kVectors>
+  static void Values(const AttentionTask& task, const Element* values, int column, int count,
+                     const int* visible, const float (*weights)[kTilePositions], bool first_tile,
+                     const float* keep, const float* add, float* const* out) {
+    const ptrdiff_t stride = (task.value_length + 7) / 8 * 8;
+    Floats acc[kQueries][4];
+    STAGECOACH_UNROLL
+    for (int t = 0; t < kQueries; ++t) {
+      STAGECOACH_UNROLL
+      for (int i = 0; i < kVectors; ++i) acc[t][i] = S::Set(0);
+    }
+    values += column;
+    int p = 0;
+    for (; p < visible[0]; ++p, values += stride) {
+      AddPosition<kQueries, kVectors>(values, weights, 0, p, acc);
+    }
+    if constexpr (kQueries == 2) {  // the second may be of a later row
+      for (; p < visible[1]; ++p, values += stride) {
+        AddPosition<1, kVectors>(values, weights, 1, p, acc);
+      }
+    }
+    STAGECOACH_UNROLL
+    for (int t = 0; t < kQueries; ++t) {
+      STAGECOACH_UNROLL
+      for (int i = 0; i < kVectors; ++i) {
+        Merge(acc[t][i], count - 8 * i, first_tile, keep[t], add[t], out[t] + column + 8 * i);
+      }
+    }
+  }
+
+  static void Merge(Floats tile, int count, bool first_tile, float keep, float add, float* out) {
+    if (count >= 8) {
+      const Floats old = first_tile ? S::Set(0) : S::Load(out);
+      S::Store(S::Add(S::Mul(old, S::Set(keep)), S::Mul(tile, S::Set(add))), out);
+      return;
+    }
+    float buffer[8];
+    S::Store(tile, buffer);
+    for (int i = 0; i < count; ++i) {
+      out[i] = (first_tile ? 0.0f : out[i]) * keep + buffer[i] * add;
+    }
+  }
+
+  template <int kQueries>
+  static void RunQueries(const AttentionTask& task, int first, int tile, const Element* keys,
+                         const Element* values, State* states) {
+    const float* q[kQueries];
+    float* out[kQueries];
+    int visible[kQueries];
+    float scores[kQueries][kTilePositions];
+    float keep[kQueries], add[kQueries];
+    for (int t = 0; t < kQueries; ++t) {
+      const int row = (first + t) / task.group;
+      q[t] = task.q + row * task.q_stride +
+             static_cast<ptrdiff_t>((first + t) % task.group) * task.key_length;
+      out[t] = Out(task, first + t);
+      const int left = task.first_position + row + 1 - tile * kTilePositions;
+      visible[t] = left < kTilePositions ? left : kTilePositions;
+    }
+    Scores<kQueries>(task, q, keys, scores);
+    for (int t = 0; t < kQueries; ++t) {
+      const State now = Softmax(scores[t], visible[t]);
+      State& state = states[first + t];
+      if (tile == 0) {
+        state = now;
+        keep[t] = 0;
+        add[t] = 1;
+        continue;
+      }
+      const float max = now.max > state.max ? now.max : state.max;
+      keep[t] = ExpOne<S>(state.max - max);
+      add[t] = ExpOne<S>(now.max - max);
+      state = {max, state.sum * keep[t] + now.sum * add[t]};
+    }
+    int column = 0;
+    for (; column + 32 <= task.value_length; column += 32) {
+      Values<kQueries, 4>(task, values, column, 32, visible, scores, tile == 0, keep, add, out);
+    }
+    for (; column < task.value_length; column += 8) {
+      Values<kQueries, 1>(task, values, column, task.value_length - column, visible, scores,
+                          tile == 0, keep, add, out);
+    }
+  }
+
+  static void Finish(const AttentionTask& task, float* out, float sum) {
+    const float inverse = 1.0f / sum;
+    for (int i = 0; i < task.value_length; ++i) out[i] *= inverse;
+  }
+};
+
+template <class S>
+void Attention(const AttentionTask& task) {
+  if (task.half) {
+    TiledAttention<S, true>::Run(task);
+  } else {
+    TiledAttention<S, false>::Run(task);
+  }
+}
+
+}  // namespace stagecoach::cpu
+
+#endif  // STAGECOACH_KERNELS_CPU_ATTENTION_KERNEL_H_

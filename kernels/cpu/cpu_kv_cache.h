@@ -1,0 +1,41 @@
+// The KV cache of a stage as the CPU attention kernel reads it.
+#ifndef STAGECOACH_KERNELS_CPU_CPU_KV_CACHE_H_
+#define STAGECOACH_KERNELS_CPU_CPU_KV_CACHE_H_
+
+#include <cstddef>
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "kernels/cpu/aligned_buffer.h"
+#include "kernels/cpu/cpu_kernels.h"
+
+namespace stagecoach::cpu {
+
+static_assert(kTilePositions == kKvBlockPositions);
+
+// [layers][blocks][kv_heads]{ keys [key_length][32], values [32][value_length rounded up to 8] }.
+class CpuKvCache : public KvCache {
+ public:
+  // Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED.
+  static absl::StatusOr<std::unique_ptr<CpuKvCache>> Create(const KvShape& shape);
+
+  const KvShape& shape() const { return shape_; }
+  size_t block_stride() const { return head_bytes_ * shape_.kv_heads; }  // bytes
+  // Block 0 of one layer and head.
+  std::byte* head(int layer, int kv_head) const {
+    return memory_.data() + block_stride() * shape_.blocks * layer + head_bytes_ * kv_head;
+  }
+  // Stores the keys [kv_heads][key_length] and values [kv_heads][value_length] of one position.
+  void Store(const CpuKernels& kernels, int layer, int block, int position_in_block,
+             const float* keys, const float* values) const;
+
+ private:
+  KvShape shape_;
+  size_t head_bytes_ = 0;
+  AlignedBuffer<std::byte> memory_;
+};
+
+}  // namespace stagecoach::cpu
+
+#endif  // STAGECOACH_KERNELS_CPU_CPU_KV_CACHE_H_

@@ -1,0 +1,58 @@
+#include "kernels/cpu/cpu_weights.h"
+
+#include <cstring>
+#include <utility>
+
+#include "kernels/tensor_check.h"
+#include "model/dequantize.h"
+#include "model/status_macros.h"
+
+namespace stagecoach::cpu {
+uint64_t CpuUnitWeights::bytes() const {
+  uint64_t bytes = embedding_.bytes();
+  for (const PackedMatrix& matrix : matrices_) bytes += matrix.bytes();
+  for (const AlignedBuffer<float>& vector : vectors_) bytes += vector.bytes();
+  return bytes;
+}
+
+absl::Status CpuUnitWeights::LookUp(std::span<const int32_t> token_ids, float* out) const {
+  STAGECOACH_ASSIGN_OR_RETURN(const uint64_t row_bytes,
+                              RowBytes(embedding_type_, embedding_columns_));
+  for (const int32_t id : token_ids) {
+    const std::span<const std::byte> row(embedding_.data() + id * row_bytes, row_bytes);
+    STAGECOACH_RETURN_IF_ERROR(
+        DequantizeRow(embedding_type_, row, std::span<float>(out, embedding_columns_)));
+    out += embedding_columns_;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CpuUnitBuilder::Add(TensorRole role, const TensorInfo& tensor,
+                                 std::span<const std::byte> raw) {
+  STAGECOACH_RETURN_IF_ERROR(CheckTensorShape(role, tensor));
+  STAGECOACH_RETURN_IF_ERROR(CheckTensorData(tensor, raw));
+  const int index = static_cast<int>(role);
+  const int columns = static_cast<int>(tensor.columns());
+  if (role == TensorRole::kTokenEmbedding) {
+    STAGECOACH_ASSIGN_OR_RETURN(weights_->embedding_, AlignedBuffer<std::byte>::Create(raw.size()));
+    std::memcpy(weights_->embedding_.data(), raw.data(), raw.size());
+    weights_->embedding_type_ = tensor.type;
+    weights_->embedding_columns_ = tensor.columns();
+    return absl::OkStatus();
+  }
+  if (IsVectorRole(role)) {
+    AlignedBuffer<float>& vector = weights_->vectors_[index];
+    STAGECOACH_ASSIGN_OR_RETURN(vector, AlignedBuffer<float>::Create(columns));
+    return DequantizeRow(tensor.type, raw, std::span<float>(vector.data(), columns));
+  }
+  STAGECOACH_ASSIGN_OR_RETURN(
+      weights_->matrices_[index],
+      PackedMatrix::Pack(tensor.type, static_cast<int>(tensor.rows()), columns, raw));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<UnitWeights>> CpuUnitBuilder::Finish() {
+  return std::unique_ptr<UnitWeights>(std::move(weights_));
+}
+
+}  // namespace stagecoach::cpu
