@@ -13,12 +13,11 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "coordinator/scheduler.h"
 #include "kernels/sampling.h"
 #include "worker/link/stage_link.h"
 
 namespace stagecoach {
-
-using RequestId = uint64_t;
 
 // One sequence to extend, or (score) to run teacher-forced without sampling. Checked already.
 struct Request {
@@ -30,8 +29,6 @@ struct Request {
   bool score = false;          // no sampling: OnScores for every prompt row
   bool return_logits = false;  // with score
 };
-
-enum class Finish { kStop, kLength };
 
 struct RequestSummary {
   Finish finish = Finish::kStop;
@@ -73,14 +70,24 @@ struct PipelineStats {
   uint32_t waiting = 0;
   uint32_t slots = 0;
   uint64_t completed = 0;
-  uint64_t failed = 0;
+  uint64_t cancelled = 0;  // by the client
+  uint64_t failed = 0;     // all other ends
   uint64_t prompt_tokens = 0;
   uint64_t completion_tokens = 0;
   double recent_tokens_per_second = 0;  // over the last 10 s
-  uint64_t dropped_frames = 0;          // of another epoch
+  uint64_t dropped_frames = 0;          // of another epoch, link or step
 };
 
-// Thread-safe.
+// What one stage of the current epoch did, as its step timings say.
+struct StageTotals {
+  uint64_t steps = 0;
+  double compute_seconds = 0;
+  double wait_seconds = 0;  // for a frame while the pipeline had work
+};
+
+// Thread-safe. Posts (Submit, Cancel, results, ...) take effect in the order in which they were
+// made; none of them waits for the loop. A token costs one wake-up of the loop's thread, and the
+// next step is sent before observers hear of the last one.
 class Pipeline : public LinkHandler {
  public:
   explicit Pipeline(PipelineOptions options);
@@ -88,7 +95,8 @@ class Pipeline : public LinkHandler {
 
   // Results of `epoch` will be accepted from now on (the last stage dials before serving starts).
   void ExpectEpoch(uint64_t epoch, int stages);
-  // All stages are linked: start stepping through `to_first_stage`.
+  // All stages are linked: start stepping through `to_first_stage`. Without effect (the sender is
+  // closed) if the epoch is no longer the expected one.
   void StartEpoch(uint64_t epoch, std::unique_ptr<LinkSender> to_first_stage);
   // A stage was lost: every running request ends with `reason` (UNAVAILABLE); waiting ones too.
   void EndEpoch(const absl::Status& reason);
@@ -102,9 +110,12 @@ class Pipeline : public LinkHandler {
   void FinishEarly(RequestId id);
 
   PipelineStats Stats() const;
-  // Called (any thread) when the link of the current epoch breaks or a stage reports a step error.
+  std::vector<StageTotals> StageTimings() const;  // one per stage of the current or last epoch
+  // Called (any thread) when the current epoch cannot go on: its link broke, or the last stage sent
+  // what does not fit the protocol. The epoch has then ended, as by EndEpoch.
   void SetFailureCallback(std::function<void(uint64_t epoch, const absl::Status&)> callback);
-  void Shutdown();  // idempotent
+  // Ends all requests with UNAVAILABLE and joins the loop. Idempotent. Not from an observer.
+  void Shutdown();
 
   absl::Status OnLink(uint64_t link, const v1::LinkHello& hello) override;
   void OnFrame(uint64_t link, Frame frame, CreditReturn credit) override;

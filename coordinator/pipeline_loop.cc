@@ -1,0 +1,227 @@
+// The loop's side of the pipeline: posts in, steps and events out.
+#include <algorithm>
+
+#include "coordinator/pipeline_impl.h"
+
+namespace stagecoach {
+
+void Pipeline::Impl::Loop() {
+  std::deque<Post> posts;
+  while (WaitForPosts(scheduler_ ? scheduler_->NextDeadline() : absl::InfiniteDuration(), posts)) {
+    had_result_ = false;
+    delivered_tokens_ = 0;
+    for (Post& post : posts) std::visit([this](auto& p) { Handle(p); }, post);
+    if (scheduler_) {
+      scheduler_->Tick(MonotonicNow());
+      CollectEvents(nullptr, Payload());
+    }
+    SendSteps();
+    Deliver();
+    PublishStats();
+    posts.clear();  // gives the credits of the frames back
+  }
+}
+
+bool Pipeline::Impl::WaitForPosts(absl::Duration deadline, std::deque<Post>& posts) {
+  absl::MutexLock lock(&mu_);
+  while (posts_.empty() && !stop_) {
+    const absl::Duration wait = deadline - MonotonicNow();
+    if (wait <= absl::ZeroDuration()) return true;
+    wake_.WaitWithTimeout(&mu_, wait);
+  }
+  posts.swap(posts_);
+  frames_posted_ = 0;
+  return !posts.empty();
+}
+
+void Pipeline::Impl::Handle(Submitted& post) {
+  Live live;
+  live.observer = std::move(post.observer);
+  live.sampling = post.request.sampling;
+  live.score = post.request.score;
+  live.summary.prompt_tokens = static_cast<uint32_t>(post.request.prompt.size());
+  live.submitted = post.time;
+  requests_.emplace(post.id, std::move(live));
+  SchedulerRequest request{.id = post.id,
+                           .prompt = std::move(post.request.prompt),
+                           .max_tokens = post.request.max_tokens,
+                           .stop_token_ids = std::move(post.request.stop_token_ids),
+                           .deadline = post.deadline,
+                           .score = post.request.score,
+                           .logits = post.request.return_logits};
+  absl::Status status = absl::UnavailableError("the epoch has ended");
+  if (scheduler_) status = scheduler_->Add(std::move(request));
+  if (!status.ok()) deliveries_.push_back({.event = {.id = post.id, .status = status}});
+}
+
+void Pipeline::Impl::Handle(Cancelled& post) {
+  if (scheduler_) scheduler_->Cancel(post.id);
+}
+
+void Pipeline::Impl::Handle(FinishedEarly& post) {
+  if (scheduler_) scheduler_->FinishEarly(post.id);
+}
+
+void Pipeline::Impl::Handle(Received& post) {
+  if (!scheduler_ || !sender_) return;  // between a failure and its Ended
+  const v1::StepResult& result = post.frame.header.result();
+  const Step* step = scheduler_->FindInFlight(result.step());
+  if (step == nullptr) {
+    absl::MutexLock lock(&mu_);
+    ++stats_.dropped_frames;
+    return;
+  }
+  absl::StatusOr<StepOutcome> outcome = ParseStepResult(post.frame, *step, options_.vocab_size);
+  absl::Status status = outcome.status();
+  if (status.ok()) {
+    CollectEvents(nullptr, Payload());  // of posts before this one
+    status = scheduler_->OnResult(result.step(), outcome->results);
+  }
+  if (!status.ok()) {
+    sender_ = nullptr;
+    EndEpoch(epoch_, status, /*failure=*/true);
+    return;
+  }
+  had_result_ = true;
+  AddTimings(result, after_idle_.front());
+  after_idle_.pop_front();
+  CollectEvents(&*outcome, post.frame.payload);
+}
+
+void Pipeline::Impl::Handle(Started& post) {
+  scheduler_.emplace(
+      SchedulerOptions{.stages = post.stages,
+                       .max_slots = options_.max_slots,
+                       .max_context = options_.max_context,
+                       .max_step_tokens = options_.max_step_tokens,
+                       .max_waiting = options_.max_waiting,
+                       .max_in_flight = std::min<int>(post.stages + 1, kLinkCredits - 1)});
+  sender_ = std::move(post.sender);
+  epoch_ = post.epoch;
+  after_idle_.clear();
+}
+
+void Pipeline::Impl::Handle(Ended& post) {
+  scheduler_->Reset(post.reason);
+  CollectEvents(nullptr, Payload());
+  scheduler_.reset();
+  sender_ = nullptr;
+}
+
+void Pipeline::Impl::AddTimings(const v1::StepResult& result, bool after_idle) {
+  absl::MutexLock lock(&mu_);
+  const int stages = std::min(result.timings_size(), static_cast<int>(timings_.size()));
+  for (int stage = 0; stage < stages; ++stage) {
+    StageTotals& totals = timings_[stage];
+    ++totals.steps;
+    totals.compute_seconds += result.timings(stage).compute_us() * 1e-6;
+    if (!after_idle) totals.wait_seconds += result.timings(stage).wait_us() * 1e-6;
+  }
+}
+
+// Keeps what the scheduler has to say until the next steps have been sent. `outcome`: of the step
+// whose result caused the events; nullptr if it was something else.
+void Pipeline::Impl::CollectEvents(StepOutcome* outcome, const Payload& payload) {
+  for (SchedulerEvent& event : scheduler_->TakeEvents()) {
+    Delivery delivery;
+    if (event.kind != SchedulerEvent::Kind::kEnd) {
+      delivery.token = std::move(outcome->tokens[event.rows]);
+      delivery.scores = std::move(outcome->scores[event.rows]);
+      delivery.logits = outcome->logits[event.rows];
+      delivery.payload = payload;
+    }
+    delivery.event = std::move(event);
+    deliveries_.push_back(std::move(delivery));
+  }
+}
+
+void Pipeline::Impl::SendSteps() {
+  if (!scheduler_ || !sender_) return;
+  while (std::optional<Step> step = scheduler_->Next()) {
+    // Idle before, unless the results of this round made the step possible.
+    after_idle_.push_back(scheduler_->in_flight() == 1 && !had_result_);
+    Frame frame = MakeStepFrame(epoch_, *step, [this](RequestId id) {
+      const Live& live = requests_.at(id);
+      return SequenceInfo{&live.sampling, live.summary.prompt_tokens};
+    });
+    const absl::Duration now = MonotonicNow();
+    for (const StepRows& rows : step->rows) {
+      Live& live = requests_.at(rows.id);
+      if (!std::exchange(live.stepped, true)) live.first_step = now;
+    }
+    if (const absl::Status status = sender_->Send(std::move(frame)); !status.ok()) {
+      sender_ = nullptr;
+      EndEpoch(epoch_, status, /*failure=*/true);
+      return;
+    }
+  }
+}
+
+void Pipeline::Impl::Deliver() {
+  const absl::Duration now = MonotonicNow();
+  for (Delivery& delivery : deliveries_) {
+    const SchedulerEvent& event = delivery.event;
+    const auto found = requests_.find(event.id);
+    if (found == requests_.end()) continue;
+    Live& live = found->second;
+    switch (event.kind) {
+      case SchedulerEvent::Kind::kToken:
+        if (event.index == 0) live.first_token = now;
+        live.last_token = now;
+        ++live.summary.completion_tokens;
+        ++delivered_tokens_;
+        live.observer->OnToken(event.index, delivery.token);
+        break;
+      case SchedulerEvent::Kind::kScores:
+        live.first_token = live.last_token = now;
+        live.observer->OnScores(event.index, delivery.scores, delivery.logits);
+        break;
+      case SchedulerEvent::Kind::kEnd:
+        DeliverEnd(event);
+        break;
+    }
+  }
+  deliveries_.clear();
+}
+
+void Pipeline::Impl::DeliverEnd(const SchedulerEvent& event) {
+  const auto node = requests_.extract(event.id);
+  Live& live = node.mapped();
+  RequestSummary& summary = live.summary;
+  summary.finish = event.finish;
+  const absl::Duration now = MonotonicNow();
+  const bool answered = summary.completion_tokens > 0 || (live.score && event.status.ok());
+  summary.queue_seconds =
+      absl::ToDoubleSeconds((live.stepped ? live.first_step : now) - live.submitted);
+  if (live.stepped) {
+    summary.prompt_seconds =
+        absl::ToDoubleSeconds((answered ? live.first_token : now) - live.first_step);
+  }
+  if (answered) summary.decode_seconds = absl::ToDoubleSeconds(live.last_token - live.first_token);
+  {
+    absl::MutexLock lock(&mu_);
+    live_.erase(event.id);
+    if (event.status.ok()) {
+      ++stats_.completed;
+    } else if (event.status.code() == absl::StatusCode::kCancelled) {
+      ++stats_.cancelled;
+    } else {
+      ++stats_.failed;
+    }
+    if (answered) {
+      stats_.prompt_tokens += summary.prompt_tokens;
+      retry_.AddRun(now - live.first_step);
+    }
+  }
+  live.observer->OnEnd(event.status, summary);
+}
+
+void Pipeline::Impl::PublishStats() {
+  absl::MutexLock lock(&mu_);
+  stats_.running = scheduler_ ? scheduler_->running() : 0;
+  stats_.waiting = scheduler_ ? scheduler_->waiting() : 0;
+  stats_.completion_tokens += delivered_tokens_;
+  if (delivered_tokens_ > 0) rate_.Add(MonotonicNow(), delivered_tokens_);
+}
+
+}  // namespace stagecoach
