@@ -28,20 +28,27 @@ struct SamplingParams {
 
 struct SampledToken {
   int32_t token_id = 0;
-  float logprob = 0;             // of the raw distribution (before temperature and filters)
+  float logprob = 0;             // of the raw distribution (before penalties, filters and
+                                 // temperature); 0 if params.logprobs is 0
   std::vector<int32_t> top_ids;  // params.logprobs best, best first; empty if 0
   std::vector<float> top_logprobs;
 };
 
+// Order: penalties, top-k, top-p, min-p, temperature; each filter sees what the one before it left,
+// renormalised. Then one draw from a Philox generator keyed by (seed, position). A parameter
+// outside its range switches its filter off; temperature 0 takes the best token after penalties.
+// Arithmetic is IEEE double in a fixed order (portable_math.h), so the choice is the same anywhere.
 // logits: [vocab], not modified. history: all tokens of the sequence so far, prompt included;
 // the first `prompt_tokens` of them do not count for presence and frequency. position: of the
 // token being chosen. Ties go to the lower id.
+// history tokens outside the vocabulary are ignored. Thread-safe.
 // Errors: DATA_LOSS if a logit is NaN or +Inf, or no logit is finite.
 absl::StatusOr<SampledToken> Sample(std::span<const float> logits, const SamplingParams& params,
                                     std::span<const int32_t> history, size_t prompt_tokens,
                                     uint64_t position);
 
-// log softmax(logits)[token], in float64 with a fixed order. DATA_LOSS as above.
+// log softmax(logits)[token], in float64 with a fixed order. DATA_LOSS as above;
+// INVALID_ARGUMENT if token is not in [0, vocab).
 absl::StatusOr<float> LogProbability(std::span<const float> logits, int32_t token);
 
 }  // namespace stagecoach

@@ -1,0 +1,235 @@
+#include "kernels/sampling.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <numeric>
+#include <string>
+
+#include "absl/status/status.h"
+#include "fmt/format.h"
+#include "kernels/philox.h"
+#include "kernels/portable_math.h"
+
+namespace stagecoach {
+namespace {
+
+struct Candidate {
+  float logit;
+  int32_t id;
+  double weight;  // exp(logit - best), for the filter or draw under way
+};
+
+// The order of preference; total, so every selection below has one answer.
+bool Better(const Candidate& a, const Candidate& b) {
+  return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+}
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// In eight lanes, so that the comparisons need not wait for each other. -Inf if empty.
+float MaxLogit(std::span<const float> logits) {
+  std::array<float, 8> best;
+  best.fill(-kInfinity);
+  size_t i = 0;
+  for (; i + best.size() <= logits.size(); i += best.size()) {
+    for (size_t lane = 0; lane < best.size(); ++lane) {
+      best[lane] = std::max(best[lane], logits[i + lane]);
+    }
+  }
+  for (; i < logits.size(); ++i) best[0] = std::max(best[0], logits[i]);
+  return *std::ranges::max_element(best);
+}
+
+// The lowest id among the largest; `best` is the largest.
+int32_t FirstOf(std::span<const float> logits, float best) {
+  return static_cast<int32_t>(std::ranges::find(logits, best) - logits.begin());
+}
+
+absl::Status CheckLogits(std::span<const float> logits) {
+  size_t below_infinity = 0;  // NaN is not
+  for (const float logit : logits) below_infinity += logit < kInfinity;
+  if (below_infinity != logits.size()) {
+    const auto bad = std::ranges::find_if(logits, [](float x) { return !(x < kInfinity); });
+    return absl::DataLossError(
+        fmt::format("logit {} of {} is {}", bad - logits.begin(), logits.size(), *bad));
+  }
+  if (MaxLogit(logits) == -kInfinity) return absl::DataLossError("no logit is finite");
+  return absl::OkStatus();
+}
+
+// log(sum(exp(logits))), added up in order of id.
+double LogSumExp(std::span<const float> logits) {
+  const double best = MaxLogit(logits);
+  double sum = 0;
+  for (const float logit : logits) sum += PortableExp(logit - best);
+  return best + PortableLog(sum);
+}
+
+// `logits`, or a changed copy of it in `scratch` if a penalty is on.
+std::span<const float> Penalise(std::span<const float> logits, const SamplingParams& params,
+                                std::span<const int32_t> history, size_t prompt_tokens,
+                                std::vector<float>& scratch) {
+  const double repetition = params.repetition_penalty;
+  const bool repetition_on = repetition > 0 && repetition != 1 && std::isfinite(repetition);
+  const double presence = std::isfinite(params.presence_penalty) ? params.presence_penalty : 0;
+  const double frequency = std::isfinite(params.frequency_penalty) ? params.frequency_penalty : 0;
+  if (!repetition_on && presence == 0 && frequency == 0) return logits;
+
+  scratch.assign(logits.begin(), logits.end());
+  // Per token: 1 + how often it was generated, 0 once it is dealt with or if it was never seen.
+  thread_local std::vector<uint32_t> seen;
+  seen.assign(logits.size(), 0);
+  const auto in_vocabulary = [&](int32_t id) {
+    return id >= 0 && static_cast<size_t>(id) < logits.size();
+  };
+  for (size_t i = 0; i < history.size(); ++i) {
+    if (!in_vocabulary(history[i])) continue;
+    uint32_t& entry = seen[history[i]];
+    entry = std::max(entry, 1u) + (i >= prompt_tokens ? 1 : 0);
+  }
+  for (const int32_t id : history) {
+    if (!in_vocabulary(id) || seen[id] == 0) continue;
+    const uint32_t generated = seen[id] - 1;
+    seen[id] = 0;
+    double logit = scratch[id];
+    if (repetition_on) logit = logit > 0 ? logit / repetition : logit * repetition;
+    logit -= frequency * generated + (generated > 0 ? presence : 0);
+    scratch[id] = static_cast<float>(logit);
+  }
+  return scratch;
+}
+
+// The `count` best tokens, best first, by a bounded heap: one pass over the vocabulary.
+void SelectBest(std::span<const float> logits, size_t count, std::vector<Candidate>& out) {
+  out.clear();
+  for (size_t i = 0; i < logits.size(); ++i) {
+    const Candidate candidate = {logits[i], static_cast<int32_t>(i), 0};
+    if (out.size() == count) {  // the heap's front is the worst of those kept
+      if (!Better(candidate, out.front())) continue;
+      std::pop_heap(out.begin(), out.end(), Better);
+      out.back() = candidate;
+    } else {
+      out.push_back(candidate);
+    }
+    std::push_heap(out.begin(), out.end(), Better);
+  }
+  std::sort_heap(out.begin(), out.end(), Better);
+}
+
+// Sets weights to exp((logit - best) / temperature) and returns their sum.
+double SetWeights(std::vector<Candidate>& candidates, float best, double temperature) {
+  double sum = 0;
+  for (Candidate& candidate : candidates) {
+    candidate.weight = PortableExp((double{candidate.logit} - best) / temperature);
+    sum += candidate.weight;
+  }
+  return sum;
+}
+
+// Keeps the smallest set of best tokens that holds at least top_p of the probability, in their old
+// order. Finds the last token of that set by bisection on rank, each step a partition around the
+// middle: linear in the candidates however flat the distribution. Weights are counted in integers,
+// so that sums do not depend on the order of the partitions.
+void KeepTopP(std::vector<Candidate>& candidates, float best, double top_p) {
+  SetWeights(candidates, best, 1);
+  const auto units = [](const Candidate& candidate) {
+    return static_cast<uint64_t>(candidate.weight * 0x1p40);  // 2^23 tokens cannot overflow
+  };
+  const auto sum = [&](auto begin, auto end) {
+    return std::accumulate(begin, end, uint64_t{0},
+                           [&](uint64_t total, const Candidate& c) { return total + units(c); });
+  };
+  thread_local std::vector<Candidate> ranked;
+  ranked = candidates;
+  auto begin = ranked.begin(), end = ranked.end();
+  auto wanted = static_cast<uint64_t>(top_p * static_cast<double>(sum(begin, end)));
+  ptrdiff_t step = 256;  // usually few tokens hold nearly everything
+  while (end - begin > 1) {
+    const auto middle = begin + std::min(step, (end - begin) / 2);
+    std::nth_element(begin, middle, end, Better);
+    const uint64_t upper = sum(begin, middle);
+    if (upper >= wanted) {
+      end = middle;
+    } else {
+      wanted -= upper;
+      begin = middle;
+    }
+    step = end - begin;
+  }
+  const Candidate last = *begin;
+  std::erase_if(candidates, [&](const Candidate& candidate) { return Better(last, candidate); });
+}
+
+// What the filters leave of `logits`; never empty.
+void Filter(std::span<const float> logits, float best, const SamplingParams& params,
+            std::vector<Candidate>& out) {
+  if (params.top_k > 0 && params.top_k < logits.size()) {
+    SelectBest(logits, params.top_k, out);
+  } else {
+    out.resize(logits.size());
+    for (size_t i = 0; i < logits.size(); ++i) out[i] = {logits[i], static_cast<int32_t>(i), 0};
+  }
+  if (params.top_p > 0 && params.top_p < 1) KeepTopP(out, best, params.top_p);
+  if (params.min_p > 0 && params.min_p < 1) {
+    const double threshold = best + PortableLog(params.min_p);
+    std::erase_if(out, [&](const Candidate& candidate) { return candidate.logit < threshold; });
+  }
+}
+
+// `best`: the largest logit among the candidates.
+int32_t Draw(std::vector<Candidate>& candidates, float best, double temperature, double uniform) {
+  const double target = uniform * SetWeights(candidates, best, temperature);
+  double sum = 0;
+  for (const Candidate& candidate : candidates) {
+    sum += candidate.weight;
+    if (sum > target) return candidate.id;
+  }
+  return candidates.front().id;  // not reached with parameters in range: uniform < 1
+}
+
+}  // namespace
+
+absl::StatusOr<SampledToken> Sample(std::span<const float> logits, const SamplingParams& params,
+                                    std::span<const int32_t> history, size_t prompt_tokens,
+                                    uint64_t position) {
+  if (absl::Status status = CheckLogits(logits); !status.ok()) return status;
+  // Kept per thread, so that a warm worker allocates nothing here.
+  thread_local std::vector<float> penalised_scratch;
+  thread_local std::vector<Candidate> candidates;
+  const std::span<const float> penalised =
+      Penalise(logits, params, history, prompt_tokens, penalised_scratch);
+
+  const float best = MaxLogit(penalised);
+  SampledToken token;
+  if (params.temperature > 0) {
+    Filter(penalised, best, params, candidates);
+    token.token_id =
+        Draw(candidates, best, params.temperature, PhiloxUniform(params.seed, position));
+  } else {
+    token.token_id = FirstOf(penalised, best);
+  }
+  if (params.logprobs == 0) return token;
+
+  const double normaliser = LogSumExp(logits);
+  token.logprob = static_cast<float>(logits[token.token_id] - normaliser);
+  SelectBest(logits, std::min<size_t>(params.logprobs, kMaxLogprobs), candidates);
+  for (const Candidate& candidate : candidates) {
+    token.top_ids.push_back(candidate.id);
+    token.top_logprobs.push_back(static_cast<float>(candidate.logit - normaliser));
+  }
+  return token;
+}
+
+absl::StatusOr<float> LogProbability(std::span<const float> logits, int32_t token) {
+  if (token < 0 || static_cast<size_t>(token) >= logits.size()) {
+    return absl::InvalidArgumentError(
+        fmt::format("token {} is not in a vocabulary of {}", token, logits.size()));
+  }
+  if (absl::Status status = CheckLogits(logits); !status.ok()) return status;
+  return static_cast<float>(logits[token] - LogSumExp(logits));
+}
+
+}  // namespace stagecoach

@@ -1,0 +1,269 @@
+#include "kernels/sampling.h"
+
+#include <cmath>
+#include <limits>
+#include <set>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/philox.h"
+#include "kernels/portable_math.h"
+
+namespace stagecoach {
+namespace {
+
+using testing::ElementsAre;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+int32_t SampleId(std::span<const float> logits, const SamplingParams& params,
+                 std::span<const int32_t> history = {}, size_t prompt_tokens = 0,
+                 uint64_t position = 0) {
+  const auto token = Sample(logits, params, history, prompt_tokens, position);
+  EXPECT_TRUE(token.ok()) << token.status();
+  return token.ok() ? token->token_id : -1;
+}
+
+// How often each token is drawn at positions 0..draws.
+std::vector<int> Histogram(std::span<const float> logits, const SamplingParams& params, int draws) {
+  std::vector<int> counts(logits.size());
+  for (int position = 0; position < draws; ++position) {
+    ++counts[SampleId(logits, params, {}, 0, position)];
+  }
+  return counts;
+}
+
+// Tokens that are ever drawn.
+std::set<int32_t> Support(std::span<const float> logits, const SamplingParams& params) {
+  const std::vector<int> counts = Histogram(logits, params, 3000);
+  std::set<int32_t> ids;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    if (counts[i] > 0) ids.insert(static_cast<int32_t>(i));
+  }
+  return ids;
+}
+
+std::vector<float> LogitsOf(std::span<const double> probabilities) {
+  std::vector<float> logits;
+  for (const double p : probabilities) logits.push_back(static_cast<float>(std::log(p)) + 3);
+  return logits;
+}
+
+// The published known answers of the Random123 distribution.
+TEST(Philox, KnownAnswers) {
+  EXPECT_THAT(Philox({0, 0, 0, 0}, {0, 0}),
+              ElementsAre(0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8));
+  constexpr uint32_t kOnes = 0xffffffff;
+  EXPECT_THAT(Philox({kOnes, kOnes, kOnes, kOnes}, {kOnes, kOnes}),
+              ElementsAre(0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd));
+  EXPECT_THAT(Philox({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, {0xa4093822, 0x299f31d0}),
+              ElementsAre(0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1));
+}
+
+TEST(PortableMath, AgreesWithTheLibrary) {
+  for (double x = -707; x < 708; x += 0.0973) {
+    ASSERT_NEAR(PortableExp(x) / std::exp(x), 1, 1e-15) << x;
+  }
+  for (double x = 1e-300; x < 1e300; x *= 1.37) {
+    ASSERT_NEAR(PortableLog(x), std::log(x), 1e-15 * std::max(1.0, std::abs(std::log(x)))) << x;
+  }
+  EXPECT_EQ(PortableExp(0), 1);
+  EXPECT_EQ(PortableLog(1), 0);
+  EXPECT_EQ(PortableExp(-kInf), 0);
+  EXPECT_EQ(PortableExp(kInf), kInf);
+  EXPECT_TRUE(std::isnan(PortableExp(std::nan(""))));
+}
+
+TEST(Sample, GreedyTakesTheBestAndTheLowerIdOnTies) {
+  EXPECT_EQ(SampleId(std::vector<float>{1, 3, 2, 3}, {}), 1);
+  EXPECT_EQ(SampleId(std::vector<float>{-kInf, -5, -kInf}, {}), 1);
+  EXPECT_EQ(SampleId(std::vector<float>{7}, {}), 0);
+}
+
+TEST(Sample, RefusesLogitsThatAreNoDistribution) {
+  const float nan = std::nanf("");
+  const std::vector<std::vector<float>> cases = {
+      {}, {1, nan, 2}, {1, kInf, 2}, {-kInf, -kInf}, {nan}};
+  for (const std::vector<float>& logits : cases) {
+    for (const float temperature : {0.0f, 1.0f}) {
+      SamplingParams params;
+      params.temperature = temperature;
+      EXPECT_EQ(Sample(logits, params, {}, 0, 0).status().code(), absl::StatusCode::kDataLoss);
+    }
+    if (!logits.empty()) {
+      EXPECT_EQ(LogProbability(logits, 0).status().code(), absl::StatusCode::kDataLoss);
+    }
+  }
+}
+
+TEST(Sample, DrawsFromTheDistribution) {
+  const std::vector<double> p = {0.05, 0.4, 0.01, 0.24, 0.1, 0.2};
+  constexpr int kDraws = 60000;
+  SamplingParams params;
+  params.temperature = 1;
+  for (const uint64_t seed : {uint64_t{0}, uint64_t{1}, uint64_t{0xdeadbeefcafef00d}}) {
+    params.seed = seed;
+    const std::vector<int> counts = Histogram(LogitsOf(p), params, kDraws);
+    double chi_square = 0;
+    for (size_t i = 0; i < p.size(); ++i) {
+      const double expected = p[i] * kDraws;
+      chi_square += (counts[i] - expected) * (counts[i] - expected) / expected;
+    }
+    EXPECT_LT(chi_square, 20.5) << "5 degrees of freedom: probability 0.001";
+  }
+}
+
+TEST(Sample, TemperatureSharpensAndFlattens) {
+  const std::vector<double> p = {0.5, 0.25, 0.25};
+  SamplingParams params;
+  params.temperature = 0.5;  // squares the probabilities: 4 : 1 : 1
+  EXPECT_NEAR(Histogram(LogitsOf(p), params, 20000)[0] / 20000.0, 4.0 / 6, 0.015);
+  params.temperature = 100;
+  EXPECT_NEAR(Histogram(LogitsOf(p), params, 20000)[0] / 20000.0, 1.0 / 3, 0.015);
+  params.temperature = 1e-30f;
+  EXPECT_THAT(Support(LogitsOf(p), params), ElementsAre(0));
+}
+
+TEST(Sample, IsAFunctionOfSeedAndPosition) {
+  const std::vector<float> logits(1000, 0.0f);
+  SamplingParams a, b;
+  a.temperature = b.temperature = 1;
+  a.seed = 1;
+  b.seed = 2;
+  int same_seed = 0, same_position = 0;
+  for (uint64_t position = 0; position < 1000; ++position) {
+    const int32_t id = SampleId(logits, a, {}, 0, position);
+    EXPECT_EQ(id, SampleId(logits, a, {}, 0, position));
+    same_seed += id == SampleId(logits, a, {}, 0, position + 1);
+    same_position += id == SampleId(logits, b, {}, 0, position);
+  }
+  EXPECT_LT(same_seed, 10);  // 1 expected by chance
+  EXPECT_LT(same_position, 10);
+}
+
+TEST(Sample, TopKKeepsTheBestAndTheLowerIdOnTies) {
+  SamplingParams params;
+  params.temperature = 2;
+  params.top_k = 3;
+  EXPECT_THAT(Support(std::vector<float>{1, 2, 1.5, 1.5, 1.5, 0}, params), ElementsAre(1, 2, 3));
+  params.top_k = 1;
+  EXPECT_THAT(Support(std::vector<float>{1, 2, 2, 0}, params), ElementsAre(1));
+  params.top_k = 100;
+  EXPECT_THAT(Support(std::vector<float>{1, 2, 2, 0}, params), ElementsAre(0, 1, 2, 3));
+}
+
+TEST(Sample, TopPKeepsTheSmallestSetThatReachesIt) {
+  const std::vector<double> p = {0.1, 0.5, 0.3, 0.1};
+  SamplingParams params;
+  params.temperature = 5;  // comes after the filter: the set is that of the plain distribution
+  params.top_p = 0.4f;
+  EXPECT_THAT(Support(LogitsOf(p), params), ElementsAre(1));
+  params.top_p = 0.6f;
+  EXPECT_THAT(Support(LogitsOf(p), params), ElementsAre(1, 2));
+  params.top_p = 0.85f;
+  EXPECT_THAT(Support(LogitsOf(p), params), ElementsAre(0, 1, 2));
+  params.top_p = 1;
+  EXPECT_THAT(Support(LogitsOf(p), params), ElementsAre(0, 1, 2, 3));
+}
+
+TEST(Sample, TopPOverManyEqualTokensTakesTheLowestIds) {
+  SamplingParams params;
+  params.temperature = 1;
+  params.top_p = 0.1005f;
+  const std::set<int32_t> support = Support(std::vector<float>(1000, 0.5f), params);
+  EXPECT_EQ(*support.rbegin(), 100);
+  EXPECT_GT(support.size(), 95u);
+}
+
+TEST(Sample, TopPSeesWhatTopKLeft) {
+  const std::vector<double> p = {0.4, 0.3, 0.2, 0.1};
+  SamplingParams params;
+  params.temperature = 1;
+  params.top_p = 0.56f;
+  EXPECT_THAT(Support(LogitsOf(p), params), ElementsAre(0, 1));
+  params.top_k = 2;  // renormalised: 0.57, 0.43
+  EXPECT_THAT(Support(LogitsOf(p), params), ElementsAre(0));
+}
+
+TEST(Sample, MinPDropsWhatIsFarBelowTheBest) {
+  const std::vector<double> p = {0.5, 0.3, 0.15, 0.05};
+  SamplingParams params;
+  params.temperature = 5;
+  params.min_p = 0.2f;
+  EXPECT_THAT(Support(LogitsOf(p), params), ElementsAre(0, 1, 2));
+  params.min_p = 0.99f;
+  EXPECT_THAT(Support(LogitsOf(p), params), ElementsAre(0));
+}
+
+TEST(Sample, NeverDrawsAnImpossibleToken) {
+  SamplingParams params;
+  params.temperature = 100;
+  EXPECT_THAT(Support(std::vector<float>{-kInf, 0, -kInf, 1}, params), ElementsAre(1, 3));
+}
+
+TEST(Sample, RepetitionPenaltyCoversPromptAndOutput) {
+  SamplingParams params;
+  params.repetition_penalty = 2;
+  const std::vector<int32_t> history = {0, 1};
+  // Positive logits are divided, negative ones multiplied.
+  EXPECT_EQ(SampleId(std::vector<float>{4, 3.9f, 2.1f}, params, history, 1), 2);
+  EXPECT_EQ(SampleId(std::vector<float>{-1, -1.1f, -1.9f}, params, history, 1), 2);
+  // Once, however often a token occurs.
+  EXPECT_EQ(SampleId(std::vector<float>{4, 1.9f}, params, std::vector<int32_t>{0, 0, 0}, 0), 0);
+}
+
+TEST(Sample, PresenceAndFrequencyCountGeneratedTokensOnly) {
+  const std::vector<int32_t> history = {0, 0, 0, 1, 1, 2};
+  SamplingParams presence;
+  presence.presence_penalty = 1;
+  EXPECT_EQ(SampleId(std::vector<float>{2.5f, 3, 3.4f, 0}, presence, history, 3), 0);
+  EXPECT_EQ(SampleId(std::vector<float>{2.3f, 3, 3.4f, 0}, presence, history, 3), 2);
+  SamplingParams frequency;
+  frequency.frequency_penalty = 1;  // 1 for token 2, 2 for token 1, nothing for the prompt's 0
+  EXPECT_EQ(SampleId(std::vector<float>{0.9f, 3, 1.8f}, frequency, history, 3), 1);
+  EXPECT_EQ(SampleId(std::vector<float>{1.1f, 3, 1.8f}, frequency, history, 3), 0);
+  frequency.frequency_penalty = -1;  // negative: a reward
+  EXPECT_EQ(SampleId(std::vector<float>{1.5f, 0, 0.8f}, frequency, history, 3), 1);
+}
+
+TEST(Sample, HistoryOutsideTheVocabularyIsIgnored) {
+  SamplingParams params;
+  params.repetition_penalty = 2;
+  const std::vector<int32_t> history = {-1, 3, 1 << 30, 0};
+  EXPECT_EQ(SampleId(std::vector<float>{4, 3, 1}, params, history, 0), 1);
+}
+
+TEST(Sample, LogprobsAreOfTheRawDistribution) {
+  const std::vector<double> p = {0.5, 0.125, 0.25, 0.125};
+  SamplingParams params;
+  params.repetition_penalty = 100;
+  params.logprobs = 3;
+  const auto token = Sample(LogitsOf(p), params, std::vector<int32_t>{0, 2}, 1, 0);
+  ASSERT_TRUE(token.ok());
+  EXPECT_EQ(token->token_id, 1);
+  EXPECT_NEAR(token->logprob, std::log(0.125), 1e-6);
+  EXPECT_THAT(token->top_ids, ElementsAre(0, 2, 1)) << "ties to the lower id";
+  EXPECT_THAT(token->top_logprobs, ElementsAre(testing::FloatNear(std::log(0.5f), 1e-6f),
+                                               testing::FloatNear(std::log(0.25f), 1e-6f),
+                                               testing::FloatNear(std::log(0.125f), 1e-6f)));
+  EXPECT_EQ(*LogProbability(LogitsOf(p), 1), token->logprob);
+}
+
+TEST(Sample, LogprobsAreBoundedByVocabularyAndLimit) {
+  SamplingParams params;
+  params.logprobs = 1000;
+  EXPECT_EQ(Sample(std::vector<float>{1, 2}, params, {}, 0, 0)->top_ids.size(), 2u);
+  EXPECT_EQ(Sample(std::vector<float>(100, 0), params, {}, 0, 0)->top_ids.size(),
+            static_cast<size_t>(kMaxLogprobs));
+}
+
+TEST(LogProbability, RefusesTokensOutsideTheVocabulary) {
+  const std::vector<float> logits = {1, 2};
+  for (const int32_t token : {-1, 2}) {
+    EXPECT_EQ(LogProbability(logits, token).status().code(), absl::StatusCode::kInvalidArgument);
+  }
+}
+
+}  // namespace
+}  // namespace stagecoach
