@@ -2,7 +2,6 @@
 #ifndef STAGECOACH_WORKER_LAYER_STORE_FIXTURE_H_
 #define STAGECOACH_WORKER_LAYER_STORE_FIXTURE_H_
 
-#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -15,6 +14,7 @@
 #include "gtest/gtest.h"
 #include "model/model_file.h"
 #include "worker/fake_backend.h"
+#include "worker/hooked_file.h"
 #include "worker/layer_store.h"
 
 namespace stagecoach {
@@ -48,55 +48,6 @@ class Gate {
   int waiting_ ABSL_GUARDED_BY(mu_) = 0;
 };
 
-// What the reads of a HookedFile go through. Shared by the file and the test. Thread-safe.
-class ReadHook {
- public:
-  using Function = std::function<absl::StatusOr<size_t>(const RandomAccessFile&, uint64_t,
-                                                        std::span<std::byte>)>;
-  void Set(Function function) {
-    absl::MutexLock lock(&mu_);
-    function_ = std::move(function);
-  }
-  void SetIdentityChange(bool changed) {
-    absl::MutexLock lock(&mu_);
-    identity_changed_ = changed;
-  }
-  Function Get() const {
-    absl::MutexLock lock(&mu_);
-    return function_;
-  }
-  bool identity_changed() const {
-    absl::MutexLock lock(&mu_);
-    return identity_changed_;
-  }
-
- private:
-  mutable absl::Mutex mu_;
-  Function function_ ABSL_GUARDED_BY(mu_);
-  bool identity_changed_ ABSL_GUARDED_BY(mu_) = false;
-};
-
-class HookedFile : public RandomAccessFile {
- public:
-  HookedFile(std::unique_ptr<RandomAccessFile> base, std::shared_ptr<ReadHook> hook)
-      : base_(std::move(base)), hook_(std::move(hook)) {}
-  absl::StatusOr<size_t> ReadSome(uint64_t offset, std::span<std::byte> out) const override {
-    const ReadHook::Function function = hook_->Get();
-    return function ? function(*base_, offset, out) : base_->ReadSome(offset, out);
-  }
-  const std::string& path() const override { return base_->path(); }
-  uint64_t size() const override { return base_->size(); }
-  absl::StatusOr<FileIdentity> Identity() const override {
-    absl::StatusOr<FileIdentity> identity = base_->Identity();
-    if (identity.ok() && hook_->identity_changed()) ++identity->mtime_ns;
-    return identity;
-  }
-
- private:
-  const std::unique_ptr<RandomAccessFile> base_;
-  const std::shared_ptr<ReadHook> hook_;
-};
-
 inline Unit Embedding() { return {.kind = Unit::Kind::kEmbedding}; }
 inline Unit Layer(int layer) { return {.kind = Unit::Kind::kLayer, .layer = layer}; }
 inline Unit Head() { return {.kind = Unit::Kind::kHead}; }
@@ -105,11 +56,7 @@ inline Unit Head() { return {.kind = Unit::Kind::kHead}; }
 class LayerStoreTest : public ::testing::Test {
  protected:
   void OpenModel(const std::string& name) {
-    auto file = OpenFile(std::string(STAGECOACH_SOURCE_DIR) + "/tests/data/" + name);
-    ASSERT_TRUE(file.ok()) << file.status();
-    std::vector<std::unique_ptr<RandomAccessFile>> files;
-    files.push_back(std::make_unique<HookedFile>(*std::move(file), hook_));
-    auto model = ModelFile::FromFiles(std::move(files));
+    auto model = OpenHookedModel(name, hook_);
     ASSERT_TRUE(model.ok()) << model.status();
     model_ = *std::move(model);
     units_ = StageUnits(model_->params(), 0, model_->params().layers);

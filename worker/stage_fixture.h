@@ -1,0 +1,131 @@
+// For tests: stages of a small model in a row, and the frames that drive them.
+#ifndef STAGECOACH_WORKER_STAGE_FIXTURE_H_
+#define STAGECOACH_WORKER_STAGE_FIXTURE_H_
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "kernels/backend.h"
+#include "model/model_file.h"
+#include "worker/hooked_file.h"
+#include "worker/layer_store.h"
+#include "worker/link/frame.h"
+#include "worker/stage.h"
+
+namespace stagecoach {
+
+inline constexpr uint64_t kTestEpoch = 5;
+
+// Builds the frame of one step for stage 0.
+class StepBuilder {
+ public:
+  explicit StepBuilder(uint64_t step) {
+    frame_.header.set_epoch(kTestEpoch);
+    header().set_step(step);
+  }
+  StepBuilder& Close(uint32_t slot) {
+    header().add_close(slot);
+    return *this;
+  }
+  // `id` is the sequence's, here and below.
+  StepBuilder& Open(uint32_t slot, uint64_t id, const v1::SamplingParams& sampling = {},
+                    uint32_t prompt_tokens = 0) {
+    v1::SequenceOpen& open = *header().add_open();
+    open.set_slot(slot);
+    open.set_sequence_id(id);
+    *open.mutable_sampling() = sampling;
+    open.set_prompt_tokens(prompt_tokens);
+    return *this;
+  }
+  StepBuilder& Rows(uint32_t slot, uint64_t id, uint32_t start, std::span<const int32_t> tokens) {
+    v1::SequenceRows& rows = *header().add_rows();
+    rows.set_slot(slot);
+    rows.set_sequence_id(id);
+    rows.set_start_position(start);
+    rows.set_row_count(static_cast<uint32_t>(tokens.size()));
+    header().mutable_token_ids()->Add(tokens.begin(), tokens.end());
+    return *this;
+  }
+  // What the rows added last shall return.
+  StepBuilder& Sample() {
+    last_rows().set_sample(true);
+    return *this;
+  }
+  StepBuilder& Logits() {
+    last_rows().set_logits(true);
+    return *this;
+  }
+  StepBuilder& Targets(std::span<const int32_t> targets) {
+    last_rows().set_logprobs(true);
+    last_rows().mutable_targets()->Add(targets.begin(), targets.end());
+    return *this;
+  }
+  Frame Build() const { return frame_; }
+
+ private:
+  v1::StepHeader& header() { return *frame_.header.mutable_step(); }
+  v1::SequenceRows& last_rows() { return *header().mutable_rows(header().rows_size() - 1); }
+  Frame frame_;
+};
+
+// Stages that together hold the whole model, cut at the layers `splits`.
+class StageRow {
+ public:
+  struct Options {
+    std::vector<int> splits;
+    int max_slots = 4;
+    int max_context = 96;
+    int max_step_tokens = 64;
+    bool prefetch = true;
+  };
+  StageRow(Backend* backend, std::shared_ptr<const ModelFile> model, const Options& options) {
+    std::vector<int> bounds = {0};
+    bounds.insert(bounds.end(), options.splits.begin(), options.splits.end());
+    bounds.push_back(model->params().layers);
+    for (size_t i = 0; i + 1 < bounds.size(); ++i) {
+      stores_.push_back(std::make_unique<LayerStore>(
+          backend, model, LayerStoreOptions{.prefetch = options.prefetch}));
+      stores_.back()->Assign(StageUnits(model->params(), bounds[i], bounds[i + 1]));
+      auto stage = Stage::Create(backend, model, stores_.back().get(),
+                                 {.epoch = kTestEpoch,
+                                  .stage = static_cast<int>(i),
+                                  .stages = static_cast<int>(bounds.size()) - 1,
+                                  .first_layer = bounds[i],
+                                  .last_layer = bounds[i + 1],
+                                  .max_slots = options.max_slots,
+                                  .max_context = options.max_context,
+                                  .max_step_tokens = options.max_step_tokens});
+      EXPECT_TRUE(stage.ok()) << stage.status();
+      stages_.push_back(*std::move(stage));
+    }
+  }
+  Stage& operator[](size_t i) { return *stages_[i]; }
+
+  // Through all stages, or those from `first` on.
+  absl::StatusOr<Frame> Run(Frame frame, size_t first = 0) {
+    for (size_t i = first; i < stages_.size(); ++i) {
+      absl::StatusOr<Frame> next = stages_[i]->Run(frame);
+      if (!next.ok()) return next.status();
+      frame = *std::move(next);
+    }
+    return frame;
+  }
+
+ private:
+  std::vector<std::unique_ptr<LayerStore>> stores_;  // outlive the stages
+  std::vector<std::unique_ptr<Stage>> stages_;
+};
+
+inline bool SameBits(std::span<const float> a, std::span<const float> b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size_bytes()) == 0;
+}
+
+}  // namespace stagecoach
+
+#endif  // STAGECOACH_WORKER_STAGE_FIXTURE_H_
