@@ -1,0 +1,223 @@
+// What becomes of non-finite values, watched through a backend whose KV can be looked into: a layer
+// stores each row's residual as its key and adds one to it.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "worker/fake_backend.h"
+#include "worker/stage.h"
+#include "worker/stage_fixture.h"
+
+namespace stagecoach {
+namespace {
+
+using Code = absl::StatusCode;
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+struct GlassKv : KvCache {
+  // The first value of each position's key, [layers][blocks * kKvBlockPositions].
+  std::vector<std::vector<float>> keys;
+};
+
+struct GlassWorkspace : Workspace {
+  int d_model = 0;
+  std::vector<float> residual;  // [rows][d_model]
+};
+
+class GlassBackend : public FakeBackend {
+ public:
+  int poison_layer = -1;         // whose output for the token `poison_token` is NaN
+  int32_t poison_token = -1;     // seen as the residual's value
+  std::vector<GlassKv*> caches;  // in order of creation, alive as long as their stage
+
+  absl::StatusOr<std::unique_ptr<KvCache>> NewKvCache(const KvShape& shape) override {
+    auto kv = std::make_unique<GlassKv>();
+    kv->keys.assign(shape.layers, std::vector<float>(shape.blocks * kKvBlockPositions));
+    caches.push_back(kv.get());
+    return kv;
+  }
+  absl::StatusOr<std::unique_ptr<Workspace>> NewWorkspace(const ModelParams& params, int) override {
+    auto workspace = std::make_unique<GlassWorkspace>();
+    workspace->d_model = params.d_model;
+    return workspace;
+  }
+  absl::Status Embed(Workspace& workspace, const UnitWeights&,
+                     std::span<const int32_t> ids) override {
+    auto& glass = static_cast<GlassWorkspace&>(workspace);
+    glass.residual.assign(ids.size() * glass.d_model, 0.0f);
+    for (size_t i = 0; i < ids.size(); ++i) glass.residual[i * glass.d_model] = ids[i];
+    return absl::OkStatus();
+  }
+  absl::Status SetResidual(Workspace& workspace, std::span<const float> residual) override {
+    static_cast<GlassWorkspace&>(workspace).residual.assign(residual.begin(), residual.end());
+    return absl::OkStatus();
+  }
+  absl::Status RunLayer(Workspace& workspace, const UnitWeights& layer, KvCache& kv, int kv_layer,
+                        const StepBatch& batch) override {
+    auto& glass = static_cast<GlassWorkspace&>(workspace);
+    const int number = static_cast<const FakeWeights&>(layer).unit.layer;
+    ForEachRow(batch, [&](int row, size_t position) {
+      float& value = glass.residual[static_cast<size_t>(row) * glass.d_model];
+      static_cast<GlassKv&>(kv).keys[kv_layer][position] = value;
+      const bool poisoned = number == poison_layer && value == poison_token + number;
+      value = poisoned ? kNan : value + 1;
+    });
+    return absl::OkStatus();
+  }
+  absl::Status GetResidual(Workspace& workspace, std::span<float> residual) override {
+    const auto& glass = static_cast<GlassWorkspace&>(workspace);
+    std::memcpy(residual.data(), glass.residual.data(), residual.size_bytes());
+    return absl::OkStatus();
+  }
+  // The token chosen is the residual's value.
+  absl::Status Head(Workspace& workspace, const UnitWeights&, std::span<const int32_t> rows,
+                    std::span<float> logits) override {
+    const auto& glass = static_cast<GlassWorkspace&>(workspace);
+    const size_t vocab = logits.size() / rows.size();
+    std::fill(logits.begin(), logits.end(), 0.0f);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const size_t row = rows[i];
+      logits[i * vocab + static_cast<size_t>(glass.residual[row * glass.d_model])] = 1.0f;
+    }
+    return absl::OkStatus();
+  }
+  absl::Status Attention(const ModelParams& params, std::span<const float>,
+                         std::span<const float> k, std::span<const float>, KvCache& kv,
+                         int kv_layer, const StepBatch& batch, std::span<float>) override {
+    ForEachRow(batch, [&](int row, size_t position) {
+      static_cast<GlassKv&>(kv).keys[kv_layer][position] =
+          k[static_cast<size_t>(row) * params.kv_heads * params.key_length];
+    });
+    return absl::OkStatus();
+  }
+
+ private:
+  template <typename Function>
+  static void ForEachRow(const StepBatch& batch, const Function& function) {
+    for (const BatchSequence& sequence : batch.sequences) {
+      for (int i = 0; i < sequence.row_count; ++i) {
+        const int position = sequence.start_position + i;
+        const size_t block = sequence.blocks[position / kKvBlockPositions];
+        function(sequence.first_row + i, block * kKvBlockPositions + position % kKvBlockPositions);
+      }
+    }
+  }
+};
+
+class StagePoisonTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    auto model = OpenHookedModel("demo-Q4_K_M.gguf", std::make_shared<ReadHook>());
+    ASSERT_TRUE(model.ok()) << model.status();
+    model_ = *std::move(model);
+  }
+  bool KvIsFinite() const {
+    for (const GlassKv* cache : backend_.caches) {
+      for (const auto& layer : cache->keys) {
+        for (const float key : layer) {
+          if (!std::isfinite(key)) return false;
+        }
+      }
+    }
+    return true;
+  }
+
+  GlassBackend backend_;
+  std::shared_ptr<const ModelFile> model_;
+};
+
+// NaN arises in the first of three stages, in a row of a prompt that is not sampled, and must reach
+// the coordinator as the error of that sequence alone.
+TEST_F(StagePoisonTest, TravelsToTheLastStageAndIsClearedOnClose) {
+  backend_.poison_layer = 3;
+  backend_.poison_token = 100;
+  StageRow row(&backend_, model_, {.splits = {10, 20}, .max_slots = 2, .max_context = 80});
+  std::vector<int32_t> bad(40, 5), good(40, 7);
+  bad[6] = 100;
+  auto out = row.Run(StepBuilder(1).Open(0, 1).Open(1, 2).Rows(0, 1, 0, bad).Build());
+  ASSERT_TRUE(out.ok()) << out.status();
+  EXPECT_EQ(out->header.result().sequences(0).status_code(),
+            static_cast<uint32_t>(Code::kDataLoss));
+  EXPECT_FALSE(KvIsFinite());
+
+  out = row.Run(
+      StepBuilder(2).Rows(1, 2, 0, good).Sample().Rows(0, 1, 40, {&good[0], 1}).Sample().Build());
+  ASSERT_TRUE(out.ok()) << out.status();
+  EXPECT_EQ(out->header.result().sequences(0).status_code(), 0);
+  EXPECT_EQ(out->header.result().sequences(0).token_id(), 7 + 32);
+  EXPECT_EQ(out->header.result().sequences(1).status_code(),
+            static_cast<uint32_t>(Code::kDataLoss));
+  EXPECT_FALSE(out->header.result().sequences(1).sampled());
+
+  out = row.Run(StepBuilder(3).Close(0).Rows(1, 2, 40, {&good[0], 1}).Sample().Build());
+  ASSERT_TRUE(out.ok()) << out.status();
+  EXPECT_EQ(out->header.result().sequences(0).token_id(), 7 + 32);
+  EXPECT_TRUE(KvIsFinite());
+  const int slot_1 = 3 * kKvBlockPositions;  // its first position: 80 positions are 3 blocks
+  EXPECT_EQ(backend_.caches[2]->keys[0][slot_1], 7 + 20) << "another sequence's KV was cleared";
+
+  out = row.Run(StepBuilder(4).Open(0, 3).Rows(0, 3, 0, good).Sample().Build());
+  ASSERT_TRUE(out.ok()) << out.status();
+  EXPECT_EQ(out->header.result().sequences(0).status_code(), 0);
+}
+
+TEST_F(StagePoisonTest, IsClearedBeforeTheSlotIsUsedInTheSameStep) {
+  backend_.poison_layer = 31;
+  backend_.poison_token = 100;
+  StageRow row(&backend_, model_, {.max_slots = 1, .max_context = 64});
+  const std::vector<int32_t> bad = {100}, good = {7, 7};
+  ASSERT_TRUE(row.Run(StepBuilder(1).Open(0, 1).Rows(0, 1, 0, bad).Build()).ok());
+  // A NaN of another origin in the KV of the poisoned sequence.
+  backend_.caches[0]->keys[4][0] = kNan;
+  backend_.caches[0]->keys[4][20] = kNan;
+  const auto out = row.Run(StepBuilder(2).Close(0).Open(0, 2).Rows(0, 2, 0, good).Sample().Build());
+  ASSERT_TRUE(out.ok()) << out.status();
+  EXPECT_EQ(out->header.result().sequences(0).token_id(), 7 + 32);
+  EXPECT_TRUE(KvIsFinite());
+  EXPECT_EQ(backend_.caches[0]->keys[4][1], 7 + 4);
+}
+
+TEST_F(StagePoisonTest, NonFiniteLogitsEndTheSequenceOnly) {
+  class BadHead : public GlassBackend {
+   public:
+    absl::Status Head(Workspace& workspace, const UnitWeights& head, std::span<const int32_t> rows,
+                      std::span<float> logits) override {
+      auto status = GlassBackend::Head(workspace, head, rows, logits);
+      const size_t vocab = logits.size() / rows.size();
+      for (size_t i = 0; i < rows.size(); ++i) {
+        if (rows[i] == 2) logits[i * vocab + 9] = std::numeric_limits<float>::infinity();
+      }
+      return status;
+    }
+  } backend;
+  StageRow row(&backend, model_, {.max_slots = 2});
+  const std::vector<int32_t> tokens = {7, 8, 9};
+  const auto out = row.Run(StepBuilder(1)
+                               .Open(0, 1)
+                               .Open(1, 2)
+                               .Rows(0, 1, 0, tokens)
+                               .Logits()
+                               .Sample()
+                               .Rows(1, 2, 0, tokens)
+                               .Logits()
+                               .Sample()
+                               .Build());
+  ASSERT_TRUE(out.ok()) << out.status();
+  const v1::SequenceResult& lost = out->header.result().sequences(0);
+  EXPECT_EQ(lost.status_code(), static_cast<uint32_t>(Code::kDataLoss));
+  EXPECT_EQ(lost.logits_rows(), 0);
+  EXPECT_FALSE(lost.sampled());
+  const v1::SequenceResult& fine = out->header.result().sequences(1);
+  EXPECT_EQ(fine.status_code(), 0);
+  EXPECT_EQ(fine.logits_rows(), 3);
+  EXPECT_EQ(fine.token_id(), 9 + 32);
+  ASSERT_EQ(out->payload.values().size(), 3u * 1024);
+  EXPECT_EQ(out->payload.values()[7 + 32], 1.0f);
+}
+
+}  // namespace
+}  // namespace stagecoach
