@@ -1,20 +1,15 @@
-// GgufFile::Parse: the header of a GGUF file, read once from front to back.
+#include "model/gguf_parser.h"
+
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <cstring>
-#include <numeric>
 #include <type_traits>
 #include <utility>
 
-#include "absl/strings/escaping.h"
 #include "fmt/format.h"
 #include "model/checked_math.h"
-#include "model/gguf.h"
-#include "model/gguf_cursor.h"
-#include "model/model_error.h"
 #include "model/status_macros.h"
-#include "model/unicode.h"
 
 namespace stagecoach {
 namespace {
@@ -42,12 +37,6 @@ constexpr uint64_t kTensorCost = 320;
 constexpr uint64_t kStringCost = 48;
 
 constexpr uint64_t kNumbersPerRead = 4096;
-
-std::string Quote(std::string_view text) {
-  constexpr size_t kShown = 80;
-  const std::string escaped = absl::Utf8SafeCEscape({text.data(), std::min(text.size(), kShown)});
-  return fmt::format("'{}{}'", escaped, text.size() > kShown ? "..." : "");
-}
 
 // Calls fn.operator()<Stored, Widened>() for the number type `type`; false for other types.
 template <typename Fn>
@@ -88,86 +77,24 @@ bool DispatchNumber(uint32_t type, Fn&& fn) {
   }
 }
 
-// Whether `text` is UTF-8 without control characters (U+0000..U+001F, U+007F..U+009F).
-bool IsPrintableUtf8(std::string_view text) {
-  while (!text.empty()) {
-    const Utf8Character character = FirstUtf8Character(text);
-    if (character.status != Utf8Status::kValid || character.code < 0x20 ||
-        (character.code >= 0x7f && character.code < 0xa0)) {
-      return false;
-    }
-    text.remove_prefix(character.length);
-  }
-  return true;
-}
-
 bool EndsLikeTensorName(std::string_view key) {
   return key.ends_with(".weight") || key.ends_with(".bias");
 }
 
 }  // namespace
 
-class GgufParser {
- public:
-  GgufParser(const RandomAccessFile& file, int file_index)
-      : file_(file), file_index_(file_index), cursor_(file) {}
-
-  absl::Status Run() {
-    STAGECOACH_RETURN_IF_ERROR(ReadMagicAndVersion());
-    STAGECOACH_RETURN_IF_ERROR(ReadCounts());
-    for (uint64_t i = 0; i < key_count_; ++i) STAGECOACH_RETURN_IF_ERROR(ReadKey(i));
-    out_.metadata_end_ = cursor_.position();
-    STAGECOACH_RETURN_IF_ERROR(ReadAlignment());
-    out_.tensors_.reserve(tensor_count_);
-    for (uint64_t i = 0; i < tensor_count_; ++i) STAGECOACH_RETURN_IF_ERROR(ReadTensor(i));
-    STAGECOACH_RETURN_IF_ERROR(PlaceTensors());
-    STAGECOACH_RETURN_IF_ERROR(CheckOverlaps());
-    return cursor_.HashUpTo(out_.data_offset_, &out_.header_hash_);
-  }
-
-  GgufFile Take() { return std::move(out_); }
-
- private:
-  absl::Status ReadMagicAndVersion();
-  absl::Status ReadCounts();
-  absl::Status ReadKey(uint64_t index);
-  absl::Status ReadValue(uint32_t type, GgufValue* value);
-  absl::Status ReadArray(GgufValue* value);
-  absl::Status ReadBool(bool* value);
-  absl::Status ReadScalarString(std::string* value);
-  absl::Status ReadStringArray(uint64_t count, std::vector<std::string>* values);
-  template <typename Stored, typename Widened>
-  absl::Status ReadNumbers(uint64_t count, std::vector<Widened>* values);
-  absl::Status CheckArrayBytes(uint64_t count, uint64_t element_bytes);
-  absl::Status ReadAlignment();
-  absl::Status ReadTensor(uint64_t index);
-  absl::Status ReadTensorName(uint64_t index, std::string* name);
-  absl::Status ReadShape(TensorInfo* tensor);
-  absl::Status SizeTensor(uint32_t type_id, TensorInfo* tensor);
-  absl::Status PlaceTensors();
-  absl::Status CheckOverlaps();
-
-  // Counts `bytes` of memory against kMaxMetadataBytes before they are allocated.
-  absl::Status Charge(uint64_t bytes);
-
-  // An error about the thing being read: its name and where its record starts.
-  absl::Status Fail(ModelError error, std::string_view problem) const {
-    return MakeModelError(error, fmt::format("{}: {}", what_, problem));
-  }
-  template <typename... Args>
-  absl::Status Fail(ModelError error, fmt::format_string<Args...> format, Args&&... args) const {
-    return Fail(error, std::string_view(fmt::format(format, std::forward<Args>(args)...)));
-  }
-
-  const RandomAccessFile& file_;
-  const int file_index_;
-  GgufCursor cursor_;
-  GgufFile out_;
-  std::string what_ = "header";  // e.g. "key 'general.name' at byte 63"
-  uint64_t tensor_count_ = 0;
-  uint64_t key_count_ = 0;
-  uint64_t charged_ = 0;
-};
+absl::Status GgufParser::Run() {
+  STAGECOACH_RETURN_IF_ERROR(ReadMagicAndVersion());
+  STAGECOACH_RETURN_IF_ERROR(ReadCounts());
+  for (uint64_t i = 0; i < key_count_; ++i) STAGECOACH_RETURN_IF_ERROR(ReadKey(i));
+  out_.metadata_end_ = cursor_.position();
+  STAGECOACH_RETURN_IF_ERROR(ReadAlignment());
+  out_.tensors_.reserve(tensor_count_);
+  for (uint64_t i = 0; i < tensor_count_; ++i) STAGECOACH_RETURN_IF_ERROR(ReadTensor(i));
+  STAGECOACH_RETURN_IF_ERROR(PlaceTensors());
+  STAGECOACH_RETURN_IF_ERROR(CheckOverlaps());
+  return cursor_.HashUpTo(out_.data_offset_, &out_.header_hash_);
+}
 
 absl::Status GgufParser::Charge(uint64_t bytes) {
   if (bytes > kMaxMetadataBytes - charged_) {
@@ -185,8 +112,8 @@ absl::Status GgufParser::ReadMagicAndVersion() {
     char text[sizeof(magic)];
     std::memcpy(text, &magic, sizeof(magic));
     return Fail(ModelError::kBadMagic,
-                "the file starts with {} and not with 'GGUF'; convert models of older formats",
-                Quote({text, sizeof(text)}));
+                "the file has {} at byte 0 and not 'GGUF'; convert models of older formats",
+                QuoteForMessage({text, sizeof(text)}));
   }
   STAGECOACH_RETURN_IF_ERROR(cursor_.ReadNumber(&out_.version_, "the version"));
   if (out_.version_ >= kOldestVersion && out_.version_ <= kNewestVersion) return absl::OkStatus();
@@ -233,7 +160,7 @@ absl::Status GgufParser::ReadKey(uint64_t index) {
   STAGECOACH_RETURN_IF_ERROR(Charge(kKeyCost + 2 * length));
   std::string key(length, '\0');
   STAGECOACH_RETURN_IF_ERROR(cursor_.Read(std::as_writable_bytes(std::span(key)), what_));
-  what_ = fmt::format("key {} at byte {}", Quote(key), start);
+  what_ = fmt::format("key {} at byte {}", QuoteForMessage(key), start);
   if (!IsPrintableUtf8(key)) {
     return Fail(ModelError::kBadKey, "its name has control characters or is not UTF-8");
   }
@@ -383,128 +310,6 @@ absl::Status GgufParser::ReadAlignment() {
     what_ = fmt::format("key '{}' at byte {}", kKey, out_.KeyOffset(kKey));
     return Fail(ModelError::kBadAlign, "alignment {} is not a power of two of at most {}",
                 out_.alignment_, kMaxAlignment);
-  }
-  return absl::OkStatus();
-}
-
-absl::Status GgufParser::ReadTensorName(uint64_t index, std::string* name) {
-  const uint64_t start = cursor_.position();
-  what_ = fmt::format("tensor {} of {} at byte {}", index, tensor_count_, start);
-  uint64_t length = 0;
-  STAGECOACH_RETURN_IF_ERROR(cursor_.ReadNumber(&length, what_));
-  if (length == 0 || length > kMaxTensorNameBytes) {
-    return Fail(ModelError::kBadName, "its name has length {}; 1 to {} are allowed", length,
-                kMaxTensorNameBytes);
-  }
-  name->resize(length);
-  STAGECOACH_RETURN_IF_ERROR(cursor_.Read(std::as_writable_bytes(std::span(*name)), what_));
-  what_ = fmt::format("tensor {} at byte {}", Quote(*name), start);
-  if (!IsPrintableUtf8(*name)) {
-    return Fail(ModelError::kBadName, "its name has control characters or is not UTF-8");
-  }
-  if (name->find_first_of("/\\") != std::string::npos || name->find("..") != std::string::npos) {
-    return Fail(ModelError::kBadName, "its name looks like a path");
-  }
-  return absl::OkStatus();
-}
-
-absl::Status GgufParser::ReadShape(TensorInfo* tensor) {
-  uint32_t dim_count = 0;
-  STAGECOACH_RETURN_IF_ERROR(cursor_.ReadNumber(&dim_count, what_));
-  if (dim_count == 0 || dim_count > kMaxTensorDims) {
-    return Fail(ModelError::kBadShape, "{} dimensions; 1 to {} are allowed", dim_count,
-                kMaxTensorDims);
-  }
-  tensor->dims.resize(dim_count);
-  for (uint64_t& dim : tensor->dims) {
-    STAGECOACH_RETURN_IF_ERROR(cursor_.ReadNumber(&dim, what_));
-    if (dim == 0 || dim > INT64_MAX) {
-      return Fail(ModelError::kBadShape, "dimension {} at byte {}", static_cast<int64_t>(dim),
-                  cursor_.position() - sizeof(dim));
-    }
-  }
-  return absl::OkStatus();
-}
-
-absl::Status GgufParser::SizeTensor(uint32_t type_id, TensorInfo* tensor) {
-  const TensorTypeInfo* type = FindTensorType(type_id);
-  if (type == nullptr) {
-    return Fail(ModelError::kUnsupportedType,
-                "tensor type {} ({}) is not supported; quantise the model to another type", type_id,
-                DescribeTensorTypeId(type_id));
-  }
-  tensor->type = type->type;
-  if (tensor->columns() % type->block_elements != 0) {
-    return Fail(ModelError::kBadShape, "rows of {} elements are not whole {} blocks of {}",
-                tensor->columns(), type->name, type->block_elements);
-  }
-  std::optional<uint64_t> elements = 1;
-  for (const uint64_t dim : tensor->dims) {
-    elements = CheckedMul(*elements, dim);
-    if (!elements) return Fail(ModelError::kOverflow, "the product of its dimensions wraps");
-  }
-  const std::optional<uint64_t> bytes =
-      CheckedMul(*elements / type->block_elements, type->block_bytes);
-  if (!bytes) return Fail(ModelError::kOverflow, "its size in bytes wraps");
-  tensor->bytes = *bytes;
-  return absl::OkStatus();
-}
-
-absl::Status GgufParser::ReadTensor(uint64_t index) {
-  TensorInfo tensor;
-  tensor.file_index = file_index_;
-  tensor.record_offset = cursor_.position();
-  STAGECOACH_RETURN_IF_ERROR(ReadTensorName(index, &tensor.name));
-  STAGECOACH_RETURN_IF_ERROR(ReadShape(&tensor));
-  uint32_t type_id = 0;
-  STAGECOACH_RETURN_IF_ERROR(cursor_.ReadNumber(&type_id, what_));
-  STAGECOACH_RETURN_IF_ERROR(SizeTensor(type_id, &tensor));
-  // Relative to the data for now; PlaceTensors makes it absolute.
-  STAGECOACH_RETURN_IF_ERROR(cursor_.ReadNumber(&tensor.offset, what_));
-  const auto [it, inserted] = out_.tensor_index_.emplace(tensor.name, index);
-  if (!inserted) {
-    return Fail(ModelError::kDuplicate, "the tensor is already there at byte {}",
-                out_.tensors_[it->second].record_offset);
-  }
-  out_.tensors_.push_back(std::move(tensor));
-  return absl::OkStatus();
-}
-
-absl::Status GgufParser::PlaceTensors() {
-  // Cannot wrap: the position is within the file and the alignment is small.
-  out_.data_offset_ = *CheckedAlignUp(cursor_.position(), out_.alignment_);
-  for (TensorInfo& tensor : out_.tensors_) {
-    what_ = fmt::format("tensor {} at byte {}", Quote(tensor.name), tensor.record_offset);
-    if (tensor.offset % out_.alignment_ != 0) {
-      return Fail(ModelError::kBadOffset, "its offset {} is not a multiple of the alignment {}",
-                  tensor.offset, out_.alignment_);
-    }
-    const std::optional<uint64_t> begin = CheckedAdd(out_.data_offset_, tensor.offset);
-    const std::optional<uint64_t> end = begin ? CheckedAdd(*begin, tensor.bytes) : std::nullopt;
-    if (!end) return Fail(ModelError::kOverflow, "its offset {} wraps", tensor.offset);
-    if (*end > file_.size()) {
-      return Fail(ModelError::kTruncated,
-                  "its data [{}, {}) runs past the end of the file at byte {}; fetch it again",
-                  *begin, *end, file_.size());
-    }
-    tensor.offset = *begin;
-  }
-  return absl::OkStatus();
-}
-
-absl::Status GgufParser::CheckOverlaps() {
-  std::vector<size_t> order(out_.tensors_.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(),
-            [&](size_t a, size_t b) { return out_.tensors_[a].offset < out_.tensors_[b].offset; });
-  for (size_t i = 1; i < order.size(); ++i) {
-    const TensorInfo& before = out_.tensors_[order[i - 1]];
-    const TensorInfo& tensor = out_.tensors_[order[i]];
-    if (tensor.offset < before.offset + before.bytes) {
-      what_ = fmt::format("tensor {} at byte {}", Quote(tensor.name), tensor.record_offset);
-      return Fail(ModelError::kOverlap, "its data at byte {} overlaps that of tensor {}",
-                  tensor.offset, Quote(before.name));
-    }
   }
   return absl::OkStatus();
 }

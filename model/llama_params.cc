@@ -231,7 +231,10 @@ absl::Status LlamaParamsReader::ReadVocabSize() {
     return Store(kTokensKey, (*tokens)->size(), kMaxVocabSize, &params_.vocab_size);
   }
   if (embedding_ == nullptr) {
-    return MakeModelError(ModelError::kMissingTensor, "token_embd.weight is not in the file");
+    return MakeModelError(ModelError::kMissingTensor,
+                          fmt::format("token_embd.weight is not in the file, whose header ends at "
+                                      "byte {}",
+                                      gguf_.data_offset()));
   }
   return Store(size_key, embedding_->rows(), kMaxVocabSize, &params_.vocab_size);
 }

@@ -80,7 +80,9 @@ absl::Status CheckShape(const TensorSpec& spec, const TensorInfo& tensor) {
 // Finds the tensors of a unit and remembers which were used and which are missing.
 class TensorBinder {
  public:
-  explicit TensorBinder(const TensorIndex& index) : index_(index) {}
+  // `header_end` is for messages about missing tensors.
+  TensorBinder(const TensorIndex& index, uint64_t header_end)
+      : index_(index), header_end_(header_end) {}
 
   const TensorInfo* Find(std::string_view name) {
     const auto it = index_.find(name);
@@ -105,16 +107,19 @@ class TensorBinder {
   absl::Status CheckNothingMissing() const {
     if (missing_.empty()) return absl::OkStatus();
     const size_t shown = std::min(missing_.size(), kMissingNamesShown);
-    return MakeModelError(ModelError::kMissingTensor,
-                          fmt::format("{} tensors are not in the file: {}{}", missing_.size(),
-                                      fmt::join(missing_.begin(), missing_.begin() + shown, ", "),
-                                      shown < missing_.size() ? ", ..." : ""));
+    return MakeModelError(
+        ModelError::kMissingTensor,
+        fmt::format("{} tensors are not in the file, whose header ends at byte {}: {}{}",
+                    missing_.size(), header_end_,
+                    fmt::join(missing_.begin(), missing_.begin() + shown, ", "),
+                    shown < missing_.size() ? ", ..." : ""));
   }
 
   bool IsUsed(std::string_view name) const { return used_.count(name) != 0; }
 
  private:
   const TensorIndex& index_;
+  const uint64_t header_end_;
   std::set<std::string_view> used_;
   std::vector<std::string> missing_;
 };
@@ -348,7 +353,7 @@ absl::Status ModelFile::ReadParts() {
 
 absl::Status ModelFile::BindTensors() {
   STAGECOACH_ASSIGN_OR_RETURN(const TensorIndex index, IndexTensors(gguf_));
-  TensorBinder binder(index);
+  TensorBinder binder(index, gguf().data_offset());
   STAGECOACH_ASSIGN_OR_RETURN(params_, ReadLlamaParams(gguf(), binder.Find(kEmbeddingName)));
   STAGECOACH_RETURN_IF_ERROR(CheckBlockCount(gguf(), params_, index));
   const uint64_t d_model = params_.d_model;
