@@ -199,8 +199,6 @@ absl::Status CpuBackend::Head(Workspace& workspace, const UnitWeights& head,
   const ModelParams& params = ws.params;
   const LayerOps ops = Ops();
   const MatrixView& output = weights.matrix(TensorRole::kOutput);
-  const MatrixView* const outputs[] = {&output};
-  const ActivationForms forms = FormsFor(outputs);
   const ptrdiff_t columns = params.d_model;
   for (size_t i = 0; i < rows.size(); ++i) {
     float* normed = ws.normed.data() + i * columns;
@@ -208,9 +206,16 @@ absl::Status CpuBackend::Head(Workspace& workspace, const UnitWeights& head,
                        weights.vector(TensorRole::kOutputNorm), params.norm_epsilon, normed);
   }
   const int count = static_cast<int>(rows.size());
-  if (forms.quants) ops.Quantize(ws.normed.data(), count, params.d_model, ws.input);
-  const Projection projection[] = {{&output, nullptr, logits.data(), false}};
-  ops.Project(ws.input.View(ws.normed.data(), count, params.d_model), projection);
+  const ActivationView x = ws.input.View(ws.normed.data(), count, params.d_model);
+  if (IsFloatType(output.type)) {
+    const Projection projection[] = {{&output, nullptr, logits.data(), false}};
+    ops.Project(x, projection);
+  } else {
+    // Nothing after the head evens its errors out: with one pass of int8 they were half of the
+    // error of the logits.
+    ops.Quantize(ws.normed.data(), count, params.d_model, ws.input);
+    ops.ProjectPrecisely(x, output, ws.rest, logits.data());
+  }
   return absl::OkStatus();
 }
 

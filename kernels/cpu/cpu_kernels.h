@@ -79,6 +79,9 @@ struct CpuKernels {
   // Quantises `columns` (a multiple of 32) values. A block that holds NaN or Inf gets the scale
   // NaN.
   void (*quantize)(const float* x, int columns, int8_t* quants, ActivationScale* scales);
+  // Quantises what quantising left over: x - scale * quant.
+  void (*quantize_rest)(const float* x, const int8_t* quants, const ActivationScale* scales,
+                        int columns, int8_t* rest_quants, ActivationScale* rest_scales);
   // y = x / sqrt(mean(x^2) + epsilon) * weight.
   void (*rms_norm)(const float* x, int columns, const float* weight, float epsilon, float* y);
   // out = gate / (1 + exp(-gate)) * up. out may be gate.

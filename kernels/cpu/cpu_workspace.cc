@@ -53,6 +53,7 @@ absl::StatusOr<std::unique_ptr<CpuWorkspace>> CpuWorkspace::Create(const ModelPa
   }
   STAGECOACH_ASSIGN_OR_RETURN(workspace->input,
                               QuantBuffer::Create(max_rows, std::max(params.d_model, attended)));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->rest, QuantBuffer::Create(max_rows, params.d_model));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->hidden, QuantBuffer::Create(max_rows, params.ffn_length));
   return workspace;
 }

@@ -52,6 +52,7 @@ struct CpuWorkspace : Workspace {
   AlignedBuffer<float> gate;      // [rows][ffn_length]
   AlignedBuffer<float> up;        // [rows][ffn_length]
   QuantBuffer input;              // of `normed` or `attended`
+  QuantBuffer rest;               // of the head's input: what its quants leave over
   QuantBuffer hidden;             // of `gate` after the activation function
   std::vector<RowChunk> chunks;
 };

@@ -66,6 +66,26 @@ void LayerOps::Project(const ActivationView& x, std::span<const Projection> proj
   });
 }
 
+void LayerOps::ProjectPrecisely(const ActivationView& x, const MatrixView& weights,
+                                const QuantBuffer& rest, float* y) const {
+  const ptrdiff_t columns = x.columns;
+  for (int row = 0; row < x.rows; ++row) {
+    const ptrdiff_t block = row * (columns / kActivationBlock);
+    kernels_.quantize_rest(x.values + row * columns, x.quants + row * columns, x.scales + block,
+                           x.columns, rest.quants.data() + row * columns,
+                           rest.scales.data() + block);
+  }
+  const ActivationView rest_view = rest.View(nullptr, x.rows, x.columns);
+  pool_.ParallelFor(weights.panels(), kGrainPanels, [&](int begin, int end) {
+    // In steps of which the second pass finds the weights in the cache.
+    for (int first = begin; first < end; first += kGrainPanels) {
+      const int last = std::min(first + kGrainPanels, end);
+      kernels_.matmul(weights, first, last, x, false, y, weights.rows);
+      kernels_.matmul(weights, first, last, rest_view, true, y, weights.rows);
+    }
+  });
+}
+
 void LayerOps::GatedProject(const ActivationView& x, const MatrixView& gate_weights,
                             const MatrixView& up_weights, ActivationForms forms, float* gate,
                             float* up, const QuantBuffer& quants) const {

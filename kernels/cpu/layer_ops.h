@@ -40,6 +40,10 @@ class LayerOps {
   void Quantize(const float* x, int rows, int columns, const QuantBuffer& quants) const;
   // All projections read the same activations.
   void Project(const ActivationView& x, std::span<const Projection> projections) const;
+  // y = x * weights^T with 15 bits of x's precision: both its quants and their rest are multiplied.
+  // x must have values and quants, weights quantised; `rest` is scratch.
+  void ProjectPrecisely(const ActivationView& x, const MatrixView& weights, const QuantBuffer& rest,
+                        float* y) const;
   // gate = silu(x * gate_weights^T) * (x * up_weights^T), quantised to `quants` if forms.quants.
   void GatedProject(const ActivationView& x, const MatrixView& gate_weights,
                     const MatrixView& up_weights, ActivationForms forms, float* gate, float* up,

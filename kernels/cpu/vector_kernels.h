@@ -40,6 +40,20 @@ void Quantize(const float* x, int columns, int8_t* quants, ActivationScale* scal
   }
 }
 
+template <class S>
+void QuantizeRest(const float* x, const int8_t* quants, const ActivationScale* scales, int columns,
+                  int8_t* rest_quants, ActivationScale* rest_scales) {
+  for (int k = 0; k < columns; k += kActivationBlock) {
+    float rest[kActivationBlock];
+    for (int i = 0; i < kActivationBlock; i += 8) {
+      const auto q = S::FloatsFromSigned(reinterpret_cast<const uint8_t*>(quants) + k + i);
+      const auto kept = S::Mul(S::Set(scales[k / kActivationBlock].scale), q);
+      S::Store(S::Sub(S::Load(x + k + i), kept), rest + i);
+    }
+    Quantize<S>(rest, kActivationBlock, rest_quants + k, rest_scales + k / kActivationBlock);
+  }
+}
+
 // e^x within a few units in the last place for -87 <= x <= 88, clamped outside; NaN stays NaN.
 template <class S>
 typename S::Floats Exp(typename S::Floats x) {
