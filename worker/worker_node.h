@@ -30,19 +30,30 @@ class WorkerNode : public LinkHandler {
              WorkerOptions options);
   ~WorkerNode() override;  // Shutdown()
 
+  // --- Set before the first Assign; called from any thread, without locks.
+  // Once per assignment that could not be carried out, or could not be any longer.
+  void SetFailureCallback(std::function<void(const v1::AssignmentFailed&)> callback);
+  // The next heartbeat would say something that should not wait (links ready, a failure).
+  void SetChangeCallback(std::function<void()> callback);
+
   // Enters the epoch of `assignment`: breaks the links of the old one, drops its KV, keeps weights
   // that stay, starts prefetching, dials the next hop. Returns at once; progress shows in
   // Heartbeat(). An assignment of an older or equal epoch is ignored.
   void Assign(const v1::Assignment& assignment);
+  // Gives up the assignment of that epoch: links, KV and weights.
   void Release(const v1::Release& release);
+  // The coordinator is gone: gives up links and KV, but keeps the weights for the next epoch.
+  void LoseCoordinator();
 
+  // Its epoch is the latest one entered, over or not; 0 before the first.
   v1::WorkerHeartbeat Heartbeat() const;
-  // Called once per assignment that could not be carried out. Set before the first Assign.
-  void SetFailureCallback(std::function<void(const v1::AssignmentFailed&)> callback);
 
   void Shutdown();  // idempotent
 
+  // LinkHandler. One inbound link per epoch is current, the newest; frames of others, and of other
+  // epochs, are dropped and counted.
   absl::Status OnLink(uint64_t link, const v1::LinkHello& hello) override;
+  void OnLinkOpened(uint64_t link, LinkBreaker breaker) override;
   void OnFrame(uint64_t link, Frame frame, CreditReturn credit) override;
   void OnLinkClosed(uint64_t link, const absl::Status& reason) override;
 

@@ -1,0 +1,299 @@
+#include "worker/epoch_run.h"
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "absl/strings/escaping.h"
+#include "absl/time/time.h"
+#include "fmt/format.h"
+#include "model/model_error.h"
+#include "spdlog/spdlog.h"
+
+namespace stagecoach {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// A dial cannot be cancelled, so it is made of short ones with a look at `stopping_` in between.
+constexpr absl::Duration kDialSlice = absl::Milliseconds(250);
+constexpr std::chrono::seconds kDialTimeout{30};
+
+// Peers' words go to logs and messages only in this form.
+std::string Printable(const absl::Status& status) {
+  return absl::CHexEscape(status.ToString().substr(0, 512));
+}
+
+// Whether Stage::Run refused the frame, as opposed to failing to run it.
+bool IsContractViolation(const absl::Status& status) {
+  if (GetModelError(status).has_value()) return false;  // weights that could not be loaded
+  switch (status.code()) {
+    case absl::StatusCode::kAborted:
+    case absl::StatusCode::kAlreadyExists:
+    case absl::StatusCode::kOutOfRange:
+    case absl::StatusCode::kNotFound:
+    case absl::StatusCode::kInvalidArgument:
+    case absl::StatusCode::kFailedPrecondition:
+      return true;
+    default:
+      return false;
+  }
+}
+
+StageConfig MakeConfig(const v1::Assignment& assignment, KvType kv_type) {
+  const auto to_int = [](uint32_t value) {  // Create refuses what is out of range
+    return static_cast<int>(std::min<uint32_t>(value, INT32_MAX));
+  };
+  return {.epoch = assignment.epoch(),
+          .stage = to_int(assignment.stage()),
+          .stages = to_int(assignment.stages()),
+          .first_layer = to_int(assignment.first_layer()),
+          .last_layer = to_int(assignment.last_layer()),
+          .max_slots = to_int(assignment.max_slots()),
+          .max_context = to_int(assignment.max_context()),
+          .max_step_tokens = to_int(assignment.max_step_tokens()),
+          .kv_type = kv_type};
+}
+
+}  // namespace
+
+EpochRun::EpochRun(EpochContext context, v1::Assignment assignment,
+                   std::shared_ptr<EpochRun> predecessor)
+    : context_(std::move(context)),
+      assignment_(std::move(assignment)),
+      log_prefix_(fmt::format("[{} stage {}]", context_.name, assignment_.stage())),
+      predecessor_(std::move(predecessor)),
+      detail_("starting") {}
+
+EpochRun::~EpochRun() = default;
+
+void EpochRun::Start() { thread_ = std::thread(&EpochRun::Main, this); }
+
+void EpochRun::Join() {
+  if (thread_.joinable()) thread_.join();
+}
+
+void EpochRun::Stop(const absl::Status& reason) {
+  LinkBreaker break_inbound;
+  std::shared_ptr<LinkSender> next_hop;
+  std::deque<Work> unwanted;
+  {
+    absl::MutexLock lock(&mu_);
+    if (std::exchange(stopping_, true)) return;
+    links_ready_ = false;
+    inbound_ = 0;
+    break_inbound = std::exchange(break_inbound_, nullptr);
+    next_hop = std::move(next_hop_);
+    unwanted.swap(queue_);
+  }
+  if (break_inbound) break_inbound(reason);
+  if (next_hop) next_hop->Close();
+}
+
+absl::Status EpochRun::AcceptLink(uint64_t link) {
+  LinkBreaker replaced;
+  std::deque<Work> unwanted;
+  {
+    absl::MutexLock lock(&mu_);
+    if (ended()) return absl::AbortedError(fmt::format("epoch {} is over", assignment_.epoch()));
+    inbound_ = link;
+    if (links_ready_) detail_.clear();
+    replaced = std::exchange(break_inbound_, nullptr);
+    unwanted.swap(queue_);
+  }
+  if (replaced) replaced(absl::AbortedError("a newer link took this one's place"));
+  return absl::OkStatus();
+}
+
+void EpochRun::AttachBreaker(uint64_t link, LinkBreaker breaker) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (!ended() && inbound_ == link) {
+      break_inbound_ = std::move(breaker);
+      return;
+    }
+  }
+  breaker(absl::AbortedError(fmt::format("epoch {} is over", assignment_.epoch())));
+}
+
+void EpochRun::Push(uint64_t link, Frame frame, CreditReturn credit) {
+  Work dropped{std::move(frame), std::move(credit)};  // freed after the lock
+  absl::MutexLock lock(&mu_);
+  if (ended() || link != inbound_ || dropped.frame.header.epoch() != assignment_.epoch()) {
+    context_.counters->dropped_frames += 1;
+    return;
+  }
+  queue_.push_back(std::move(dropped));
+}
+
+void EpochRun::LinkClosed(uint64_t link, const absl::Status& reason) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (ended() || link != inbound_) return;
+    inbound_ = 0;
+    break_inbound_ = nullptr;
+    detail_ = fmt::format("the link from the previous stage closed: {}", Printable(reason));
+  }
+  spdlog::info("{} inbound link closed: {}", log_prefix_, Printable(reason));
+  context_.on_changed();
+}
+
+bool EpochRun::links_ready() const {
+  absl::MutexLock lock(&mu_);
+  return links_ready_;
+}
+
+std::string EpochRun::detail() const {
+  absl::MutexLock lock(&mu_);
+  return detail_;
+}
+
+void EpochRun::SetDetail(std::string detail) {
+  absl::MutexLock lock(&mu_);
+  if (!ended()) detail_ = std::move(detail);
+}
+
+void EpochRun::Fail(const absl::Status& reason, Fault fault) {
+  LinkBreaker break_inbound;
+  std::shared_ptr<LinkSender> next_hop;
+  std::deque<Work> unwanted;
+  {
+    absl::MutexLock lock(&mu_);
+    if (ended()) return;
+    failed_ = true;
+    links_ready_ = false;
+    detail_ = Printable(reason);
+    break_inbound = std::exchange(break_inbound_, nullptr);
+    next_hop = std::move(next_hop_);
+    unwanted.swap(queue_);
+  }
+  spdlog::warn("{} epoch {} failed: {}", log_prefix_, assignment_.epoch(), Printable(reason));
+  if (fault == Fault::kOurs) {
+    v1::AssignmentFailed failed;
+    failed.set_epoch(assignment_.epoch());
+    failed.set_status_code(static_cast<uint32_t>(reason.code()));
+    failed.set_message(Printable(reason));
+    context_.on_failed(failed);
+  }
+  if (break_inbound) break_inbound(reason);
+  if (next_hop) next_hop->Close();
+  context_.on_changed();
+}
+
+void EpochRun::Main() {
+  if (predecessor_ != nullptr) {
+    predecessor_->Join();
+    predecessor_.reset();
+  }
+  if (absl::Status status = Prepare(); status.ok()) {
+    Serve();
+  } else {
+    Fail(status, Fault::kOurs);
+  }
+  stage_.reset();  // KV and workspace, before a successor allocates its own
+}
+
+absl::Status EpochRun::Prepare() {
+  {
+    absl::MutexLock lock(&mu_);
+    if (ended()) return absl::CancelledError("stopped");
+  }
+  const StageConfig config = MakeConfig(assignment_, context_.kv_type);
+  auto stage = Stage::Create(context_.backend, context_.model, context_.store, config);
+  if (!stage.ok()) return stage.status();
+  stage_ = *std::move(stage);
+  spdlog::info("{} epoch {}: layers [{}, {}) of {} stages, next hop {}", log_prefix_, config.epoch,
+               config.first_layer, config.last_layer, config.stages,
+               absl::CHexEscape(assignment_.next_hop()));
+  return DialNextHop();
+}
+
+absl::Status EpochRun::DialNextHop() {
+  SetDetail(fmt::format("connecting to {}", absl::CHexEscape(assignment_.next_hop())));
+  v1::LinkHello hello;
+  hello.set_protocol_version(kProtocolVersion);
+  hello.set_epoch(assignment_.epoch());
+  hello.set_model_hash(context_.model->hash());
+  hello.set_kernel_revision(context_.kernel_revision);
+  hello.set_to_stage(assignment_.stage() + 1);
+  hello.set_d_model(static_cast<uint32_t>(context_.model->params().d_model));
+  const auto on_broken = [weak = weak_from_this()](const absl::Status& reason) {
+    const std::shared_ptr<EpochRun> run = weak.lock();
+    if (run == nullptr) return;
+    run->Fail(
+        absl::UnavailableError(fmt::format("the next hop broke the link: {}", Printable(reason))),
+        Fault::kOurs);
+  };
+  const Clock::time_point deadline = Clock::now() + kDialTimeout;
+  for (;;) {
+    auto sender = context_.dialer->Dial(assignment_.next_hop(), hello, kDialSlice, on_broken);
+    if (!sender.ok() && !absl::IsDeadlineExceeded(sender.status())) return sender.status();
+    absl::MutexLock lock(&mu_);
+    if (ended()) return absl::CancelledError("stopped");
+    if (sender.ok()) {
+      next_hop_ = *std::move(sender);
+      links_ready_ = true;
+      detail_.clear();
+      return absl::OkStatus();
+    }
+    if (Clock::now() > deadline) return absl::UnavailableError(Printable(sender.status()));
+  }
+}
+
+void EpochRun::Serve() {
+  context_.on_changed();
+  Clock::time_point idle_since = Clock::now();
+  Work work;
+  while (NextWork(&work)) {
+    CountWait(work.frame, idle_since);
+    const absl::Status status = RunStep(std::move(work));
+    if (!status.ok()) {
+      Fail(status, IsContractViolation(status) ? Fault::kPeer : Fault::kOurs);
+      return;
+    }
+    idle_since = Clock::now();
+  }
+}
+
+bool EpochRun::NextWork(Work* work) {
+  absl::MutexLock lock(&mu_);
+  mu_.Await(absl::Condition(this, &EpochRun::HasWorkOrEnded));
+  if (ended()) return false;
+  *work = std::move(queue_.front());
+  queue_.pop_front();
+  return true;
+}
+
+// The pipeline had work while we waited if the frame goes on with a sequence begun before.
+void EpochRun::CountWait(const Frame& frame, Clock::time_point idle_since) {
+  const auto& rows = frame.header.step().rows();
+  const bool had_work = std::any_of(rows.begin(), rows.end(), [](const v1::SequenceRows& row) {
+    return row.start_position() > 0;
+  });
+  if (!had_work) return;
+  context_.counters->wait_ns +=
+      std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - idle_since).count();
+}
+
+absl::Status EpochRun::RunStep(Work work) {
+  const uint64_t tokens_before = stage_->tokens();
+  const double compute_before = stage_->compute_seconds();
+  absl::StatusOr<Frame> out = stage_->Run(work.frame);
+  work = Work();  // gives the credit back
+  StageCounters& counters = *context_.counters;
+  counters.compute_ns += static_cast<int64_t>((stage_->compute_seconds() - compute_before) * 1e9);
+  if (!out.ok()) return out.status();
+  counters.steps += 1;
+  counters.tokens += stage_->tokens() - tokens_before;
+  std::shared_ptr<LinkSender> next_hop;
+  {
+    absl::MutexLock lock(&mu_);
+    next_hop = next_hop_;
+  }
+  if (next_hop == nullptr) return absl::UnavailableError("the next hop is gone");
+  const absl::Status sent = next_hop->Send(*std::move(out));
+  if (sent.ok() || absl::IsResourceExhausted(sent)) return sent;
+  return absl::UnavailableError(fmt::format("the next hop is gone: {}", Printable(sent)));
+}
+
+}  // namespace stagecoach

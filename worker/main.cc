@@ -1,0 +1,221 @@
+// stagecoach-worker: holds one stage of the pipeline.
+#include <grpcpp/security/server_credentials.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <climits>
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "fmt/format.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/read_bandwidth.h"
+#include "model/model_file.h"
+#include "spdlog/sinks/stdout_sinks.h"
+#include "spdlog/spdlog.h"
+#include "worker/control_client.h"
+#include "worker/link/grpc_link.h"
+#include "worker/stage.h"
+#include "worker/worker_node.h"
+
+namespace stagecoach {
+namespace {
+
+constexpr int kExitBadInput = 2;  // flags, model file, or refused by the coordinator
+constexpr int kMaxLinkStreams = 128;
+constexpr uint64_t kBandwidthBytes = 64 << 20;
+constexpr int kBandwidthPasses = 2;
+
+struct Flags {
+  std::string coordinator;
+  std::string model;
+  std::string listen = "127.0.0.1:0";
+  std::string advertise;
+  std::string name;
+  int threads = 0;
+  std::string device = "cpu";
+  std::string prefetch = "on";
+  int reader_threads = 1;
+  std::string kv_type = "f16";
+  std::string log_level = "info";
+  bool die_with_parent = false;
+};
+
+void AddOptions(CLI::App& app, Flags& flags) {
+  app.add_option("--coordinator", flags.coordinator, "host:port of the coordinator")->required();
+  app.add_option("--model", flags.model, "GGUF file; the coordinator's must be the same")
+      ->required();
+  app.add_option("--listen", flags.listen, "host:port for frames; port 0 = any")
+      ->capture_default_str();
+  app.add_option("--advertise", flags.advertise,
+                 "host:port that others dial (default: the listening address)");
+  app.add_option("--name", flags.name, "Unique name (default: host name and process id)");
+  app.add_option("--threads", flags.threads, "Compute threads; 0 = one per core")
+      ->check(CLI::Range(0, 1024));
+  app.add_option("--device", flags.device, "Where the stage computes")
+      ->check(CLI::IsMember({"cpu"}))
+      ->capture_default_str();
+  app.add_option("--prefetch", flags.prefetch,
+                 "on: load weights ahead of their use; off: when first needed")
+      ->check(CLI::IsMember({"on", "off", "async"}))
+      ->capture_default_str();
+  app.add_option("--reader-threads", flags.reader_threads, "Threads that read weights")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
+  app.add_option("--kv-type", flags.kv_type, "Type of cached keys and values")
+      ->check(CLI::IsMember({"f16", "f32"}))
+      ->capture_default_str();
+  app.add_option("--log-level", flags.log_level, "Least level to log")
+      ->check(CLI::IsMember({"debug", "info", "warn", "error", "off"}))
+      ->capture_default_str();
+  app.add_flag("--die-with-parent", flags.die_with_parent, "End when the parent process ends");
+}
+
+std::string DefaultName() {
+  char host[256] = "worker";
+  gethostname(host, sizeof host - 1);
+  return fmt::format("{}-{}", host, getpid());
+}
+
+absl::Status CheckTensors(const ModelFile& model, const Backend& backend) {
+  for (const Unit& unit : StageUnits(model.params(), 0, model.params().layers)) {
+    for (const UnitTensor& tensor : model.UnitTensors(unit)) {
+      absl::Status status = backend.CheckTensor(tensor.role, *tensor.tensor);
+      if (!status.ok()) return status;
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Others dial the address that we listen on, unless that is "every interface".
+absl::StatusOr<std::string> AdvertisedAddress(const Flags& flags, int port) {
+  if (!flags.advertise.empty()) return flags.advertise;
+  const std::string host = flags.listen.substr(0, flags.listen.rfind(':'));
+  if (host == "0.0.0.0" || host == "[::]" || host.empty()) {
+    return absl::InvalidArgumentError(fmt::format(
+        "--advertise is needed with --listen {}: others must know where to dial", flags.listen));
+  }
+  return fmt::format("{}:{}", host, port);
+}
+
+v1::WorkerHello MakeHello(const Flags& flags, const std::string& address, const Backend& backend,
+                          const ModelFile& model) {
+  const BackendInfo info = backend.info();
+  const int threads = flags.threads > 0
+                          ? flags.threads
+                          : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  v1::WorkerHello hello;
+  hello.set_protocol_version(kProtocolVersion);
+  hello.set_worker(flags.name);
+  std::random_device random;
+  hello.set_incarnation(fmt::format("{:08x}{:08x}", random(), random()));
+  hello.set_data_address(address);
+  hello.set_backend(info.kind);
+  hello.set_kernel_revision(info.kernel_revision);
+  hello.set_model_hash(model.hash());
+  hello.set_memory_bytes(static_cast<int64_t>(std::min<uint64_t>(info.memory_bytes, INT64_MAX)));
+  hello.set_read_bytes_per_second(MeasureReadBandwidth(threads, kBandwidthBytes, kBandwidthPasses));
+  hello.set_threads(static_cast<uint32_t>(threads));
+  hello.add_transports("grpc");
+  return hello;
+}
+
+size_t MaxMessageBytes(const ModelParams& params, int vocab_size) {
+  const size_t payload = MaxPayloadBytes(params.d_model, vocab_size, kMaxStepTokens);
+  return std::min<size_t>(payload, 1 << 30) + kMaxFrameHeaderBytes + kPayloadAlignment;
+}
+
+absl::Status Serve(const Flags& flags, Backend* backend, std::shared_ptr<const ModelFile> model,
+                   const sigset_t& stop_signals) {
+  const std::unique_ptr<LinkDialer> dialer =
+      MakeGrpcLinkDialer(MaxMessageBytes(model->params(), model->params().vocab_size));
+  WorkerNode node(
+      backend, model, dialer.get(),
+      {.name = flags.name,
+       .store = {.prefetch = flags.prefetch != "off", .reader_threads = flags.reader_threads},
+       .kv_type = flags.kv_type == "f32" ? KvType::kF32 : KvType::kF16});
+  GrpcLinkService links(&node, MaxMessageBytes(model->params(), 0));
+  grpc::ServerBuilder builder;
+  int port = 0;
+  builder.AddListeningPort(flags.listen, grpc::InsecureServerCredentials(), &port);
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kMaxLinkStreams);
+  links.Register(builder);
+  const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
+  if (server == nullptr || port == 0) {
+    return absl::InvalidArgumentError(fmt::format("cannot listen on {}", flags.listen));
+  }
+  const absl::StatusOr<std::string> address = AdvertisedAddress(flags, port);
+  if (!address.ok()) return address.status();
+  spdlog::info("[{}] listening on {}, {}", flags.name, *address, backend->info().description);
+
+  ControlClient client(flags.coordinator, MakeHello(flags, *address, *backend, *model), &node);
+  std::thread stopper([&] {
+    int signal = 0;
+    sigwait(&stop_signals, &signal);
+    client.Stop();
+  });
+  const absl::Status status = client.Run();
+  kill(getpid(), SIGTERM);  // ends the stopper, if no signal has
+  stopper.join();
+  node.Shutdown();
+  links.Shutdown();
+  server->Shutdown();
+  return status;
+}
+
+int Fail(const absl::Status& status) {
+  fmt::print(stderr, "stagecoach-worker: {}\n", std::string(status.message()));
+  return kExitBadInput;
+}
+
+int Main(int argc, char** argv) {
+  CLI::App app("Holds one stage of a Stagecoach pipeline");
+  Flags flags;
+  AddOptions(app, flags);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : kExitBadInput;
+  }
+  if (flags.name.empty()) flags.name = DefaultName();
+  if (flags.die_with_parent) {
+    const pid_t parent = getppid();
+    prctl(PR_SET_PDEATHSIG, SIGTERM);
+    if (getppid() != parent) return 0;  // it ended before we asked
+  }
+  sigset_t stop_signals;
+  sigemptyset(&stop_signals);
+  sigaddset(&stop_signals, SIGTERM);
+  sigaddset(&stop_signals, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &stop_signals, nullptr);  // inherited by every thread
+  signal(SIGPIPE, SIG_IGN);
+  spdlog::set_default_logger(spdlog::stderr_logger_mt("worker"));
+  spdlog::set_pattern("%v");
+  spdlog::set_level(spdlog::level::from_str(flags.log_level));
+
+  auto model = ModelFile::Open(flags.model);
+  if (!model.ok()) return Fail(model.status());
+  const std::unique_ptr<Backend> backend = MakeCpuBackend({.threads = flags.threads});
+  if (absl::Status status = CheckTensors(**model, *backend); !status.ok()) return Fail(status);
+  for (const std::string& tensor : (*model)->unused_tensors()) {
+    spdlog::warn("[{}] tensor '{}' is not used by this architecture", flags.name, tensor);
+  }
+  const absl::Status status = Serve(flags, backend.get(), *std::move(model), stop_signals);
+  return status.ok() ? 0 : Fail(status);
+}
+
+}  // namespace
+}  // namespace stagecoach
+
+int main(int argc, char** argv) { return stagecoach::Main(argc, argv); }
