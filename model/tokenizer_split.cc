@@ -17,7 +17,8 @@ namespace stagecoach {
 namespace {
 
 // The patterns that the models' authors published (tokenizer.json of each model), with `(?i:...)`
-// written out and `\s+$` guarded so that long runs of spaces take linear time.
+// written out and `\s+$` guarded so that long runs of spaces take linear time. PCRE2's `\s` also
+// has U+180E, which Unicode no longer counts as white space.
 #define STAGECOACH_CONTRACTIONS R"('(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL]))"
 #define STAGECOACH_REST R"( ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)"
 #define STAGECOACH_REST_WITH_SLASH R"( ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)"

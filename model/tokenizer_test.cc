@@ -1,8 +1,8 @@
 // The tokenisers against what other implementations say, and properties that hold for all texts.
 #include "model/tokenizer.h"
 
-#include <chrono>
 #include <cstdlib>
+#include <ctime>
 #include <fstream>
 #include <iterator>
 #include <random>
@@ -201,10 +201,10 @@ TEST(TokenizerTest, LongTextsTakeLinearTime) {
   for (const auto& [name, tokenizer] :
        DemoAnd({"default", "llama-bpe", "tekken", "deepseek-llm"})) {
     for (const auto& [what, text] : texts) {
-      const auto start = std::chrono::steady_clock::now();
+      const std::clock_t start = std::clock();  // CPU time: the machine may be busy
       const std::vector<int32_t> ids = Encode(*tokenizer, text);
-      const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-      EXPECT_LT(took.count(), 2) << name << ", " << what;
+      const double seconds = static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;
+      EXPECT_LT(seconds, 2) << name << ", " << what;
       ASSERT_EQ(*tokenizer->Decode(ids, false), text) << name << ", " << what;
     }
   }

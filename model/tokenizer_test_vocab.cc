@@ -1,8 +1,7 @@
 #include "model/tokenizer_test_vocab.h"
 
-#include <cstring>
+#include <iterator>
 #include <random>
-#include <type_traits>
 
 #include "fmt/format.h"
 #include "model/file.h"
@@ -11,37 +10,6 @@
 
 namespace stagecoach {
 namespace {
-
-// Value types of the GGUF specification.
-constexpr uint32_t kUint32 = 4;
-constexpr uint32_t kInt32 = 5;
-constexpr uint32_t kFloat32 = 6;
-constexpr uint32_t kBool = 7;
-constexpr uint32_t kString = 8;
-constexpr uint32_t kArray = 9;
-
-template <typename T>
-std::string Raw(T value) {
-  static_assert(std::is_arithmetic_v<T>);
-  std::string bytes(sizeof(value), '\0');
-  std::memcpy(bytes.data(), &value, sizeof(value));
-  return bytes;
-}
-
-std::string RawString(std::string_view text) { return Raw<uint64_t>(text.size()).append(text); }
-
-template <typename T>
-std::string RawArray(uint32_t type, const std::vector<T>& values) {
-  std::string bytes = Raw(type) + Raw<uint64_t>(values.size());
-  for (const T& value : values) {
-    if constexpr (std::is_same_v<T, std::string>) {
-      bytes += RawString(value);
-    } else {
-      bytes += Raw(value);
-    }
-  }
-  return bytes;
-}
 
 void SetPieces(const std::vector<TestPiece>& pieces, TestGguf* gguf) {
   std::vector<std::string> texts;
@@ -59,39 +27,37 @@ void SetPieces(const std::vector<TestPiece>& pieces, TestGguf* gguf) {
 
 }  // namespace
 
-TestGguf& TestGguf::Append(std::string_view key, uint32_t type, const std::string& value) {
-  ++count_;
-  entries_ += RawString(key) + Raw(type) + value;
+TestGguf& TestGguf::Set(const std::string& key, std::string_view value) {
+  image_.SetString(key, value);
+  return *this;
+}
+TestGguf& TestGguf::Set(const std::string& key, uint32_t value) {
+  image_.SetU32(key, value);
+  return *this;
+}
+TestGguf& TestGguf::Set(const std::string& key, bool value) {
+  image_.Set(key, kGgufBool, RawU8(value));
+  return *this;
+}
+TestGguf& TestGguf::Set(const std::string& key, const std::vector<std::string>& values) {
+  image_.Set(key, kGgufArray, RawStrings(values));
+  return *this;
+}
+TestGguf& TestGguf::Set(const std::string& key, const std::vector<float>& values) {
+  std::string elements;
+  for (const float value : values) elements += RawF32(value);
+  image_.Set(key, kGgufArray, RawArray(kGgufF32, values.size(), elements));
+  return *this;
+}
+TestGguf& TestGguf::Set(const std::string& key, const std::vector<int32_t>& values) {
+  std::string elements;
+  for (const int32_t value : values) elements += RawU32(static_cast<uint32_t>(value));
+  image_.Set(key, kGgufArray, RawArray(kGgufI32, values.size(), elements));
   return *this;
 }
 
-TestGguf& TestGguf::Set(std::string_view key, std::string_view value) {
-  return Append(key, kString, RawString(value));
-}
-TestGguf& TestGguf::Set(std::string_view key, uint32_t value) {
-  return Append(key, kUint32, Raw(value));
-}
-TestGguf& TestGguf::Set(std::string_view key, bool value) {
-  return Append(key, kBool, Raw<uint8_t>(value));
-}
-TestGguf& TestGguf::Set(std::string_view key, const std::vector<std::string>& values) {
-  return Append(key, kArray, RawArray(kString, values));
-}
-TestGguf& TestGguf::Set(std::string_view key, const std::vector<float>& values) {
-  return Append(key, kArray, RawArray(kFloat32, values));
-}
-TestGguf& TestGguf::Set(std::string_view key, const std::vector<int32_t>& values) {
-  return Append(key, kArray, RawArray(kInt32, values));
-}
-
-std::string TestGguf::Bytes() const {
-  std::string bytes = "GGUF" + Raw<uint32_t>(3) + Raw<uint64_t>(0) + Raw(count_) + entries_;
-  bytes.resize((bytes.size() + 31) / 32 * 32);
-  return bytes;
-}
-
 absl::StatusOr<GgufFile> TestGguf::Parse() const {
-  return GgufFile::Parse(*MakeMemoryFile("test.gguf", Bytes()));
+  return GgufFile::Parse(*MakeMemoryFile("test.gguf", image_.Bytes()));
 }
 
 absl::StatusOr<std::unique_ptr<Tokenizer>> TestGguf::MakeTokenizer() const {

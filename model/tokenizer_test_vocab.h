@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "model/gguf.h"
+#include "model/gguf_image.h"
 #include "model/tokenizer.h"
 
 namespace stagecoach {
@@ -17,24 +18,21 @@ namespace stagecoach {
 // The metadata of a GGUF file without tensors.
 class TestGguf {
  public:
-  TestGguf& Set(std::string_view key, std::string_view value);
-  TestGguf& Set(std::string_view key, const char* value) {
+  TestGguf& Set(const std::string& key, std::string_view value);
+  TestGguf& Set(const std::string& key, const char* value) {
     return Set(key, std::string_view(value));
   }
-  TestGguf& Set(std::string_view key, uint32_t value);
-  TestGguf& Set(std::string_view key, bool value);
-  TestGguf& Set(std::string_view key, const std::vector<std::string>& values);
-  TestGguf& Set(std::string_view key, const std::vector<float>& values);
-  TestGguf& Set(std::string_view key, const std::vector<int32_t>& values);
+  TestGguf& Set(const std::string& key, uint32_t value);
+  TestGguf& Set(const std::string& key, bool value);
+  TestGguf& Set(const std::string& key, const std::vector<std::string>& values);
+  TestGguf& Set(const std::string& key, const std::vector<float>& values);
+  TestGguf& Set(const std::string& key, const std::vector<int32_t>& values);
 
-  std::string Bytes() const;
   absl::StatusOr<GgufFile> Parse() const;
   absl::StatusOr<std::unique_ptr<Tokenizer>> MakeTokenizer() const;
 
  private:
-  TestGguf& Append(std::string_view key, uint32_t type, const std::string& value);
-  uint64_t count_ = 0;
-  std::string entries_;
+  GgufImage image_;
 };
 
 // Values of tokenizer.ggml.token_type.

@@ -121,13 +121,14 @@ absl::Status IndexPieces(Vocab* vocab) {
   return absl::OkStatus();
 }
 
-// The token id under `key`; `fallback` if the key is absent and there is such a token.
+// The token id under `key`; if the key is absent `fallback`, provided that this token is of `kind`.
 absl::Status ReadTokenId(const GgufFile& gguf, std::string_view key, int32_t fallback,
-                         const Vocab& vocab, int32_t* id) {
+                         TokenKind kind, const Vocab& vocab, int32_t* id) {
   const absl::StatusOr<std::optional<uint64_t>> value = gguf.Uint(key);
   if (!value.ok()) return AsBadVocab(value.status());
   if (!value->has_value()) {
-    *id = fallback < vocab.size() ? fallback : -1;
+    const bool fits = fallback >= 0 && fallback < vocab.size() && vocab.kinds[fallback] == kind;
+    *id = fits ? fallback : -1;
     return absl::OkStatus();
   }
   if (**value >= static_cast<uint64_t>(vocab.size())) {
@@ -143,17 +144,20 @@ absl::Status ReadSpecialIds(const GgufFile& gguf, const VocabDefaults& defaults,
   struct Entry {
     std::string_view key;
     int32_t fallback;
+    TokenKind fallback_kind;
     int32_t* id;
   };
   const Entry entries[] = {
-      {"tokenizer.ggml.bos_token_id", defaults.bos_id, &vocab->bos_id},
-      {"tokenizer.ggml.eos_token_id", defaults.eos_id, &vocab->eos_id},
-      {"tokenizer.ggml.unknown_token_id", defaults.unknown_id, &vocab->unknown_id},
-      {"tokenizer.ggml.eot_token_id", -1, &end_of_turn},
-      {"tokenizer.ggml.eom_token_id", -1, &end_of_message},
+      {"tokenizer.ggml.bos_token_id", defaults.bos_id, TokenKind::kControl, &vocab->bos_id},
+      {"tokenizer.ggml.eos_token_id", defaults.eos_id, TokenKind::kControl, &vocab->eos_id},
+      {"tokenizer.ggml.unknown_token_id", defaults.unknown_id, TokenKind::kUnknown,
+       &vocab->unknown_id},
+      {"tokenizer.ggml.eot_token_id", -1, TokenKind::kControl, &end_of_turn},
+      {"tokenizer.ggml.eom_token_id", -1, TokenKind::kControl, &end_of_message},
   };
   for (const Entry& entry : entries) {
-    STAGECOACH_RETURN_IF_ERROR(ReadTokenId(gguf, entry.key, entry.fallback, *vocab, entry.id));
+    STAGECOACH_RETURN_IF_ERROR(
+        ReadTokenId(gguf, entry.key, entry.fallback, entry.fallback_kind, *vocab, entry.id));
   }
   for (const int32_t id : {vocab->eos_id, end_of_turn, end_of_message}) {
     if (id >= 0) vocab->end_ids.push_back(id);

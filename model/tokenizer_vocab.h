@@ -27,7 +27,8 @@ inline constexpr std::string_view kMergesKey = "tokenizer.ggml.merges";
 // Longer pieces are refused: no real one comes near, and the cost of a look-up is its length.
 inline constexpr size_t kMaxPieceBytes = 64 << 10;
 
-// What differs between the kinds of tokeniser when a key is absent.
+// What differs between the kinds of tokeniser when a key is absent. An id holds only if that token
+// is a control token, or the unknown token.
 struct VocabDefaults {
   bool required_scores_and_types = false;
   int32_t bos_id = -1;
