@@ -1,0 +1,157 @@
+// One streaming call of a client and the request that the pipeline runs for it.
+#ifndef STAGECOACH_COORDINATOR_REQUEST_STREAM_H_
+#define STAGECOACH_COORDINATOR_REQUEST_STREAM_H_
+
+#include <grpcpp/server_context.h>
+#include <grpcpp/support/server_callback.h>
+
+#include <deque>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
+#include "coordinator/limits.h"
+#include "coordinator/pipeline.h"
+#include "worker/link/grpc_wire.h"
+
+namespace stagecoach {
+
+// A deadline of gRPC's (system clock) as the pipeline wants it.
+inline absl::Time ToDeadline(std::chrono::system_clock::time_point deadline) {
+  return deadline == std::chrono::system_clock::time_point::max() ? absl::InfiniteFuture()
+                                                                  : absl::FromChrono(deadline);
+}
+
+// Keeps events for the client in a bounded queue and writes one after the other. The call ends when
+// the pipeline ends the request and all events are written; if the client goes away or does not
+// read, the request is cancelled at once. Lives until both gRPC and the pipeline are done with it.
+// The derived class turns what the pipeline reports (on its thread) into events.
+template <typename Event>
+class RequestStream : public grpc::ServerWriteReactor<Event>,
+                      public RequestObserver,
+                      public std::enable_shared_from_this<RequestStream<Event>> {
+ public:
+  // Starts the call: hands `request` to the pipeline, or ends the call with its error. Call once,
+  // on an object owned by a shared_ptr; returns what the service method has to return.
+  grpc::ServerWriteReactor<Event>* Start(absl::StatusOr<Request> request) {
+    {
+      absl::MutexLock lock(&mu_);
+      self_ = this->shared_from_this();
+    }
+    absl::StatusOr<RequestId> id = request.status();
+    if (request.ok()) {
+      request->deadline = ToDeadline(context_->deadline());
+      id = pipeline_->Submit(*std::move(request), this->shared_from_this());
+    }
+    if (!id.ok()) {
+      End(id.status());
+      return this;
+    }
+    absl::MutexLock lock(&mu_);
+    id_ = *id;
+    if (cancel_wanted_) pipeline_->Cancel(*id);
+    if (finish_wanted_) pipeline_->FinishEarly(*id);
+    return this;
+  }
+
+  void OnWriteDone(bool ok) final {
+    absl::MutexLock lock(&mu_);
+    writing_ = false;
+    outbox_.pop_front();
+    if (!ok) Abandon(absl::CancelledError("the client is gone"));
+    Progress();
+  }
+
+  void OnCancel() final {
+    absl::MutexLock lock(&mu_);
+    Abandon(absl::CancelledError("cancelled by the client"));
+    Progress();
+  }
+
+  void OnDone() final {
+    std::shared_ptr<RequestStream> last;  // destroyed outside mu_
+    absl::MutexLock lock(&mu_);
+    last = std::move(self_);
+  }
+
+ protected:
+  RequestStream(grpc::CallbackServerContext* context, Pipeline* pipeline)
+      : context_(context), pipeline_(pipeline) {}
+
+  // Queues an event. A client that leaves kMaxUnreadTokens of them unread loses its request.
+  void Write(Event event) {
+    absl::MutexLock lock(&mu_);
+    if (ended_) return;
+    if (outbox_.size() >= kMaxUnreadTokens) {
+      Abandon(absl::ResourceExhaustedError("the client does not read its events"));
+    } else {
+      outbox_.push_back(std::move(event));
+    }
+    Progress();
+  }
+
+  // The last event has been queued: ends the call once all are written.
+  void End(const absl::Status& status) {
+    absl::MutexLock lock(&mu_);
+    if (ended_) return;
+    ended_ = true;
+    status_ = status;
+    Progress();
+  }
+
+  // Has the pipeline end the request as if a stop token had come.
+  void FinishEarly() {
+    absl::MutexLock lock(&mu_);
+    finish_wanted_ = true;
+    if (id_.has_value()) pipeline_->FinishEarly(*id_);
+  }
+
+ private:
+  // Drops what is not being written, cancels the request and ends the call with `status`.
+  void Abandon(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    outbox_.resize(writing_ ? 1 : 0);
+    cancel_wanted_ = true;
+    if (id_.has_value()) pipeline_->Cancel(*id_);
+    if (!ended_) status_ = status;
+    ended_ = true;
+  }
+
+  // Starting an operation never runs a reaction on the same stack, so that it may be done under
+  // mu_.
+  void Progress() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    if (writing_ || finished_) return;
+    if (!outbox_.empty()) {
+      writing_ = true;
+      this->StartWrite(&outbox_.front());
+    } else if (ended_) {
+      finished_ = true;
+      if (status_.code() == absl::StatusCode::kResourceExhausted) {
+        context_->AddTrailingMetadata("retry-after-ms",
+                                      std::to_string(absl::ToInt64Milliseconds(kRetryAfter)));
+      }
+      this->Finish(ToGrpcStatus(status_));
+    }
+  }
+
+  grpc::CallbackServerContext* const context_;  // gRPC's, until Finish
+  Pipeline* const pipeline_;
+
+  absl::Mutex mu_;
+  std::shared_ptr<RequestStream> self_ ABSL_GUARDED_BY(mu_);  // until OnDone
+  std::optional<RequestId> id_ ABSL_GUARDED_BY(mu_);          // once submitted
+  bool cancel_wanted_ ABSL_GUARDED_BY(mu_) = false;
+  bool finish_wanted_ ABSL_GUARDED_BY(mu_) = false;
+  std::deque<Event> outbox_ ABSL_GUARDED_BY(mu_);  // front: being written, if writing_
+  bool writing_ ABSL_GUARDED_BY(mu_) = false;
+  bool ended_ ABSL_GUARDED_BY(mu_) = false;     // Finish is to follow, with status_
+  bool finished_ ABSL_GUARDED_BY(mu_) = false;  // Finish was called
+  absl::Status status_ ABSL_GUARDED_BY(mu_);
+};
+
+}  // namespace stagecoach
+
+#endif  // STAGECOACH_COORDINATOR_REQUEST_STREAM_H_
