@@ -22,9 +22,6 @@ constexpr uint32_t kNewestVersion = 3;
 constexpr uint32_t kTypeBool = 7;
 constexpr uint32_t kTypeString = 8;
 constexpr uint32_t kTypeArray = 9;
-constexpr auto kTypeNames =
-    std::to_array<std::string_view>({"u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool",
-                                     "string", "array", "u64", "i64", "f64"});
 
 // Bytes of the smallest records: length + name, type, value; length + name, dims, type, offset.
 constexpr uint64_t kMinKeyRecord = 8 + 1 + 4 + 1;
