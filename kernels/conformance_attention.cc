@@ -1,0 +1,249 @@
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fmt/format.h"
+#include "kernels/conformance_case.h"
+#include "kernels/random_tensor.h"
+#include "model/status_macros.h"
+
+namespace stagecoach {
+namespace {
+
+struct HeadShape {
+  int heads;
+  int kv_heads;
+  int key_length;
+  int value_length;
+};
+constexpr HeadShape kHeadShapes[] = {{4, 4, 64, 64},  {8, 2, 64, 64},    {4, 1, 128, 128},
+                                     {6, 2, 80, 80},  {4, 2, 96, 64},    {2, 1, 64, 128},
+                                     {16, 4, 32, 32}, {12, 4, 128, 128}, {3, 1, 256, 256}};
+
+// One sequence of a step: `prior` positions are in the KV, `rows` follow.
+struct SequenceRows {
+  int prior;
+  int rows;
+};
+
+struct StepCase {
+  const char* name;
+  std::vector<SequenceRows> sequences;
+};
+const std::vector<StepCase>& StepCases() {
+  static const auto& cases = *new std::vector<StepCase>{
+      {"first token", {{0, 1}}},
+      {"decode at 31", {{31, 1}}},
+      {"decode at 32", {{32, 1}}},
+      {"decode at 200", {{200, 1}}},
+      {"prompt of 40", {{0, 40}}},
+      {"chunk over a tile edge", {{29, 7}}},
+      {"chunk over three tiles", {{17, 70}}},
+      {"decode of 5 sequences", {{0, 1}, {31, 1}, {32, 1}, {63, 1}, {130, 1}}},
+      {"prompts among decodes", {{0, 5}, {31, 1}, {64, 3}, {200, 1}, {0, 33}}},
+  };
+  return cases;
+}
+
+constexpr int kMostPositions = 256;
+constexpr int kBlocksPerSequence = kMostPositions / kKvBlockPositions;
+constexpr int kMostSequences = 5;
+constexpr int kKvLayers = 2;
+constexpr int kKvLayer = 1;
+
+// Keys, values and queries of several sequences, by position; blocks dealt out in random order.
+class AttentionBench {
+ public:
+  AttentionBench(Backend& backend, const HeadShape& shape, KvType type, double query_stddev,
+                 uint64_t block_seed)
+      : backend_(backend), shape_(shape), type_(type) {
+    params_.heads = shape.heads;
+    params_.kv_heads = shape.kv_heads;
+    params_.key_length = shape.key_length;
+    params_.value_length = shape.value_length;
+    params_.d_model = shape.heads * shape.value_length;
+    params_.rope_dims = shape.key_length;
+    RandomSource random(shape.heads * 131 + shape.key_length);
+    for (int i = 0; i < kMostSequences; ++i) {
+      q_.push_back(RandomFloats(random, size_t{kMostPositions} * QueryRow(), query_stddev));
+      k_.push_back(RandomFloats(random, size_t{kMostPositions} * KeyRow()));
+      v_.push_back(RandomFloats(random, size_t{kMostPositions} * ValueRow()));
+    }
+    ShuffleBlocks(block_seed);
+  }
+
+  absl::Status Open() {
+    STAGECOACH_ASSIGN_OR_RETURN(kv_,
+                                backend_.NewKvCache({.layers = kKvLayers,
+                                                     .kv_heads = shape_.kv_heads,
+                                                     .key_length = shape_.key_length,
+                                                     .value_length = shape_.value_length,
+                                                     .blocks = kMostSequences * kBlocksPerSequence,
+                                                     .type = type_}));
+    return absl::OkStatus();
+  }
+
+  // Attention of one step in which sequence i has the rows sequences[i] (left out if it has none).
+  // Returns [rows][heads][value_length].
+  absl::StatusOr<std::vector<float>> Step(std::span<const SequenceRows> sequences) {
+    std::vector<BatchSequence> batch;
+    std::vector<float> q, k, v;
+    int rows = 0;
+    for (size_t i = 0; i < sequences.size(); ++i) {
+      const auto [prior, count] = sequences[i];
+      if (count == 0) continue;
+      batch.push_back(
+          {.first_row = rows, .row_count = count, .start_position = prior, .blocks = blocks_[i]});
+      const auto append = [&](std::vector<float>& to, const std::vector<float>& from, int row) {
+        to.insert(to.end(), from.begin() + ptrdiff_t{prior} * row,
+                  from.begin() + ptrdiff_t{prior + count} * row);
+      };
+      append(q, q_[i], QueryRow());
+      append(k, k_[i], KeyRow());
+      append(v, v_[i], ValueRow());
+      rows += count;
+    }
+    std::vector<float> out(static_cast<size_t>(rows) * shape_.heads * shape_.value_length,
+                           std::numeric_limits<float>::quiet_NaN());
+    STAGECOACH_RETURN_IF_ERROR(backend_.Attention(params_, q, k, v, *kv_, kKvLayer,
+                                                  {.sequences = batch, .rows = rows}, out));
+    return out;
+  }
+
+  // Stores the first `prior` positions of every sequence, one sequence at a time.
+  absl::Status Fill(std::span<const SequenceRows> sequences) {
+    for (size_t i = 0; i < sequences.size(); ++i) {
+      if (sequences[i].prior == 0) continue;
+      std::vector<SequenceRows> one(i + 1, SequenceRows{0, 0});
+      one[i] = {0, sequences[i].prior};
+      STAGECOACH_RETURN_IF_ERROR(Step(one).status());
+    }
+    return absl::OkStatus();
+  }
+
+  // Leaves NaN in every block, as a sequence with broken activations would.
+  absl::Status Poison() {
+    const std::vector<std::vector<float>> k = k_, v = v_;
+    for (auto* rows : {&k_, &v_}) {
+      for (std::vector<float>& row : *rows) {
+        std::fill(row.begin(), row.end(), std::numeric_limits<float>::quiet_NaN());
+      }
+    }
+    const std::vector<SequenceRows> all(kMostSequences, {kMostPositions, 0});
+    const absl::Status status = Fill(all);
+    k_ = k;
+    v_ = v;
+    return status;
+  }
+
+ private:
+  int QueryRow() const { return shape_.heads * shape_.key_length; }
+  int KeyRow() const { return shape_.kv_heads * shape_.key_length; }
+  int ValueRow() const { return shape_.kv_heads * shape_.value_length; }
+
+  void ShuffleBlocks(uint64_t seed) {
+    std::vector<int32_t> order(kMostSequences * kBlocksPerSequence);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
+    RandomSource random(seed);
+    for (size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[random.Next() % i]);
+    for (int i = 0; i < kMostSequences; ++i) {
+      blocks_.emplace_back(order.begin() + i * kBlocksPerSequence,
+                           order.begin() + (i + 1) * kBlocksPerSequence);
+    }
+  }
+
+  Backend& backend_;
+  const HeadShape shape_;
+  const KvType type_;
+  ModelParams params_;
+  std::unique_ptr<KvCache> kv_;
+  std::vector<std::vector<float>> q_, k_, v_;  // [kMostSequences][kMostPositions * row]
+  std::vector<std::vector<int32_t>> blocks_;   // [kMostSequences][kBlocksPerSequence]
+};
+
+struct AttentionCase {
+  HeadShape shape;
+  KvType type;
+  double query_stddev = 1;  // larger: a few positions take all the weight
+};
+
+ConformanceRun RunStep(AttentionCase test, std::vector<SequenceRows> sequences, uint64_t block_seed,
+                       bool poison) {
+  return [=](Backend& backend) -> absl::StatusOr<std::vector<float>> {
+    AttentionBench bench(backend, test.shape, test.type, test.query_stddev, block_seed);
+    STAGECOACH_RETURN_IF_ERROR(bench.Open());
+    if (poison) STAGECOACH_RETURN_IF_ERROR(bench.Poison());
+    STAGECOACH_RETURN_IF_ERROR(bench.Fill(sequences));
+    return bench.Step(sequences);
+  };
+}
+
+// The same rows as RunStep: each sequence by itself, in chunks of the given sizes in turn.
+ConformanceRun RunChunks(AttentionCase test, std::vector<SequenceRows> sequences,
+                         std::vector<int> chunk_sizes) {
+  return [=](Backend& backend) -> absl::StatusOr<std::vector<float>> {
+    AttentionBench bench(backend, test.shape, test.type, test.query_stddev, /*block_seed=*/77);
+    STAGECOACH_RETURN_IF_ERROR(bench.Open());
+    std::vector<float> all;
+    size_t next_size = 0;
+    for (size_t i = 0; i < sequences.size(); ++i) {
+      const int end = sequences[i].prior + sequences[i].rows;
+      for (int position = 0; position < end;) {
+        // Chunks before the rows asked for end where those begin.
+        const int limit = position < sequences[i].prior ? sequences[i].prior : end;
+        const int rows = std::min(chunk_sizes[next_size++ % chunk_sizes.size()], limit - position);
+        std::vector<SequenceRows> one(i + 1, SequenceRows{0, 0});
+        one[i] = {position, rows};
+        STAGECOACH_ASSIGN_OR_RETURN(const std::vector<float> part, bench.Step(one));
+        if (position >= sequences[i].prior) all.insert(all.end(), part.begin(), part.end());
+        position += rows;
+      }
+    }
+    return all;
+  };
+}
+
+}  // namespace
+
+std::vector<ConformanceCase> AttentionCases() {
+  std::vector<ConformanceCase> cases;
+  for (const HeadShape& shape : kHeadShapes) {
+    for (const KvType type : {KvType::kF16, KvType::kF32}) {
+      const std::string prefix = fmt::format(
+          "Attention/heads={},kv={},key={},value={}/{}/", shape.heads, shape.kv_heads,
+          shape.key_length, shape.value_length, type == KvType::kF16 ? "KV F16" : "KV F32");
+      const double tolerance = type == KvType::kF16 ? 1e-3 : 1e-5;
+      const auto add_near = [&](const std::string& name, const AttentionCase& test,
+                                const std::vector<SequenceRows>& sequences, double allowed) {
+        cases.push_back({.name = prefix + name,
+                         .run = RunStep(test, sequences, 1, false),
+                         .tolerance = allowed,
+                         .same_bits_as = nullptr});
+      };
+      const auto add_same = [&](const std::string& name, ConformanceRun run, ConformanceRun other) {
+        cases.push_back(
+            {.name = prefix + name, .run = std::move(run), .same_bits_as = std::move(other)});
+      };
+      for (const StepCase& step : StepCases()) {
+        add_near(step.name, {shape, type}, step.sequences, tolerance);
+      }
+      add_near("peaked weights", {shape, type, 8}, {{64, 40}}, 10 * tolerance);
+
+      const std::vector<SequenceRows>& mixed = StepCases().back().sequences;
+      const AttentionCase plain = {shape, type};
+      const ConformanceRun whole = RunStep(plain, mixed, 1, false);
+      add_same("sequence alone", whole, RunChunks(plain, mixed, {kMostPositions}));
+      add_same("chunks of 1", whole, RunChunks(plain, mixed, {1}));
+      add_same("chunks of 7 and 64", whole, RunChunks(plain, mixed, {7, 64}));
+      add_same("other blocks", whole, RunStep(plain, mixed, 2, false));
+      add_same("blocks that held NaN", RunStep(plain, mixed, 1, true), whole);
+    }
+  }
+  return cases;
+}
+
+}  // namespace stagecoach
