@@ -6,7 +6,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "kernels/reference/reference_backend.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "kernels/sampling.h"
 #include "worker/stage.h"
 #include "worker/stage_fixture.h"
@@ -131,8 +131,8 @@ std::vector<BadFrame> BadFrames() {
 
 class StageErrorTest : public ::testing::Test {
  protected:
-  StageErrorTest() : backend_(MakeReferenceBackend()) {
-    auto model = OpenHookedModel("demo2-F32.gguf", std::make_shared<ReadHook>());
+  StageErrorTest() : backend_(MakeCpuBackend({.threads = 1})) {
+    auto model = OpenHookedModel("demo2-Q4_K_S.gguf", std::make_shared<ReadHook>());
     EXPECT_TRUE(model.ok()) << model.status();
     model_ = *std::move(model);
     for (int i = 0; i < 64; ++i) tokens_.push_back((i * 53 + 7) % 1024);

@@ -7,6 +7,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "kernels/reference/reference_backend.h"
 #include "kernels/sampling.h"
 #include "model/model_error.h"
@@ -258,9 +259,13 @@ TEST_P(StageTest, AStepThatFailedForWantOfWeightsCanBeRunAgain) {
   EXPECT_TRUE(SameBits(out->payload.values(), expected));
 }
 
+std::unique_ptr<Backend> MakeCpu() { return MakeCpuBackend({.threads = 2}); }
+
 INSTANTIATE_TEST_SUITE_P(Backends, StageTest,
                          ::testing::Values(BackendCase{"reference", MakeReferenceBackend,
-                                                       "demo2-F32.gguf"}),
+                                                       "demo2-F32.gguf"},
+                                           BackendCase{"cpu_f32", MakeCpu, "demo2-F32.gguf"},
+                                           BackendCase{"cpu_q4_k", MakeCpu, "demo2-Q4_K_S.gguf"}),
                          [](const auto& info) { return info.param.name; });
 
 }  // namespace
