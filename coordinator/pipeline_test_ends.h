@@ -70,6 +70,7 @@ class FakeStages {
     {
       absl::MutexLock lock(&mu_);
       stop_ = true;
+      changed_.SignalAll();
     }
     thread_.join();
   }
@@ -84,13 +85,14 @@ class FakeStages {
   void Release() {
     absl::MutexLock lock(&mu_);
     held_ = false;
+    changed_.SignalAll();
   }
   // Waits until `steps` have been received.
   void AwaitSteps(int steps) {
     absl::MutexLock lock(&mu_);
-    const auto arrived = [this, steps]()
-                             ABSL_NO_THREAD_SAFETY_ANALYSIS { return received_ >= steps; };
-    EXPECT_TRUE(mu_.AwaitWithTimeout(absl::Condition(&arrived), absl::Seconds(10)));
+    while (received_ < steps) {
+      if (changed_.WaitWithTimeout(&mu_, absl::Seconds(10))) FAIL() << "no step";
+    }
   }
   int received() const {
     absl::MutexLock lock(&mu_);
@@ -110,6 +112,7 @@ class FakeStages {
       if (stages_->closed_) return absl::UnavailableError("closed");
       stages_->frames_.push_back(std::move(frame));
       ++stages_->received_;
+      stages_->changed_.SignalAll();
       return absl::OkStatus();
     }
     void Close() override { stages_->closed_ = true; }
@@ -123,10 +126,7 @@ class FakeStages {
       Frame frame;
       {
         absl::MutexLock lock(&mu_);
-        const auto ready = [this]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
-          return stop_ || (!held_ && !frames_.empty());
-        };
-        mu_.Await(absl::Condition(&ready));
+        while (!stop_ && (held_ || frames_.empty())) changed_.Wait(&mu_);
         if (stop_) return;
         frame = std::move(frames_.front());
         frames_.pop_front();
@@ -190,6 +190,7 @@ class FakeStages {
   const uint64_t link_;
   std::map<uint32_t, Slot> slots_;  // run thread only
   mutable absl::Mutex mu_;
+  absl::CondVar changed_;  // any of these
   std::deque<Frame> frames_ ABSL_GUARDED_BY(mu_);
   bool stop_ ABSL_GUARDED_BY(mu_) = false;
   bool held_ ABSL_GUARDED_BY(mu_) = false;
@@ -208,6 +209,7 @@ class Recorder : public RequestObserver {
     EXPECT_EQ(index, tokens_.size());
     EXPECT_FALSE(end_.HasBeenNotified());
     tokens_.push_back(token.token_id);
+    more_.SignalAll();
     if (on_token_) on_token_(index);
   }
   void OnScores(uint32_t first, std::span<const float> logprobs,
@@ -240,9 +242,9 @@ class Recorder : public RequestObserver {
   }
   void AwaitTokens(size_t count) {
     absl::MutexLock lock(&mu_);
-    const auto there = [this, count]()
-                           ABSL_NO_THREAD_SAFETY_ANALYSIS { return tokens_.size() >= count; };
-    EXPECT_TRUE(mu_.AwaitWithTimeout(absl::Condition(&there), absl::Seconds(20)));
+    while (tokens_.size() < count) {
+      if (more_.WaitWithTimeout(&mu_, absl::Seconds(20))) FAIL() << "no token";
+    }
   }
   // After Wait():
   const RequestSummary& summary() const { return summary_; }
@@ -252,6 +254,7 @@ class Recorder : public RequestObserver {
 
  private:
   mutable absl::Mutex mu_;
+  absl::CondVar more_;
   std::vector<int32_t> tokens_;
   uint32_t scored_rows_ = 0;
   std::vector<float> logprobs_, logits_;
