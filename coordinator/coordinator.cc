@@ -17,6 +17,7 @@
 #include "coordinator/planner.h"
 #include "fmt/format.h"
 #include "worker/link/grpc_link.h"
+#include "worker/stage.h"
 
 namespace stagecoach {
 namespace {
@@ -88,17 +89,17 @@ absl::Status CheckOptions(const CoordinatorOptions& options, const ModelParams& 
   };
   for (const absl::Status& status :
        {check("workers", options.workers, 1, params.layers),
-        check("max-slots", options.max_slots, 1, 1024),
+        check("max-slots", options.max_slots, 1, kMaxSlots),
         check("context", options.max_context, 2, params.context_length),
-        check("step-tokens", options.max_step_tokens, 1, 8192),
+        check("step-tokens", options.max_step_tokens, 1, kMaxStepTokens),
         check("max-waiting", options.max_waiting, 0, 1 << 20)}) {
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
 }
 
-void SetServerLimits(grpc::ServerBuilder& builder) {
-  builder.SetMaxReceiveMessageSize(kMaxRequestBytes);
+void SetServerLimits(size_t max_message_bytes, grpc::ServerBuilder& builder) {
+  builder.SetMaxReceiveMessageSize(static_cast<int>(max_message_bytes));
   // Two coordinators on one port would each get half of the connections.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kMaxConcurrentStreams);
@@ -120,9 +121,8 @@ class Coordinator::Impl {
   Impl(std::shared_ptr<const ModelFile> model, std::shared_ptr<const Tokenizer> tokenizer,
        const CoordinatorOptions& options)
       : model_(std::move(model)),
-        message_bytes_(kMaxFrameHeaderBytes + MaxPayloadBytes(model_->params().d_model,
-                                                              model_->params().vocab_size,
-                                                              options.max_step_tokens)),
+        message_bytes_(kMaxFrameHeaderBytes + kPayloadAlignment +
+                       MaxPayloadBytes(0, model_->params().vocab_size, kMaxScoredRows)),
         pipeline_(MakePipelineOptions(options)),
         dialer_(MakeGrpcLinkDialer(message_bytes_)),
         cluster_(MakeClusterOptions(options), &pipeline_, dialer_.get()),
@@ -142,7 +142,7 @@ class Coordinator::Impl {
   void SetServing(bool serving);
 
   const std::shared_ptr<const ModelFile> model_;
-  const size_t message_bytes_;
+  const size_t message_bytes_;  // of one result
   Pipeline pipeline_;
   const std::unique_ptr<LinkDialer> dialer_;
   ClusterControl cluster_;
@@ -190,11 +190,11 @@ void Coordinator::Impl::SetServing(bool serving) {
 
 absl::StatusOr<int> Coordinator::Impl::ListenForData(const HostPort& at) {
   grpc::ServerBuilder builder;
-  SetServerLimits(builder);
   int port = 0;
   const std::string address = JoinHostPort(at.host, at.port);
   builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &port);
   links_.Register(builder);
+  SetServerLimits(message_bytes_, builder);
   data_server_ = builder.BuildAndStart();
   if (data_server_ == nullptr || port == 0) {
     return absl::UnavailableError(fmt::format("cannot listen on {} (--data-listen)", address));
@@ -218,12 +218,12 @@ absl::Status Coordinator::Impl::Listen(const CoordinatorOptions& options) {
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
-  SetServerLimits(builder);
   int port = 0;
   builder.AddListeningPort(options.listen, grpc::InsecureServerCredentials(), &port);
   builder.RegisterService(&inference_);
   builder.RegisterService(cluster_.service());
   if (data_server_ == nullptr) links_.Register(builder);
+  SetServerLimits(std::max<size_t>(kMaxRequestBytes, message_bytes_), builder);
   server_ = builder.BuildAndStart();
   if (server_ == nullptr || port == 0) {
     return absl::UnavailableError(fmt::format("cannot listen on {}", options.listen));

@@ -42,11 +42,13 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
       absl::MutexLock lock(&mu_);
       self_ = this->shared_from_this();
     }
-    absl::StatusOr<RequestId> id = request.status();
-    if (request.ok()) {
-      request->deadline = ToDeadline(context_->deadline());
-      id = pipeline_->Submit(*std::move(request), this->shared_from_this());
+    if (!request.ok()) {
+      End(request.status());
+      return this;
     }
+    request->deadline = ToDeadline(context_->deadline());
+    const absl::StatusOr<RequestId> id =
+        pipeline_->Submit(*std::move(request), this->shared_from_this());
     if (!id.ok()) {
       End(id.status());
       return this;
