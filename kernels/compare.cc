@@ -9,7 +9,7 @@
 
 namespace stagecoach {
 
-Comparison Compare(std::span<const float> actual, std::span<const float> expected) {
+Comparison Compare(std::span<const float> actual, std::span<const float> expected, double typical) {
   Comparison result;
   result.count = std::max(actual.size(), expected.size());
   if (actual.size() != expected.size()) {
@@ -32,6 +32,8 @@ Comparison Compare(std::span<const float> actual, std::span<const float> expecte
       result.max_abs_index = i;
     }
   }
+  expected_squares = std::max(
+      expected_squares, typical * typical * static_cast<double>(result.count - result.non_finite));
   // 0 / 0 is agreement on zero.
   if (error_squares > 0) result.relative_rms = std::sqrt(error_squares / expected_squares);
   return result;

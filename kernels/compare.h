@@ -12,7 +12,7 @@ struct Comparison {
   size_t count = 0;
   size_t non_finite = 0;    // elements infinite or NaN in either array; left out of the figures
   double relative_rms = 0;  // |actual - expected| / |expected|, Euclidean norms over the rest;
-                            // infinite if expected is all zero and actual is not
+                            // infinite if expected is all zero and actual is not (and no floor)
   double max_abs = 0;       // largest |actual - expected|
   size_t max_abs_index = 0;
 
@@ -22,8 +22,11 @@ struct Comparison {
   }
 };
 
-// Arrays of different length: every element counts as non-finite.
-Comparison Compare(std::span<const float> actual, std::span<const float> expected);
+// Arrays of different length: every element counts as non-finite. typical: the magnitude of a usual
+// element; |expected| counts as at least that of as many typical ones, so that the error of a few
+// sums that happen to cancel is not measured against nearly nothing.
+Comparison Compare(std::span<const float> actual, std::span<const float> expected,
+                   double typical = 0);
 
 // Whether both have the same length and the same bits (so a NaN equals the same NaN, 0 not -0).
 bool SameBits(std::span<const float> a, std::span<const float> b);

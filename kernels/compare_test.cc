@@ -39,6 +39,14 @@ TEST(Compare, RelativeRmsOfAKnownError) {
   EXPECT_FALSE(result.Within(0.0999));
 }
 
+TEST(Compare, ErrorOfSumsThatCancelIsMeasuredAgainstTypicalOnes) {
+  const std::vector<float> expected = {0, 1e-6f}, actual = {0.02f, 1e-6f};
+  EXPECT_GT(Compare(actual, expected).relative_rms, 1e3);
+  EXPECT_NEAR(Compare(actual, expected, 2).relative_rms, 0.02 / std::sqrt(8), 1e-6);
+  const std::vector<float> large = {3, 4}, off = {3, 4.5};
+  EXPECT_DOUBLE_EQ(Compare(off, large, 1).relative_rms, 0.1) << "a floor, not a replacement";
+}
+
 TEST(Compare, OneNanOrInfinityInEitherArrayFails) {
   const std::vector<float> good = Ramp(100);
   for (const float bad_value : {kNan, kInf, -kInf}) {

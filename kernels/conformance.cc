@@ -31,7 +31,7 @@ ConformanceResult RunCase(const ConformanceCase& test, Backend& candidate, Backe
     result.detail = (actual.ok() ? expected : actual).status().ToString();
     return result;
   }
-  const Comparison comparison = Compare(*actual, *expected);
+  const Comparison comparison = Compare(*actual, *expected, test.typical);
   result.detail = ToString(comparison);
   if (test.same_bits_as) {
     result.passed = comparison.Within(0) && SameBits(*actual, *expected);

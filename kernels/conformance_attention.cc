@@ -221,8 +221,7 @@ std::vector<ConformanceCase> AttentionCases() {
                                 const std::vector<SequenceRows>& sequences, double allowed) {
         cases.push_back({.name = prefix + name,
                          .run = RunStep(test, sequences, 1, false),
-                         .tolerance = allowed,
-                         .same_bits_as = nullptr});
+                         .tolerance = allowed});
       };
       const auto add_same = [&](const std::string& name, ConformanceRun run, ConformanceRun other) {
         cases.push_back(

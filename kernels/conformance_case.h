@@ -17,8 +17,12 @@ using ConformanceRun = std::function<absl::StatusOr<std::vector<float>>(Backend&
 struct ConformanceCase {
   std::string name;
   ConformanceRun run;
-  double tolerance = 0;  // relative RMS between candidate and reference, if `same_bits_as` is empty
-  ConformanceRun same_bits_as;  // otherwise: both runs on the candidate must agree to the bit
+  // Relative RMS allowed between candidate and reference, and the magnitude of a usual result (see
+  // Compare), if `same_bits_as` is empty.
+  double tolerance = 0;
+  double typical = 0;
+  // Otherwise: both runs on the candidate must agree to the bit.
+  ConformanceRun same_bits_as = nullptr;
 };
 
 std::vector<ConformanceCase> MatMulCases();

@@ -54,10 +54,7 @@ void AddNormCases(std::vector<ConformanceCase>& cases) {
   for (const NormCase& test : kNormCases) {
     const std::string name =
         fmt::format("RmsNorm/columns={},rows={},epsilon={}", test.columns, test.rows, test.epsilon);
-    cases.push_back({.name = name,
-                     .run = RunNorm(test, false),
-                     .tolerance = kTolerance,
-                     .same_bits_as = nullptr});
+    cases.push_back({.name = name, .run = RunNorm(test, false), .tolerance = kTolerance});
     cases.push_back({.name = name + "/row alone",
                      .run = RunNorm(test, false),
                      .same_bits_as = RunNorm(test, true)});
@@ -84,7 +81,7 @@ constexpr RopeCase kRopeCases[] = {
     {"part of the head", 2, 80, 32, 10000, 1, false},
     {"two dims", 2, 64, 2, 10000, 1, false},
 };
-constexpr int32_t kPositions[] = {0, 1, 2, 31, 32, 100, 4095, 8191, 131071, 1048575};
+constexpr int32_t kPositions[] = {0, 1, 2, 31, 32, 100, 4095, 8191, 32767, 131071};
 
 ConformanceRun RunRope(RopeCase test) {
   return [=](Backend& backend) -> absl::StatusOr<std::vector<float>> {
@@ -128,17 +125,14 @@ std::vector<ConformanceCase> ElementwiseCases() {
   std::vector<ConformanceCase> cases;
   AddNormCases(cases);
   for (const RopeCase& test : kRopeCases) {
-    cases.push_back({.name = fmt::format("Rope/{}", test.name),
-                     .run = RunRope(test),
-                     .tolerance = kTolerance,
-                     .same_bits_as = nullptr});
+    cases.push_back(
+        {.name = fmt::format("Rope/{}", test.name), .run = RunRope(test), .tolerance = kTolerance});
   }
   for (const size_t count : {1, 7, 8, 31, 512, 5632}) {
     for (const double stddev : {1.0, 10.0}) {
       cases.push_back({.name = fmt::format("SwiGlu/count={},gate stddev={}", count, stddev),
                        .run = RunSwiGlu(count, stddev),
-                       .tolerance = kTolerance,
-                       .same_bits_as = nullptr});
+                       .tolerance = kTolerance});
     }
   }
   return cases;

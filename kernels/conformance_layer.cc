@@ -230,8 +230,7 @@ std::vector<ConformanceCase> LayerCases() {
       // Four matrix products deep and more: the errors of one product add up.
       cases.push_back({.name = prefix + "logits",
                        .run = run(Together(), KvType::kF32, false),
-                       .tolerance = 2.5 * MatMulTolerance(type),
-                       .same_bits_as = nullptr});
+                       .tolerance = 2.5 * MatMulTolerance(type)});
       const ConformanceRun together = run(Together(), KvType::kF16, false);
       const auto same = [&](const char* name, const Schedule& schedule, bool split) {
         cases.push_back({.name = prefix + name,
@@ -244,8 +243,7 @@ std::vector<ConformanceCase> LayerCases() {
     }
     cases.push_back({.name = fmt::format("UnitBuilder/{}/refuses a bad scale", info.name),
                      .run = RefusesBadScale(type),
-                     .tolerance = 0,
-                     .same_bits_as = nullptr});
+                     .tolerance = 0});
   }
   return cases;
 }

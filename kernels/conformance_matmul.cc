@@ -111,13 +111,15 @@ std::vector<ConformanceCase> MatMulCases() {
     for (const Shape& shape : ShapesOf(info)) {
       const std::string prefix = fmt::format("MatMul/{}/n={},k={}/", info.name, shape.n, shape.k);
       for (const int rows : kRowCounts) {
+        // Weights and activations are such that results are around 1. The fewer they are, the
+        // farther their RMS error may lie from its expectation.
         cases.push_back({.name = prefix + fmt::format("rows={}", rows),
                          .run =
                              [=](Backend& backend) {
                                return Multiply(backend, MakeInputs(type, shape), shape, 0, rows);
                              },
-                         .tolerance = MatMulTolerance(type),
-                         .same_bits_as = nullptr});
+                         .tolerance = MatMulTolerance(type) * (1 + 2 / std::sqrt(shape.n * rows)),
+                         .typical = 1});
       }
       cases.push_back({.name = prefix + "row alone as in any batch",
                        .run = RowsTogether(type, shape),

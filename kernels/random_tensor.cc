@@ -70,8 +70,11 @@ uint64_t RandomSource::Next() {
 double RandomSource::Uniform() { return static_cast<double>(Next() >> 11) * 0x1p-53; }
 
 double RandomSource::Gaussian() {
-  const double radius = std::sqrt(-2 * std::log(1 - Uniform()));
-  return radius * std::cos(2 * std::numbers::pi * Uniform());
+  // Four uniform 16-bit numbers: each has variance 2^32 / 12, their sum is close to Gaussian.
+  const uint64_t bits = Next();
+  const auto sum = static_cast<double>((bits & 0xffff) + ((bits >> 16) & 0xffff) +
+                                       ((bits >> 32) & 0xffff) + (bits >> 48));
+  return (sum - 2 * 65535.0) * (std::numbers::sqrt3 / 65536);
 }
 
 std::vector<float> RandomFloats(RandomSource& random, size_t count, double stddev) {

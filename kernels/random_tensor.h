@@ -19,13 +19,13 @@ class RandomSource {
   explicit RandomSource(uint64_t seed) : state_(seed) {}
   uint64_t Next();
   double Uniform();   // [0, 1)
-  double Gaussian();  // mean 0, standard deviation 1
+  double Gaussian();  // nearly: a bell from -3.5 to 3.5, mean 0, standard deviation 1
 
  private:
   uint64_t state_;
 };
 
-// `count` Gaussian values.
+// `count` values of Gaussian().
 std::vector<float> RandomFloats(RandomSource& random, size_t count, double stddev = 1);
 
 struct RandomTensor {
