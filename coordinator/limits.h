@@ -6,7 +6,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "absl/time/time.h"
 #include "kernels/sampling.h"
 #include "model/gguf.h"
 #include "model/tokenizer.h"
@@ -29,9 +28,7 @@ inline constexpr size_t kMaxChatTemplateBytes = 256 << 10;  // longer ones are n
 
 // --- Streams to clients.
 // Tokens that wait for a client that does not read; more end the call with RESOURCE_EXHAUSTED.
-inline constexpr int kMaxUnreadTokens = 1024;
-// What a client is told to wait after RESOURCE_EXHAUSTED (trailing metadata `retry-after-ms`).
-inline constexpr absl::Duration kRetryAfter = absl::Milliseconds(500);
+inline constexpr int kMaxUnreadTokens = 256;
 
 // --- The gRPC server.
 inline constexpr int kMaxRequestBytes = 8 << 20;

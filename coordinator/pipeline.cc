@@ -116,6 +116,7 @@ PipelineStats Pipeline::Impl::Stats() const {
   stats.serving = serving_;
   stats.epoch = expected_epoch_;
   stats.slots = options_.max_slots;
+  stats.retry_after = retry_.Wait(options_.max_slots);
   stats.recent_tokens_per_second = rate_.PerSecond(MonotonicNow());
   return stats;
 }

@@ -76,6 +76,7 @@ struct PipelineStats {
   uint64_t completion_tokens = 0;
   double recent_tokens_per_second = 0;  // over the last 10 s
   uint64_t dropped_frames = 0;          // of another epoch, link or step
+  absl::Duration retry_after;           // advice to a client that found the queue full
 };
 
 // What one stage of the current epoch did, as its step timings say.

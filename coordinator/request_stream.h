@@ -50,6 +50,10 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
     const absl::StatusOr<RequestId> id =
         pipeline_->Submit(*std::move(request), this->shared_from_this());
     if (!id.ok()) {
+      if (id.status().code() == absl::StatusCode::kResourceExhausted) {
+        const int64_t ms = absl::ToInt64Milliseconds(pipeline_->Stats().retry_after);
+        context_->AddTrailingMetadata("retry-after-ms", std::to_string(ms));
+      }
       End(id.status());
       return this;
     }
@@ -131,10 +135,6 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
       this->StartWrite(&outbox_.front());
     } else if (ended_) {
       finished_ = true;
-      if (status_.code() == absl::StatusCode::kResourceExhausted) {
-        context_->AddTrailingMetadata("retry-after-ms",
-                                      std::to_string(absl::ToInt64Milliseconds(kRetryAfter)));
-      }
       this->Finish(ToGrpcStatus(status_));
     }
   }
