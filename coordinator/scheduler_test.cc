@@ -140,6 +140,15 @@ TEST(SchedulerTest, SpreadsDecodingSequencesOverTheStages) {
   EXPECT_EQ(next[0].decode_rows, 2);
 }
 
+TEST(SchedulerTest, SharesOutAnewWhenSequencesEnd) {
+  Scheduler scheduler(Options(4, 8));
+  StartDecoding(scheduler, 8);
+  for (int id = 1; id <= 4; ++id) scheduler.Cancel(id);
+  const std::vector<Step> steps = TakeSteps(scheduler);
+  ASSERT_EQ(steps.size(), 4u);
+  for (const Step& step : steps) EXPECT_EQ(step.decode_rows, 1);
+}
+
 TEST(SchedulerTest, KeepsAllRowsTogetherOnOneStage) {
   Scheduler scheduler(Options(1, 8));
   StartDecoding(scheduler, 8);
