@@ -1,5 +1,6 @@
 #include "kernels/cpu/pack.h"
 
+#include <array>
 #include <cstring>
 
 #include "kernels/cpu/records.h"
@@ -11,28 +12,84 @@ namespace {
 
 constexpr uint16_t kHalfSign = 0x8000;
 
-// One row's part of a group of 32 columns. `q`: unsigned quants.
+// Unsigned quants of a group of 32 columns, as 8 words of 4 columns each.
+using Words = std::array<uint32_t, 8>;
+
+uint32_t Word(const uint8_t* bytes, int i) {
+  uint32_t word;
+  std::memcpy(&word, bytes + 4 * i, sizeof(word));
+  return word;
+}
+
+// Bit i of `bits` to the lowest bit of byte i.
+uint32_t SpreadBits(uint32_t bits) { return (bits & 15) * 0x00204081u & 0x01010101u; }
+
+// The same as Block::quant + Record::kOffset (pack_test.cc compares), four columns at a time.
+template <typename Block>
+Words GroupWords(const Block& block, int group) {
+  Words w;
+  for (int i = 0; i < 8; ++i) {
+    if constexpr (requires { block.quants; }) {  // Q8_0
+      w[i] = Word(reinterpret_cast<const uint8_t*>(block.quants), i);
+    } else if constexpr (Block::kElements == 32) {
+      w[i] = Word(block.nibbles, i % 4) >> (i / 4 * 4) & 0x0f0f0f0fu;
+      if constexpr (requires { block.high_bits; }) {
+        w[i] |= SpreadBits(block.high_bits[i / 2] >> (i % 2 * 4)) << 4;
+      }
+    } else {
+      uint32_t crumbs = 0, bits = 0;
+      if constexpr (requires { block.crumbs; }) {
+        crumbs = Word(block.crumbs, group / 4 * 8 + i) >> (group % 4 * 2) & 0x03030303u;
+      }
+      if constexpr (requires { block.high_bits; }) {
+        bits = Word(block.high_bits, i) >> group & 0x01010101u;
+      }
+      if constexpr (!requires { block.nibbles; }) {  // Q2_K, Q3_K
+        w[i] = crumbs | bits << 2;
+      } else if constexpr (requires { block.crumbs; }) {  // Q6_K
+        const int at = group / 4 * 16 + group % 2 * 8 + i;
+        w[i] = (Word(block.nibbles, at) >> (group % 4 / 2 * 4) & 0x0f0f0f0fu) | crumbs << 4;
+      } else {  // Q4_K, Q5_K
+        const int at = group / 2 * 8 + i;
+        w[i] = (Word(block.nibbles, at) >> (group % 2 * 4) & 0x0f0f0f0fu) | bits << 4;
+      }
+    }
+  }
+  return w;
+}
+
+void StoreWord(uint32_t word, uint8_t* vectors, int vector, int row) {
+  std::memcpy(vectors + 32 * vector + 4 * row, &word, sizeof(word));
+}
+
+// One row's part of a group of 32 columns.
 template <typename Record>
-void PackQuants(const uint8_t* q, int row, int group, Record* record) {
-  for (int k = 0; k < kActivationBlock; ++k) {
-    const int vector = k / 4;
-    const int byte = 4 * row + k % 4;
-    if constexpr (requires { record->quants; }) {
-      record->quants[group][32 * vector + byte] = q[k];
+void PackQuants(const Words& w, int row, int group, Record* record) {
+  if constexpr (requires { record->quants; }) {
+    for (int i = 0; i < 8; ++i) StoreWord(w[i], record->quants[group], i, row);
+  }
+  if constexpr (requires { record->nibbles; }) {
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t low = w[i] & 0x0f0f0f0fu, high = w[i + 4] & 0x0f0f0f0fu;
+      StoreWord(low | high << 4, record->nibbles[group], i, row);
     }
-    if constexpr (requires { record->nibbles; }) {
-      record->nibbles[group][32 * (vector % 4) + byte] |= (q[k] & 15) << (vector / 4 * 4);
+  }
+  // Above the nibbles, or the lowest bits.
+  constexpr int kPairsAt = requires { record->nibbles; }
+  ? 4 : 0;
+  if constexpr (requires { record->pairs; }) {
+    for (int i = 0; i < 2; ++i) {
+      uint32_t packed = 0;
+      for (int j = 0; j < 4; ++j) packed |= (w[4 * i + j] >> kPairsAt & 0x03030303u) << 2 * j;
+      StoreWord(packed, record->pairs[group], i, row);
     }
-    if constexpr (requires { record->pairs; }) {
-      const int pair = requires { record->nibbles; }
-      ? q[k] >> 4 : q[k] & 3;
-      record->pairs[group][32 * (vector / 4) + byte] |= pair << (vector % 4 * 2);
-    }
-    if constexpr (requires { record->bits; }) {
-      const int bit = requires { record->nibbles; }
-      ? q[k] >> 4 : q[k] >> 2;
-      record->bits[group][byte] |= (bit & 1) << vector;
-    }
+  }
+  constexpr int kBitsAt = requires { record->nibbles; }
+  ? 4 : 2;
+  if constexpr (requires { record->bits; }) {
+    uint32_t packed = 0;
+    for (int j = 0; j < 8; ++j) packed |= (w[j] >> kBitsAt & 0x01010101u) << j;
+    StoreWord(packed, record->bits[group], 0, row);
   }
 }
 
@@ -56,11 +113,7 @@ void PackBlock(const Block& block, int row, Record* record) {
     }
   }
   for (int g = 0; g < Record::kGroups; ++g) {
-    uint8_t q[kActivationBlock];
-    for (int k = 0; k < kActivationBlock; ++k) {
-      q[k] = static_cast<uint8_t>(block.quant(g * kActivationBlock + k) + Record::kOffset);
-    }
-    PackQuants(q, row, g, record);
+    PackQuants(GroupWords(block, g), row, g, record);
   }
 }
 
