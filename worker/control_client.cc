@@ -137,7 +137,7 @@ absl::Status ControlClient::JoinOnce(grpc::Channel* channel, bool* welcomed) {
     streaming_ = false;
   }
   if (writer.joinable()) writer.join();
-  stream.context.TryCancel();  // nothing more is said on a stream that we leave
+  stream.call->WritesDone();  // if the stream is not over yet, the coordinator ends it now
   const grpc::Status status = stream.call->Finish();
   absl::MutexLock lock(&mu_);
   context_ = nullptr;
