@@ -49,7 +49,12 @@ struct Avx2Simd {
   static Bytes Sign(Bytes a, Bytes s) { return {_mm256_sign_epi8(a.v, s.v)}; }
 
   static Words MulAddBytes(Bytes u, Bytes s) { return {_mm256_maddubs_epi16(u.v, s.v)}; }
-  static Words Add(Words a, Words b) { return {_mm256_add_epi16(a.v, b.v)}; }
+  static Words Add(Words a, Words b) {
+    __m256i sum = _mm256_add_epi16(a.v, b.v);
+    // Left alone, compilers turn a chain of these into a tree whose leaves overflow the registers.
+    asm("" : "+x"(sum));
+    return {sum};
+  }
   static Ints MulAddWords(Words a, Words b) { return {_mm256_madd_epi16(a.v, b.v)}; }
   static Ints Add(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
   static Words ScaleWordsUnsigned(const uint8_t* p) { return {SpreadLow(Broadcast8(p))}; }
