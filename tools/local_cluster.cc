@@ -93,7 +93,7 @@ absl::Status LocalCluster::StartCoordinator() {
   const int expected = options_.expected_workers > 0 ? options_.expected_workers : options_.workers;
   std::vector<std::string> argv = {
       bin_dir_ + "/stagecoach-coordinator", "--model",          options_.model,  "--workers",
-      std::to_string(options_.workers),     "--listen",         options_.listen, "--max-slots",
+      std::to_string(expected),     "--listen",         options_.listen, "--max-slots",
       std::to_string(options_.max_slots),   "--die-with-parent"};
   if (options_.context > 0) {
     argv.insert(argv.end(), {"--context", std::to_string(options_.context)});
