@@ -94,7 +94,7 @@ class AttentionBench {
     std::vector<float> q, k, v;
     int rows = 0;
     for (size_t i = 0; i < sequences.size(); ++i) {
-      const auto [prior, count] = sequences[i];
+      const int prior = sequences[i].prior, count = sequences[i].rows;
       if (count == 0) continue;
       batch.push_back(
           {.first_row = rows, .row_count = count, .start_position = prior, .blocks = blocks_[i]});
