@@ -94,6 +94,10 @@ class Builder final : public UnitBuilder {
   std::map<TensorRole, Matrix> tensors_;
 };
 
+// The objects that this backend made itself.
+const Weights& Own(const UnitWeights& weights) { return static_cast<const Weights&>(weights); }
+Kv& Own(KvCache& kv) { return static_cast<Kv&>(kv); }
+
 struct ReferenceWorkspace final : Workspace {
   ModelParams params;
   int max_rows = 0;
@@ -103,8 +107,6 @@ struct ReferenceWorkspace final : Workspace {
 ReferenceWorkspace& Own(Workspace& workspace) {
   return static_cast<ReferenceWorkspace&>(workspace);
 }
-const Weights& Own(const UnitWeights& weights) { return static_cast<const Weights&>(weights); }
-Kv& Own(KvCache& kv) { return static_cast<Kv&>(kv); }
 
 class ReferenceBackend final : public Backend {
  public:
