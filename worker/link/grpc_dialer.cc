@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <deque>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
@@ -84,8 +85,11 @@ class Call : public grpc::ClientBidiReactor<ByteBuffer, ByteBuffer>,
   void Close() {
     {
       absl::MutexLock lock(&mu_);
-      if (std::exchange(closed_, true) || done_) return;
+      closed_ = true;
       queue_.clear();
+      const bool within_on_broken = notifier_ == std::this_thread::get_id();
+      if (!within_on_broken) mu_.Await(absl::Condition(this, &Call::NobodyNotifies));
+      if (done_) return;
     }
     context_.TryCancel();
   }
@@ -94,6 +98,10 @@ class Call : public grpc::ClientBidiReactor<ByteBuffer, ByteBuffer>,
   bool OpenedOrDone() const ABSL_SHARED_LOCKS_REQUIRED(mu_) { return opened_ || done_; }
   bool SendMayReturn() const ABSL_SHARED_LOCKS_REQUIRED(mu_) {
     return closed_ || done_ || (credits_ > 0 && !reads_ended_);
+  }
+
+  bool NobodyNotifies() const ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+    return notifier_ == std::thread::id();
   }
 
   // Moves the head of the queue to outgoing_ if no write is under way; then the caller starts it.
@@ -152,9 +160,13 @@ class Call : public grpc::ClientBidiReactor<ByteBuffer, ByteBuffer>,
       status_ = status;
       done_ = true;
       queue_.clear();
-      broken = opened_ && !closed_;
+      broken = opened_ && !closed_ && on_broken_ != nullptr;
+      if (broken) notifier_ = std::this_thread::get_id();
     }
-    if (broken && on_broken_) on_broken_(status);
+    if (!broken) return;
+    on_broken_(status);
+    absl::MutexLock lock(&mu_);
+    notifier_ = std::thread::id();
   }
 
   grpc::TemplatedGenericStub<ByteBuffer, ByteBuffer> stub_;
@@ -177,7 +189,8 @@ class Call : public grpc::ClientBidiReactor<ByteBuffer, ByteBuffer>,
   bool reads_ended_ ABSL_GUARDED_BY(mu_) = false;  // the hold has been released
   bool protocol_error_ ABSL_GUARDED_BY(mu_) = false;
   bool done_ ABSL_GUARDED_BY(mu_) = false;
-  absl::Status status_ ABSL_GUARDED_BY(mu_);  // valid once done_
+  absl::Status status_ ABSL_GUARDED_BY(mu_);       // valid once done_
+  std::thread::id notifier_ ABSL_GUARDED_BY(mu_);  // is in on_broken
 };
 
 class GrpcSender : public LinkSender {
@@ -210,9 +223,30 @@ grpc::ChannelArguments LinkChannelArguments() {
   return arguments;
 }
 
+// gRPC joins its callback threads when the last channel or server goes. Calls end on those very
+// threads, and the end of one may take its channel along: a thread would join itself. So one
+// channel (which never connects) stays for the life of the process.
+void KeepCallbackThreads() {
+  struct Pin {
+    std::shared_ptr<grpc::Channel> channel =
+        grpc::CreateChannel("127.0.0.1:1", grpc::InsecureChannelCredentials());
+    grpc::TemplatedGenericStub<ByteBuffer, ByteBuffer> stub{channel};
+    grpc::ClientContext context;
+    grpc::ClientBidiReactor<ByteBuffer, ByteBuffer> reactor;
+    Pin() { stub.PrepareBidiStreamingCall(&context, kLinkMethod, {}, &reactor); }  // not started
+  };
+  static union Forever {
+    Forever() : pin() {}
+    ~Forever() {}  // on purpose not ~Pin
+    Pin pin;
+  } forever;
+}
+
 class GrpcDialer : public LinkDialer {
  public:
-  explicit GrpcDialer(size_t max_message_bytes) : max_message_bytes_(max_message_bytes) {}
+  explicit GrpcDialer(size_t max_message_bytes) : max_message_bytes_(max_message_bytes) {
+    KeepCallbackThreads();
+  }
 
   absl::StatusOr<std::unique_ptr<LinkSender>> Dial(
       const std::string& address, const v1::LinkHello& hello, absl::Duration timeout,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -50,14 +51,26 @@ class Link : public std::enable_shared_from_this<Link> {
 
   void Close(const absl::Status& reason, bool by_sender) {
     bool report;
+    const bool notify = !by_sender && on_broken_ != nullptr;
     {
       absl::MutexLock lock(&mu_);
-      if (closed_) return;
+      if (closed_) {
+        const bool within_on_broken = notifier_ == std::this_thread::get_id();
+        if (by_sender && !within_on_broken) {
+          mu_.Await(absl::Condition(this, &Link::NobodyNotifies));
+        }
+        return;
+      }
       closed_ = true;
       reason_ = reason;
       report = !delivering_ && !std::exchange(reporting_, true);
+      if (notify) notifier_ = std::this_thread::get_id();
     }
-    if (!by_sender && on_broken_) on_broken_(reason);
+    if (notify) {
+      on_broken_(reason);
+      absl::MutexLock lock(&mu_);
+      notifier_ = std::thread::id();
+    }
     if (report) ReportClosed();
   }
 
@@ -69,6 +82,10 @@ class Link : public std::enable_shared_from_this<Link> {
  private:
   bool MaySend() const ABSL_SHARED_LOCKS_REQUIRED(mu_) {
     return closed_ || (credits_ > 0 && !delivering_);
+  }
+
+  bool NobodyNotifies() const ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+    return notifier_ == std::thread::id();
   }
 
   void ReportClosed() {
@@ -93,6 +110,7 @@ class Link : public std::enable_shared_from_this<Link> {
   bool reporting_ ABSL_GUARDED_BY(mu_) = false;  // OnLinkClosed is about to be called
   bool reported_ ABSL_GUARDED_BY(mu_) = false;   // OnLinkClosed has returned
   absl::Status reason_ ABSL_GUARDED_BY(mu_);
+  std::thread::id notifier_ ABSL_GUARDED_BY(mu_);  // is in on_broken
 };
 
 class Sender : public LinkSender {

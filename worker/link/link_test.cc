@@ -105,18 +105,23 @@ class Recorder : public LinkHandler {
   std::map<uint64_t, absl::Status> closed;
 };
 
+// What on_broken was told. Shared with the callback, which may still be under way after Close.
 struct Broken {
-  std::function<void(const absl::Status&)> Callback() {
-    return [this](const absl::Status& reason) {
-      absl::MutexLock lock(&mu);
-      ++calls;
-      status = reason;
+  static std::function<void(const absl::Status&)> Callback(std::shared_ptr<Broken> broken) {
+    return [broken](const absl::Status& reason) {
+      absl::MutexLock lock(&broken->mu);
+      ++broken->calls;
+      broken->status = reason;
     };
   }
-  bool Await() {
-    const auto called = [this] { return calls > 0; };
+  bool Await(int count = 1) {
+    const auto called = [this, count] { return calls >= count; };
     absl::MutexLock lock(&mu);
     return mu.AwaitWithTimeout(absl::Condition(&called), kTimeout);
+  }
+  int Calls() {
+    absl::MutexLock lock(&mu);
+    return calls;
   }
   absl::Mutex mu;
   int calls = 0;
@@ -186,11 +191,11 @@ class LinkTest : public testing::TestWithParam<const char*> {
     v1::LinkHello hello;
     hello.set_epoch(1);
     hello.set_model_hash("m");
-    return transport_->dialer().Dial(address_, hello, timeout, broken_.Callback());
+    return transport_->dialer().Dial(address_, hello, timeout, Broken::Callback(broken_));
   }
 
   Recorder recorder_;
-  Broken broken_;
+  const std::shared_ptr<Broken> broken_ = std::make_shared<Broken>();
   std::unique_ptr<Transport> transport_;
   std::string address_;
 };
@@ -210,7 +215,7 @@ TEST_P(LinkTest, TenThousandFramesArriveInOrderWithTheirBytes) {
     ASSERT_EQ(frame.payload.values().size(), i % 97);
     for (float value : frame.payload.values()) ASSERT_EQ(value, static_cast<float>(i));
   }
-  EXPECT_EQ(broken_.calls, 0);
+  EXPECT_EQ(broken_->Calls(), 0);
 }
 
 TEST_P(LinkTest, LargeFrames) {
@@ -262,7 +267,7 @@ TEST_P(LinkTest, CloseBySenderWakesABlockedSendAndIsNotABreak) {
   sender->Close();
   thread.join();
   EXPECT_TRUE(recorder_.AwaitClosed());
-  EXPECT_EQ(broken_.calls, 0);
+  EXPECT_EQ(broken_->Calls(), 0);
   recorder_.Release(kLinkCredits);
 }
 
@@ -272,8 +277,8 @@ TEST_P(LinkTest, ReceiverBreaksTheLinkWithAReason) {
   ASSERT_TRUE(sender->Send(StepFrame(1)).ok());
   ASSERT_TRUE(recorder_.AwaitFrames(1));
   recorder_.BreakAll(absl::OutOfRangeError("step 7 was skipped"));
-  ASSERT_TRUE(broken_.Await());
-  EXPECT_EQ(broken_.status, absl::OutOfRangeError("step 7 was skipped"));
+  ASSERT_TRUE(broken_->Await());
+  EXPECT_EQ(broken_->status, absl::OutOfRangeError("step 7 was skipped"));
   EXPECT_TRUE(recorder_.AwaitClosed());
   const absl::Status status = sender->Send(StepFrame(2));
   EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
@@ -281,7 +286,7 @@ TEST_P(LinkTest, ReceiverBreaksTheLinkWithAReason) {
   recorder_.Release(1);
   recorder_.BreakAll(absl::InternalError("again"));  // of a closed link: nothing
   sender.reset();
-  EXPECT_EQ(broken_.calls, 1);
+  EXPECT_EQ(broken_->Calls(), 1);
 }
 
 TEST_P(LinkTest, RefusalsComeBackAtOnceWithTheirCode) {
@@ -293,7 +298,7 @@ TEST_P(LinkTest, RefusalsComeBackAtOnceWithTheirCode) {
     EXPECT_LT(absl::Now() - start, absl::Seconds(2));
   }
   EXPECT_EQ(recorder_.hellos, 2);
-  EXPECT_EQ(broken_.calls, 0);
+  EXPECT_EQ(broken_->Calls(), 0);
   EXPECT_TRUE(recorder_.closed.empty());  // OnLinkClosed is for accepted links
 }
 
@@ -309,6 +314,31 @@ TEST_P(LinkTest, RetriesUnavailableUntilAcceptedOrTimeout) {
   EXPECT_NE(status.message().find("never"), std::string::npos) << status;
 }
 
+TEST_P(LinkTest, CloseWaitsForOnBrokenUnlessCalledByIt) {
+  std::unique_ptr<LinkSender> sender;
+  absl::Mutex dialled;
+  absl::Notification entered;
+  std::atomic<bool> finished = false;
+  {
+    absl::MutexLock lock(&dialled);
+    sender = transport_->dialer()
+                 .Dial(address_, v1::LinkHello(), kTimeout,
+                       [&](const absl::Status&) {
+                         { absl::MutexLock wait(&dialled); }
+                         sender->Close();  // by the callback itself: does not wait
+                         entered.Notify();
+                         absl::SleepFor(absl::Milliseconds(50));
+                         finished = true;
+                       })
+                 .value();
+  }
+  std::thread breaker([&] { recorder_.BreakAll(absl::AbortedError("new epoch")); });
+  entered.WaitForNotification();
+  sender->Close();
+  EXPECT_TRUE(finished);
+  breaker.join();
+}
+
 TEST_P(LinkTest, ShutdownWithLiveLinksBreaksThem) {
   std::vector<std::unique_ptr<LinkSender>> senders;
   for (int i = 0; i < 8; ++i) senders.push_back(Dial().value());
@@ -317,9 +347,7 @@ TEST_P(LinkTest, ShutdownWithLiveLinksBreaksThem) {
   transport_->Stop();
   EXPECT_LT(absl::Now() - start, absl::Seconds(5));
   EXPECT_EQ(recorder_.closed.size(), 8u);
-  const auto all = [this] { return broken_.calls == 8; };
-  absl::MutexLock lock(&broken_.mu);
-  EXPECT_TRUE(broken_.mu.AwaitWithTimeout(absl::Condition(&all), kTimeout));
+  EXPECT_TRUE(broken_->Await(8));
 }
 
 TEST_P(LinkTest, ConcurrentSendsAndCloseFromBothSides) {

@@ -28,8 +28,8 @@ class LinkSender {
   // Hands over one frame; blocks while there is no credit. Frames arrive in order or the link
   // breaks. Errors: UNAVAILABLE once broken or closed (also wakes a blocked call), with the reason.
   virtual absl::Status Send(Frame frame) = 0;
-  // Idempotent; safe while another thread is in Send. Frames still on their way may be lost. No
-  // call of on_broken begins after it, though one may be under way.
+  // Idempotent; safe while another thread is in Send. Frames still on their way may be lost. Waits
+  // for an on_broken under way (unless it is the caller); none begins afterwards.
   virtual void Close() = 0;
 };
 
