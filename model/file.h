@@ -35,6 +35,9 @@ class RandomAccessFile {
   virtual const std::string& path() const = 0;
   virtual uint64_t size() const = 0;  // at open
 
+  // Reads whose position, length and address are multiples of this are the fastest.
+  virtual size_t read_alignment() const { return 1; }
+
   // The identity now (kept from open for files that cannot change).
   virtual absl::StatusOr<FileIdentity> Identity() const = 0;
 };

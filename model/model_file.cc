@@ -300,7 +300,12 @@ std::vector<Unit> StageUnits(const ModelParams& params, int first_layer, int las
   return units;
 }
 
-absl::StatusOr<std::shared_ptr<const ModelFile>> ModelFile::Open(const std::string& path) {
+absl::StatusOr<std::shared_ptr<const ModelFile>> ModelFile::Open(const std::string& path,
+                                                                 const ModelOptions& options) {
+  std::optional<Manifest> manifest;
+  if (!options.manifest.empty()) {
+    STAGECOACH_ASSIGN_OR_RETURN(manifest, Manifest::Load(options.manifest));
+  }
   std::vector<std::unique_ptr<RandomAccessFile>> files;
   const std::optional<SplitName> split = ParseSplitName(path);
   if (split && split->parts > kMaxParts) {
@@ -311,16 +316,17 @@ absl::StatusOr<std::shared_ptr<const ModelFile>> ModelFile::Open(const std::stri
   for (int part = 1; split && part <= split->parts; ++part) {
     STAGECOACH_ASSIGN_OR_RETURN(
         files.emplace_back(),
-        OpenFile(fmt::format("{}-{:05}-of-{:05}.gguf", split->stem, part, split->parts)));
+        OpenFile(fmt::format("{}-{:05}-of-{:05}.gguf", split->stem, part, split->parts),
+                 options.read_mode));
   }
   if (!split) {
-    STAGECOACH_ASSIGN_OR_RETURN(files.emplace_back(), OpenFile(path));
+    STAGECOACH_ASSIGN_OR_RETURN(files.emplace_back(), OpenFile(path, options.read_mode));
   }
-  return FromFiles(std::move(files));
+  return FromFiles(std::move(files), std::move(manifest));
 }
 
 absl::StatusOr<std::shared_ptr<const ModelFile>> ModelFile::FromFiles(
-    std::vector<std::unique_ptr<RandomAccessFile>> files) {
+    std::vector<std::unique_ptr<RandomAccessFile>> files, std::optional<Manifest> manifest) {
   assert(!files.empty());
   std::shared_ptr<ModelFile> model(new ModelFile);
   model->files_ = std::move(files);
@@ -328,6 +334,8 @@ absl::StatusOr<std::shared_ptr<const ModelFile>> ModelFile::FromFiles(
   if (absl::Status status = model->BindTensors(); !status.ok()) {
     return WithPath(status, model->files_.front()->path());
   }
+  if (manifest) STAGECOACH_RETURN_IF_ERROR(manifest->CheckModel(*model));
+  model->manifest_ = std::move(manifest);
   return std::shared_ptr<const ModelFile>(std::move(model));
 }
 

@@ -10,8 +10,10 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "model/direct_file.h"
 #include "model/file.h"
 #include "model/gguf.h"
+#include "model/manifest.h"
 
 namespace stagecoach {
 
@@ -75,6 +77,11 @@ struct UnitTensor {
   const TensorInfo* tensor;  // owned by the ModelFile
 };
 
+struct ModelOptions {
+  ReadMode read_mode = ReadMode::kBuffered;
+  std::string manifest = {};  // path of a manifest to check tensors against; empty = none
+};
+
 // Immutable after Open; const members are thread-safe. Tensor data is read by the caller through
 // file(tensor.file_index).
 class ModelFile {
@@ -84,10 +91,13 @@ class ModelFile {
   // checked without reading tensor data, for all layers. Errors: NOT_FOUND, PERMISSION_DENIED or
   // any ModelError; parts that disagree are kCorrupt. Tensors of layers that block_count does not
   // count are unused if a gap separates them from the others (blk.99), else kBadHparam.
-  static absl::StatusOr<std::shared_ptr<const ModelFile>> Open(const std::string& path);
+  // A manifest that is not of this model is kCorrupt.
+  static absl::StatusOr<std::shared_ptr<const ModelFile>> Open(const std::string& path,
+                                                               const ModelOptions& options = {});
   // The same over given files (part 1 first; at least one).
   static absl::StatusOr<std::shared_ptr<const ModelFile>> FromFiles(
-      std::vector<std::unique_ptr<RandomAccessFile>> files);
+      std::vector<std::unique_ptr<RandomAccessFile>> files,
+      std::optional<Manifest> manifest = std::nullopt);
 
   const ModelParams& params() const { return params_; }
   const GgufFile& gguf() const { return gguf_.front(); }  // metadata of the first part
@@ -97,6 +107,9 @@ class ModelFile {
   // Tensors of `unit` in the order in which they are used. Unit must exist in this model.
   const std::vector<UnitTensor>& UnitTensors(const Unit& unit) const;
   uint64_t UnitBytes(const Unit& unit) const;
+
+  // What every tensor's bytes should be; nullptr if none was given.
+  const Manifest* manifest() const { return manifest_ ? &*manifest_ : nullptr; }
 
   // Identity of the model for all processes: xxh3-128 over the header hashes and file sizes.
   const std::string& hash() const { return hash_; }
@@ -117,6 +130,7 @@ class ModelFile {
   std::vector<std::vector<UnitTensor>> layers_;
   std::vector<std::string> unused_tensors_;
   std::string hash_;
+  std::optional<Manifest> manifest_;
 };
 
 // Units of the stage that holds layers [first, last), in execution order. The first stage has the
