@@ -50,6 +50,8 @@ inline constexpr std::chrono::milliseconds kHeartbeatTimeout{2000};
 inline constexpr std::chrono::milliseconds kLinkTimeout{15000};
 // Pause before a new epoch after one that failed without losing a worker; doubles up to the bound.
 inline constexpr std::chrono::milliseconds kReplanDelay{100};
+// How long a broken link waits for the control stream that tells which worker was lost.
+inline constexpr std::chrono::milliseconds kFailureGrace{200};
 inline constexpr std::chrono::milliseconds kMaxReplanDelay{5000};
 
 static_assert(kMaxTextBytes <= kMaxEncodeBytes);

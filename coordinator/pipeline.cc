@@ -56,11 +56,13 @@ void Pipeline::Impl::EndEpoch(uint64_t only, const absl::Status& reason, bool fa
     linked_ = false;
     sender = std::move(current_sender_);
     current_sender_ = nullptr;
-    if (std::exchange(serving_, false)) {
+    if (std::exchange(serving_, false)) requests_to_end_ = true;
+    if (failure && epoch != 0) callback = on_failure_;
+    if (requests_to_end_ && !callback) {
+      requests_to_end_ = false;
       posts_.emplace_back(Ended{reason_});
       wake_.Signal();
     }
-    if (failure && epoch != 0) callback = on_failure_;
   }
   if (sender) sender->Close();  // also wakes the loop if it waits for credit
   if (callback) callback(epoch, reason);

@@ -113,7 +113,8 @@ class Pipeline : public LinkHandler {
   PipelineStats Stats() const;
   std::vector<StageTotals> StageTimings() const;  // one per stage of the current or last epoch
   // Called (any thread) when the current epoch cannot go on: its link broke, or the last stage sent
-  // what does not fit the protocol. The epoch has then ended, as by EndEpoch.
+  // what does not fit the protocol. Nothing more is stepped or accepted then; running requests end
+  // with the EndEpoch that must follow and may know the cause better (at once without a callback).
   void SetFailureCallback(std::function<void(uint64_t epoch, const absl::Status&)> callback);
   // Ends all requests with UNAVAILABLE and joins the loop. Idempotent. Not from an observer.
   void Shutdown();

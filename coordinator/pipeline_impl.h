@@ -148,6 +148,7 @@ class Pipeline::Impl {
   uint64_t link_ ABSL_GUARDED_BY(mu_) = 0;  // of the last stage
   bool linked_ ABSL_GUARDED_BY(mu_) = false;
   bool serving_ ABSL_GUARDED_BY(mu_) = false;
+  bool requests_to_end_ ABSL_GUARDED_BY(mu_) = false;  // failed; whoever was told names the reason
   int frames_posted_ ABSL_GUARDED_BY(mu_) = 0;
   std::shared_ptr<LinkSender> current_sender_ ABSL_GUARDED_BY(mu_);  // to close it from outside
   absl::Status reason_ ABSL_GUARDED_BY(mu_) = absl::UnavailableError("the stages are not ready");

@@ -254,6 +254,7 @@ TEST_F(PipelineTest, FailsTheEpochWhenItsLinkBreaks) {
   EXPECT_THAT(failed, IsEmpty());
   pipeline_.OnLinkClosed(kLink, absl::UnavailableError("connection reset"));
   EXPECT_THAT(failed, ElementsAre(1));
+  pipeline_.EndEpoch(absl::UnavailableError("worker 'a' was lost"));
   const absl::Status status = recorder->Wait();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(status.message()), HasSubstr("connection reset"));
@@ -268,6 +269,7 @@ TEST_F(PipelineTest, FailsTheEpochOnResultsThatDoNotFit) {
   absl::Notification failed;
   pipeline_.SetFailureCallback([&](uint64_t, const absl::Status& status) {
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    pipeline_.EndEpoch(status);
     failed.Notify();
   });
   Start();

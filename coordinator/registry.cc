@@ -12,6 +12,19 @@
 namespace stagecoach {
 namespace {
 
+// Workers on processors measure their bandwidth while others use the same memory: up to this ratio,
+// differences are noise, and an even split is the better plan.
+constexpr double kBandwidthScatter = 2.5;
+
+void IgnoreScatter(std::vector<WorkerCapacity>& workers) {
+  const auto [slowest, fastest] =
+      std::minmax_element(workers.begin(), workers.end(), [](const auto& a, const auto& b) {
+        return a.read_bytes_per_second < b.read_bytes_per_second;
+      });
+  if (fastest->read_bytes_per_second > kBandwidthScatter * slowest->read_bytes_per_second) return;
+  for (WorkerCapacity& worker : workers) worker.read_bytes_per_second = 0;  // unknown: equal
+}
+
 // Failures of an assignment that say nothing against the worker itself.
 bool IsTransient(uint32_t code) {
   switch (static_cast<absl::StatusCode>(code)) {
@@ -102,7 +115,10 @@ void Registry::Tick(MonotonicTime now) {
 
   if ((phase_ == Phase::kLinking || phase_ == Phase::kDialling) &&
       now - linking_since_ >= kLinkTimeout) {
-    EpochFailed(epoch_, absl::DeadlineExceededError(LinkingDetail()), now);
+    EndFailedEpoch(absl::DeadlineExceededError(LinkingDetail()), now);
+  }
+  if (phase_ == Phase::kFailing && now - failing_since_ >= kFailureGrace) {
+    EndFailedEpoch(failure_, now);
   }
   TryPlan(now);
 }
@@ -115,9 +131,21 @@ void Registry::Dialled(uint64_t epoch) {
 }
 
 void Registry::EpochFailed(uint64_t epoch, const absl::Status& reason, MonotonicTime now) {
-  if (epoch != epoch_ || phase_ == Phase::kWaiting) return;
+  if (epoch != epoch_ || phase_ == Phase::kWaiting || phase_ == Phase::kFailing) return;
+  if (phase_ != Phase::kServing) {
+    EndFailedEpoch(reason, now);
+    return;
+  }
+  // A link that breaks while serving is mostly the first sign of a worker that is gone; its control
+  // stream, which names it, ends within moments.
+  phase_ = Phase::kFailing;
+  failing_since_ = now;
+  failure_ = reason;
+}
+
+void Registry::EndFailedEpoch(const absl::Status& reason, MonotonicTime now) {
   last_failure_ = absl::UnavailableError(
-      fmt::format("epoch {} failed: {}", epoch, std::string(reason.message())));
+      fmt::format("epoch {} failed: {}", epoch_, std::string(reason.message())));
   EndCurrentEpoch(last_failure_);
   Backoff(now);
 }
@@ -208,7 +236,7 @@ void Registry::OnAssignmentFailed(Worker& worker, const v1::AssignmentFailed& fa
   const std::string why = fmt::format("worker '{}' ({}): {}", name, LayersOf(name),
                                       CleanText(failed.message(), kMaxDetailBytes));
   if (IsTransient(failed.status_code())) {
-    EpochFailed(epoch_, absl::UnavailableError(why), now);
+    EndFailedEpoch(absl::UnavailableError(why), now);
     return;
   }
   worker.unfit = CleanText(failed.message(), kMaxDetailBytes);
@@ -311,6 +339,7 @@ absl::StatusOr<Plan> Registry::PlanSeats() {
                             .memory_bytes = static_cast<uint64_t>(hello.memory_bytes()),
                             .read_bytes_per_second = hello.read_bytes_per_second()});
     }
+    if (backend_ == "cpu") IgnoreScatter(capacities);
     return options_.plan(capacities);
   };
   absl::StatusOr<Plan> plan = plan_for(seats_);
@@ -449,6 +478,8 @@ absl::Status Registry::Readiness() const {
     case Phase::kLinking:
     case Phase::kDialling:
       return absl::UnavailableError(LinkingDetail());
+    case Phase::kFailing:
+      return absl::UnavailableError(std::string(failure_.message()));
     case Phase::kWaiting:
       break;
   }

@@ -88,7 +88,7 @@ class Registry {
   const std::string& kernel_revision() const { return kernel_revision_; }
 
  private:
-  enum class Phase { kWaiting, kLinking, kDialling, kServing };
+  enum class Phase { kWaiting, kLinking, kDialling, kServing, kFailing };
   struct Worker {
     StreamId stream = 0;
     v1::WorkerHello hello;
@@ -110,6 +110,7 @@ class Registry {
   void Close(StreamId stream, const absl::Status& reason);
   void Lose(const std::string& name, const std::string& why, MonotonicTime now);
   void EndCurrentEpoch(const absl::Status& reason);
+  void EndFailedEpoch(const absl::Status& reason, MonotonicTime now);  // and try again later
   void Backoff(MonotonicTime now);
 
   void TryPlan(MonotonicTime now);
@@ -140,6 +141,8 @@ class Registry {
   std::optional<Plan> plan_;           // the latest one
   std::vector<uint64_t> plan_memory_;  // of its workers
   MonotonicTime linking_since_;
+  MonotonicTime failing_since_;
+  absl::Status failure_;       // kFailing
   bool plan_changed_ = true;   // workers came or went since the last attempt
   absl::Status plan_error_;    // of the last attempt
   absl::Status last_failure_;  // of the last epoch that failed without losing a worker

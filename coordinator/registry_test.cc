@@ -321,9 +321,22 @@ TEST_F(RegistryTest, TransientFailureIsTriedAgainAfterAGrowingPause) {
   Serve({a});
   registry_->EpochFailed(3, absl::UnavailableError("link broke"), now_);
   registry_->EpochFailed(3, absl::UnavailableError("again"), now_);  // counts once
+  Advance(kFailureGrace);
   EXPECT_THAT(Detail(), HasSubstr("link broke"));
   Advance(kReplanDelay);
   EXPECT_EQ(registry_->epoch(), 4u);  // serving has reset the pause
+}
+
+TEST_F(RegistryTest, ABrokenLinkIsBlamedOnTheWorkerThatIsGone) {
+  Make(1);
+  const StreamId a = Join("a");
+  Serve({a});
+  registry_->EpochFailed(1, absl::UnavailableError("link broke"), now_);
+  Advance(kFailureGrace / 2);
+  registry_->Closed(a, absl::UnavailableError("gone"), now_);
+  Apply();
+  ASSERT_FALSE(ended_.empty());
+  EXPECT_THAT(ended_.back(), HasSubstr("worker 'a'"));
 }
 
 TEST_F(RegistryTest, GivesUpAnEpochThatDoesNotLink) {

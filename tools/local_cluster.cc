@@ -56,12 +56,12 @@ LocalCluster::~LocalCluster() {
     stopping_ = true;
   }
   if (supervisor_.joinable()) supervisor_.join();
+  coordinator_.reset();  // first, or it would report each worker that ends as lost
   absl::MutexLock lock(&mu_);
   for (auto& worker : workers_) {
     if (worker != nullptr && worker->running()) kill(worker->pid(), SIGTERM);  // all at once
   }
   workers_.clear();
-  coordinator_.reset();
 }
 
 void LocalCluster::Log(const std::string& process, const std::string& line) {
@@ -91,10 +91,16 @@ std::string LocalCluster::LastLine(const std::string& process) {
 
 absl::Status LocalCluster::StartCoordinator() {
   const int expected = options_.expected_workers > 0 ? options_.expected_workers : options_.workers;
-  std::vector<std::string> argv = {
-      bin_dir_ + "/stagecoach-coordinator", "--model",          options_.model,  "--workers",
-      std::to_string(expected),     "--listen",         options_.listen, "--max-slots",
-      std::to_string(options_.max_slots),   "--die-with-parent"};
+  std::vector<std::string> argv = {bin_dir_ + "/stagecoach-coordinator",
+                                   "--model",
+                                   options_.model,
+                                   "--workers",
+                                   std::to_string(expected),
+                                   "--listen",
+                                   options_.listen,
+                                   "--max-slots",
+                                   std::to_string(options_.max_slots),
+                                   "--die-with-parent"};
   if (options_.context > 0) {
     argv.insert(argv.end(), {"--context", std::to_string(options_.context)});
   }
