@@ -7,7 +7,10 @@
 
 #include "kernels/cpu/records.h"
 
-#if defined(__clang__)
+// Loops over vector registers. Plain loops in portable code, where an array is no register anyway.
+#if !defined(__AVX2__)
+#define STAGECOACH_UNROLL
+#elif defined(__clang__)
 #define STAGECOACH_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define STAGECOACH_UNROLL _Pragma("GCC unroll 8")
