@@ -10,14 +10,12 @@
 #include <vector>
 
 #include "absl/time/clock.h"
-#include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/read_bandwidth.h"
 #include "model/model_file.h"
 #include "tools/bench.h"
+#include "tools/local_stage.h"
 #include "tools/service.h"
 #include "tools/table.h"
-#include "worker/layer_store.h"
-#include "worker/stage.h"
 
 namespace stagecoach {
 namespace {
@@ -44,37 +42,29 @@ class Contender {
   virtual std::string stages() { return ""; }
 };
 
-// One stage in this process, driven step by step: no scheduler, no link, no socket.
+// The whole model in this process.
 class InProcessContender : public Contender {
  public:
   static absl::StatusOr<std::unique_ptr<Contender>> Start(
       const std::shared_ptr<const ModelFile>& model, const ServiceFlags& flags, int context) {
+    auto stages = LocalStages::Create(
+        model, {.threads = flags.threads,
+                .max_context = context,
+                .max_step_tokens = context,
+                .kv_type = flags.kv_type == "f32" ? KvType::kF32 : KvType::kF16});
+    if (!stages.ok()) return stages.status();
     auto contender = std::make_unique<InProcessContender>();
-    contender->backend_ = MakeCpuBackend({.threads = flags.threads});
-    contender->store_ =
-        std::make_unique<LayerStore>(contender->backend_.get(), model, LayerStoreOptions());
-    const int layers = model->params().layers;
-    contender->store_->Assign(StageUnits(model->params(), 0, layers));
-    StageConfig config;
-    config.epoch = 1;
-    config.last_layer = layers;
-    config.max_context = context;
-    config.max_step_tokens = context;
-    config.kv_type = flags.kv_type == "f32" ? KvType::kF32 : KvType::kF16;
-    auto stage = Stage::Create(contender->backend_.get(), model, contender->store_.get(), config);
-    if (!stage.ok()) return stage.status();
-    contender->stage_ = std::move(*stage);
+    contender->stages_ = *std::move(stages);
     return contender;
   }
 
   absl::StatusOr<Sample> Measure(const std::vector<int32_t>& prompt, int tokens) override {
-    ++sequence_;
     const absl::Time start = absl::Now();
-    auto token = Step(prompt, 0, /*open=*/true);
+    auto token = stages_->Begin(prompt);
     if (!token.ok()) return token.status();
     const absl::Time first = absl::Now();
     for (int i = 1; i < tokens; ++i) {
-      token = Step({*token}, prompt.size() + static_cast<size_t>(i) - 1, /*open=*/false);
+      token = stages_->Continue({&*token, 1});
       if (!token.ok()) return token.status();
     }
     const absl::Time end = absl::Now();
@@ -83,33 +73,7 @@ class InProcessContender : public Contender {
   }
 
  private:
-  absl::StatusOr<int32_t> Step(const std::vector<int32_t>& token_ids, size_t position, bool open) {
-    Frame frame;
-    frame.header.set_epoch(1);
-    v1::StepHeader& step = *frame.header.mutable_step();
-    step.set_step(++steps_);
-    if (open) {
-      if (sequence_ > 1) step.add_close(0);
-      v1::SequenceOpen& opened = *step.add_open();
-      opened.set_sequence_id(sequence_);
-      opened.set_prompt_tokens(static_cast<uint32_t>(token_ids.size()));
-    }
-    v1::SequenceRows& rows = *step.add_rows();
-    rows.set_sequence_id(sequence_);
-    rows.set_start_position(static_cast<uint32_t>(position));
-    rows.set_row_count(static_cast<uint32_t>(token_ids.size()));
-    rows.set_sample(true);
-    step.mutable_token_ids()->Assign(token_ids.begin(), token_ids.end());
-    auto result = stage_->Run(frame);
-    if (!result.ok()) return result.status();
-    return result->header.result().sequences(0).token_id();
-  }
-
-  std::unique_ptr<Backend> backend_;
-  std::unique_ptr<LayerStore> store_;
-  std::unique_ptr<Stage> stage_;
-  uint64_t sequence_ = 0;
-  uint64_t steps_ = 0;
+  std::unique_ptr<LocalStages> stages_;
 };
 
 // A private coordinator with worker processes.
@@ -166,18 +130,10 @@ uint64_t DecodeBytes(const ModelFile& model) {
   return bytes;
 }
 
-std::vector<int32_t> MakePrompt(const ModelParams& params, int length) {
-  std::vector<int32_t> prompt;
-  for (int i = 0; i < length; ++i) {
-    prompt.push_back(static_cast<int32_t>(3 + (i * 7919LL) % std::max(1, params.vocab_size - 3)));
-  }
-  return prompt;
-}
-
 // Rounds go over all contenders in turn, so that a slow moment of the machine hits all alike.
 absl::Status MeasureAll(const BenchDecodeFlags& flags, const ModelFile& model,
                         std::vector<Row>& rows) {
-  const std::vector<int32_t> prompt = MakePrompt(model.params(), flags.prompt_tokens);
+  const std::vector<int32_t> prompt = MakeTestPrompt(model.params(), flags.prompt_tokens);
   for (int round = -1; round < flags.repeat; ++round) {
     for (Row& row : rows) {
       auto sample = row.contender->Measure(prompt, flags.tokens);

@@ -2,12 +2,14 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "model/manifest.h"
 #include "model/model_file.h"
 #include "tools/commands.h"
 #include "tools/table.h"
@@ -21,6 +23,8 @@ struct InspectFlags {
   std::string model;
   bool tensors = false;
   bool json = false;
+  bool hash = false;
+  std::string output;  // of --hash
 };
 
 // Control bytes from the file never reach a terminal.
@@ -154,12 +158,26 @@ nlohmann::json ToJson(const ModelFile& model) {
   return out;
 }
 
+absl::Status WriteManifest(const ModelFile& model, const std::string& path) {
+  auto manifest = Manifest::OfModel(model);
+  if (!manifest.ok()) return manifest.status();
+  if (path.empty()) {
+    fmt::print("{}", manifest->ToText());
+    return absl::OkStatus();
+  }
+  std::ofstream out(path, std::ios::binary | std::ios::trunc);
+  out << manifest->ToText();
+  if (!out.flush()) return absl::NotFoundError(fmt::format("cannot write {}", path));
+  return absl::OkStatus();
+}
+
 absl::Status RunInspect(const InspectFlags& flags) {
   auto model = ModelFile::Open(flags.model);
   if (!model.ok()) return model.status();
   for (const std::string& name : (*model)->unused_tensors()) {
     fmt::print(stderr, "stagecoach: warning: tensor {} is not used\n", Escape(name));
   }
+  if (flags.hash) return WriteManifest(**model, flags.output);
   if (flags.json) {
     fmt::print("{}\n",
                ToJson(**model).dump(2, ' ', false, nlohmann::json::error_handler_t::replace));
@@ -180,6 +198,9 @@ void AddInspectCommand(CLI::App& app, Command& run) {
   command->add_option("model,--model", flags->model, "GGUF file")->required();
   command->add_flag("--tensors", flags->tensors, "List every tensor too");
   command->add_flag("--json", flags->json, "Machine-readable output");
+  CLI::Option* hash = command->add_flag(
+      "--hash", flags->hash, "Read every tensor and print a manifest of hashes for workers");
+  command->add_option("-o,--output", flags->output, "Write the manifest here")->needs(hash);
   command->callback([flags, &run] { run = [flags] { return RunInspect(*flags); }; });
 }
 

@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
-#include <charconv>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -10,6 +9,7 @@
 #include "coordinator/planner.h"
 #include "model/model_file.h"
 #include "tools/commands.h"
+#include "tools/table.h"
 
 namespace stagecoach {
 namespace {
@@ -24,29 +24,6 @@ struct PlanFlags {
   int step_tokens = 256;
   bool json = false;
 };
-
-// "24GB", "512MiB", "1000" -> bytes.
-absl::StatusOr<uint64_t> ParseBytes(const std::string& text) {
-  static constexpr std::pair<const char*, double> kUnits[] = {{"", 1},
-                                                              {"B", 1},
-                                                              {"kB", 1e3},
-                                                              {"MB", 1e6},
-                                                              {"GB", 1e9},
-                                                              {"TB", 1e12},
-                                                              {"KiB", 1024.0},
-                                                              {"MiB", 1024.0 * 1024},
-                                                              {"GiB", 1024.0 * 1024 * 1024}};
-  double value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  const std::string unit(end, text.data() + text.size());
-  for (const auto& [name, factor] : kUnits) {
-    if (error == std::errc() && unit == name && value > 0 && value * factor < 1e18) {
-      return static_cast<uint64_t>(value * factor);
-    }
-  }
-  return absl::InvalidArgumentError(
-      fmt::format("'{}' is not a number of bytes; write it like 24GB or 512MiB", text));
-}
 
 // NAME:MEMORY[:BYTES_PER_SECOND]
 absl::StatusOr<WorkerCapacity> ParseWorker(const std::string& text) {

@@ -4,6 +4,10 @@
 
 #include <algorithm>
 #include <cctype>
+#include <charconv>
+#include <iterator>
+#include <system_error>
+#include <utility>
 
 namespace stagecoach {
 namespace {
@@ -51,6 +55,28 @@ std::string FormatBytes(uint64_t bytes) {
   }
   if (unit == 0) return fmt::format("{} B", bytes);
   return fmt::format("{:.{}f} {}", value, value < 10 ? 2 : value < 100 ? 1 : 0, kUnits[unit]);
+}
+
+absl::StatusOr<uint64_t> ParseBytes(const std::string& text) {
+  static constexpr std::pair<const char*, double> kUnits[] = {{"", 1},
+                                                              {"B", 1},
+                                                              {"kB", 1e3},
+                                                              {"MB", 1e6},
+                                                              {"GB", 1e9},
+                                                              {"TB", 1e12},
+                                                              {"KiB", 1024.0},
+                                                              {"MiB", 1024.0 * 1024},
+                                                              {"GiB", 1024.0 * 1024 * 1024}};
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  const std::string unit(end, text.data() + text.size());
+  for (const auto& [name, factor] : kUnits) {
+    if (error == std::errc() && unit == name && value > 0 && value * factor < 1e18) {
+      return static_cast<uint64_t>(value * factor);
+    }
+  }
+  return absl::InvalidArgumentError(
+      fmt::format("'{}' is not a number of bytes; write it like 24GB or 512MiB", text));
 }
 
 }  // namespace stagecoach
