@@ -66,7 +66,7 @@ absl::Status BenchType(const LayerOps& ops, TensorType type, double bandwidth) {
   STAGECOACH_ASSIGN_OR_RETURN(const QuantBuffer quants, QuantBuffer::Create(kMaxRows, kColumns));
   ops.Quantize(x.data(), kMaxRows, kColumns, quants);
   std::string line = fmt::format("{:6}", info.name);
-  for (const int rows : {1, 2, 4, 8, 32, kMaxRows}) {
+  for (const int rows : {1, 2, 4, 8, 16, 32, kMaxRows}) {
     const Projection projection[] = {{&matrix.view(), nullptr, y.data(), false}};
     const ActivationView view = quants.View(x.data(), rows, kColumns);
     const double seconds = BestSeconds(0.4, [&] { ops.Project(view, projection); });

@@ -36,8 +36,13 @@ class QuantMatmul {
  public:
   static void Run(const MatrixView& w, int first_panel, int last_panel, const ActivationView& x,
                   bool accumulate, float* y, ptrdiff_t y_stride) {
-    if (x.rows == 1) {
-      RunRow(w, first_panel, last_panel, x, accumulate, y);
+    if (x.rows <= kDirectRows) {
+      // Each panel for all rows, from memory the first time and from the cache after that.
+      for (int panel = first_panel; panel < last_panel; ++panel) {
+        for (int row = 0; row < x.rows; row += kTileRows) {
+          RunDirect(w, panel, x, row, accumulate, y, y_stride);
+        }
+      }
       return;
     }
     for (int row = 0; row < x.rows; row += kSlabRows) {
@@ -56,6 +61,11 @@ class QuantMatmul {
   // A slab of rows is taken through all panels before the next, so that its activations stay in
   // the second-level cache; a chunk of a panel is unpacked once per slab.
   static constexpr int kSlabRows = 64;
+  // Up to here unpacking again for every tile of rows costs less than storing what was unpacked.
+  static constexpr int kDirectRows = 16;
+  // How far ahead of its use a weight is fetched. A record is read in several strands at once,
+  // which the processor's own prefetching follows badly.
+  static constexpr size_t kPrefetchBytes = 4096;
   static constexpr int kChunkGroups = 16;
 
   struct UnpackedGroup {
@@ -81,7 +91,7 @@ class QuantMatmul {
     } else {
       STAGECOACH_UNROLL
       for (int c = 0; c < 8 / U::kChain; ++c) {
-        Words dot[kRows];
+        Words dot[kRows] = {};
         STAGECOACH_UNROLL
         for (int i = 0; i < U::kChain; ++i) {
           const int j = c * U::kChain + i;
@@ -106,7 +116,7 @@ class QuantMatmul {
   static void AddGroup(const Bytes* w, const GroupScales<S>& s, const int8_t* quants,
                        ptrdiff_t stride, const ActivationScale* scales, ptrdiff_t scale_stride,
                        Floats* acc) {
-    Ints sums[kRows];
+    Ints sums[kRows] = {};
     Dot<kRows>(w, s, quants, stride, sums);
     STAGECOACH_UNROLL
     for (int t = 0; t < kRows; ++t) {
@@ -132,26 +142,52 @@ class QuantMatmul {
     return left < kPanelRows ? left : kPanelRows;
   }
 
-  static void RunRow(const MatrixView& w, int first_panel, int last_panel, const ActivationView& x,
-                     bool accumulate, float* y) {
+  // kRows rows of one panel: weights go from memory to registers.
+  template <int kRows>
+  static void RunFew(const MatrixView& w, int panel, const ActivationView& x, int first_row,
+                     bool accumulate, float* y, ptrdiff_t y_stride) {
+    const ptrdiff_t blocks = x.columns / kActivationBlock;
     const int records = w.columns / (kActivationBlock * Record::kGroups);
-    for (int panel = first_panel; panel < last_panel; ++panel) {
-      const Record* record = Panel(w, panel);
-      const int8_t* quants = x.quants;
-      const ActivationScale* scales = x.scales;
-      Floats acc = S::Set(0);
-      for (int i = 0; i < records; ++i, ++record) {
-        for (int g = 0; g < Record::kGroups; ++g) {
-          Bytes weights[8];
-          GroupScales<S> group;
-          U::Weights(*record, g, weights);
-          U::Scales(*record, g, &group);
-          AddGroup<1>(weights, group, quants, 0, scales, 0, &acc);
-          quants += kActivationBlock;
-          ++scales;
-        }
+    const Record* record = Panel(w, panel);
+    const int8_t* quants = x.quants + static_cast<ptrdiff_t>(first_row) * x.columns;
+    const ActivationScale* scales = x.scales + first_row * blocks;
+    Floats acc[kRows];
+    STAGECOACH_UNROLL
+    for (int t = 0; t < kRows; ++t) acc[t] = S::Set(0);
+    for (int i = 0; i < records; ++i, ++record) {
+      for (int g = 0; g < Record::kGroups; ++g) {
+        constexpr size_t kGroupBytes = sizeof(Record) / Record::kGroups;
+        const uint8_t* ahead =
+            reinterpret_cast<const uint8_t*>(record) + g * kGroupBytes + kPrefetchBytes;
+        for (size_t i = 0; i < kGroupBytes; i += 64) __builtin_prefetch(ahead + i);
+        Bytes weights[8];
+        GroupScales<S> group;
+        U::Weights(*record, g, weights);
+        U::Scales(*record, g, &group);
+        AddGroup<kRows>(weights, group, quants, x.columns, scales, blocks, acc);
+        quants += kActivationBlock;
+        ++scales;
       }
-      StorePanel<S>(acc, Outputs(w, panel), accumulate, y + panel * kPanelRows);
+    }
+    STAGECOACH_UNROLL
+    for (int t = 0; t < kRows; ++t) {
+      StorePanel<S>(acc[t], Outputs(w, panel), accumulate,
+                    y + (first_row + t) * y_stride + panel * kPanelRows);
+    }
+  }
+
+  // The kTileRows rows from first_row on, or as many as there are.
+  static void RunDirect(const MatrixView& w, int panel, const ActivationView& x, int first_row,
+                        bool accumulate, float* y, ptrdiff_t y_stride) {
+    switch (x.rows - first_row) {
+      case 1:
+        return RunFew<1>(w, panel, x, first_row, accumulate, y, y_stride);
+      case 2:
+        return RunFew<2>(w, panel, x, first_row, accumulate, y, y_stride);
+      case 3:
+        return RunFew<3>(w, panel, x, first_row, accumulate, y, y_stride);
+      default:
+        return RunFew<kTileRows>(w, panel, x, first_row, accumulate, y, y_stride);
     }
   }
 

@@ -36,17 +36,29 @@ inline void UnpackNibbles(const uint8_t* nibbles, typename S::Bytes* w) {
   }
 }
 
-// 2 bits each, at bit kAt of the result.
-template <class S, int kAt>
+// 2 bits each.
+template <class S>
 inline void UnpackPairs(const uint8_t* pairs, typename S::Bytes* w) {
-  constexpr uint8_t kMask = 3 << kAt;
   STAGECOACH_UNROLL
   for (int i = 0; i < 2; ++i) {
     const auto packed = S::LoadBytes(pairs + 32 * i);
-    w[4 * i] = S::template ShiftMask<0 - kAt>(packed, kMask);
-    w[4 * i + 1] = S::template ShiftMask<2 - kAt>(packed, kMask);
-    w[4 * i + 2] = S::template ShiftMask<4 - kAt>(packed, kMask);
-    w[4 * i + 3] = S::template ShiftMask<6 - kAt>(packed, kMask);
+    w[4 * i] = S::template ShiftMask<0>(packed, 3);
+    w[4 * i + 1] = S::template ShiftMask<2>(packed, 3);
+    w[4 * i + 2] = S::template ShiftMask<4>(packed, 3);
+    w[4 * i + 3] = S::template ShiftMask<6>(packed, 3);
+  }
+}
+
+// ORs 2 bits each at bit 4 of the result.
+template <class S>
+inline void AddPairs(const uint8_t* pairs, typename S::Bytes* w) {
+  STAGECOACH_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const auto packed = S::LoadBytes(pairs + 32 * i);
+    w[4 * i] = S::Or(w[4 * i], S::template ShiftMask<-4>(packed, 0x30));
+    w[4 * i + 1] = S::Or(w[4 * i + 1], S::template ShiftMask<-2>(packed, 0x30));
+    w[4 * i + 2] = S::Or(w[4 * i + 2], S::template ShiftMask<0>(packed, 0x30));
+    w[4 * i + 3] = S::Or(w[4 * i + 3], S::template ShiftMask<2>(packed, 0x30));
   }
 }
 
@@ -172,7 +184,7 @@ struct Unpack<S, RecordQ2_K> {
   static constexpr int kHalves = 2, kChain = 4;
   static constexpr bool kUnitScale = false, kMin = true, kSigned = false;
   static void Weights(const RecordQ2_K& r, int g, typename S::Bytes* w) {
-    UnpackPairs<S, 0>(r.pairs[g], w);
+    UnpackPairs<S>(r.pairs[g], w);
   }
   static void Scales(const RecordQ2_K& r, int g, GroupScales<S>* s) {
     s->delta = S::LoadHalf(r.d);
@@ -188,7 +200,7 @@ template <class S>
 struct Unpack<S, RecordQ3_K> : SymmetricSuperblock16 {
   static constexpr int kChain = 4;
   static void Weights(const RecordQ3_K& r, int g, typename S::Bytes* w) {
-    UnpackPairs<S, 0>(r.pairs[g], w);
+    UnpackPairs<S>(r.pairs[g], w);
     AddBits<S, 2>(r.bits[g], w);
   }
   static void Scales(const RecordQ3_K& r, int g, GroupScales<S>* s) { Load<S>(r, g, s); }
@@ -217,11 +229,8 @@ template <class S>
 struct Unpack<S, RecordQ6_K> : SymmetricSuperblock16 {
   static constexpr int kChain = 2;
   static void Weights(const RecordQ6_K& r, int g, typename S::Bytes* w) {
-    typename S::Bytes high[8];
-    UnpackPairs<S, 4>(r.pairs[g], high);
     UnpackNibbles<S>(r.nibbles[g], w);
-    STAGECOACH_UNROLL
-    for (int j = 0; j < 8; ++j) w[j] = S::Or(w[j], high[j]);
+    AddPairs<S>(r.pairs[g], w);
   }
   static void Scales(const RecordQ6_K& r, int g, GroupScales<S>* s) { Load<S>(r, g, s); }
 };
