@@ -16,8 +16,8 @@
 #include "coordinator/pipeline.h"
 #include "coordinator/planner.h"
 #include "fmt/format.h"
+#include "worker/link/frame.h"
 #include "worker/link/grpc_link.h"
-#include "worker/stage.h"
 
 namespace stagecoach {
 namespace {

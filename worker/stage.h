@@ -14,9 +14,6 @@
 
 namespace stagecoach {
 
-inline constexpr int kMaxSlots = 1024;
-inline constexpr int kMaxStepTokens = 16384;
-
 struct StageConfig {
   uint64_t epoch = 0;
   int stage = 0;

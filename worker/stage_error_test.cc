@@ -37,97 +37,92 @@ void ResizePayload(Frame& frame, size_t size) {
 }
 
 // Spoils the good second step, whichever stage it is for. max_slots 3, max_context 40, 20 rows.
-std::vector<BadFrame> BadFrames() {
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  return {
-      {"EpochOld", Code::kAborted, [](Frame& f) { f.header.set_epoch(kTestEpoch - 1); }},
-      {"EpochNew", Code::kAborted, [](Frame& f) { f.header.set_epoch(kTestEpoch + 1); }},
-      {"NoBody", Code::kInvalidArgument, [](Frame& f) { f.header.clear_body(); }},
-      {"Result", Code::kInvalidArgument, [](Frame& f) { f.header.mutable_result(); }},
-      {"Hello", Code::kInvalidArgument, [](Frame& f) { f.header.mutable_hello(); }},
-      {"StepReplayed", Code::kAlreadyExists, [](Frame& f) { Step(f).set_step(1); }},
-      {"StepZero", Code::kAlreadyExists, [](Frame& f) { Step(f).set_step(0); }},
-      {"StepSkipped", Code::kOutOfRange, [](Frame& f) { Step(f).set_step(3); }},
-      {"DModel", Code::kFailedPrecondition, [](Frame& f) { Step(f).set_d_model(1024); }},
-      {"CloseUnknown", Code::kNotFound, [](Frame& f) { Step(f).add_close(2); }},
-      {"CloseTwice", Code::kNotFound, [](Frame& f) { Step(f).add_close(1); }},
-      {"CloseOutside", Code::kInvalidArgument, [](Frame& f) { Step(f).add_close(3); }},
-      {"CloseHuge", Code::kInvalidArgument, [](Frame& f) { Step(f).add_close(kHuge); }},
-      {"CloseUnderRows", Code::kNotFound, [](Frame& f) { Step(f).add_close(0); }},
-      {"OpenOutside", Code::kInvalidArgument, [](Frame& f) { Step(f).add_open()->set_slot(3); }},
-      {"OpenHuge", Code::kInvalidArgument, [](Frame& f) { Step(f).add_open()->set_slot(kHuge); }},
-      {"OpenTaken", Code::kInvalidArgument, [](Frame& f) { Step(f).add_open()->set_slot(0); }},
-      {"OpenTwice", Code::kInvalidArgument,
-       [](Frame& f) { *Step(f).add_open() = Step(f).open(0); }},
-      {"PromptBeyondContext", Code::kInvalidArgument,
-       [](Frame& f) { Step(f).mutable_open(0)->set_prompt_tokens(41); }},
-      {"TemperatureNaN", Code::kInvalidArgument,
-       [=](Frame& f) { Sampling(f).set_temperature(nan); }},
-      {"TemperatureNegative", Code::kInvalidArgument,
-       [](Frame& f) { Sampling(f).set_temperature(-1); }},
-      {"TopP", Code::kInvalidArgument, [](Frame& f) { Sampling(f).set_top_p(2); }},
-      {"MinP", Code::kInvalidArgument, [](Frame& f) { Sampling(f).set_min_p(-0.5f); }},
-      {"RepetitionPenalty", Code::kInvalidArgument,
-       [=](Frame& f) { Sampling(f).set_repetition_penalty(nan); }},
-      {"PresencePenalty", Code::kInvalidArgument,
-       [](Frame& f) { Sampling(f).set_presence_penalty(-2.5f); }},
-      {"FrequencyPenalty", Code::kInvalidArgument,
-       [](Frame& f) { Sampling(f).set_frequency_penalty(3); }},
-      {"Logprobs", Code::kInvalidArgument,
-       [](Frame& f) { Sampling(f).set_logprobs(kMaxLogprobs + 1); }},
-      {"RowsUnknownSlot", Code::kNotFound, [](Frame& f) { Step(f).mutable_rows(0)->set_slot(2); }},
-      {"RowsOutside", Code::kInvalidArgument,
-       [](Frame& f) { Step(f).mutable_rows(0)->set_slot(3); }},
-      {"RowsForeignSequence", Code::kNotFound,
-       [](Frame& f) { Step(f).mutable_rows(0)->set_sequence_id(99); }},
-      {"RowsOfClosedSequence", Code::kNotFound,
-       [](Frame& f) { Step(f).mutable_rows(1)->set_sequence_id(2); }},
-      {"RowsTwice", Code::kInvalidArgument,
-       [](Frame& f) {
-         Step(f).mutable_rows(1)->set_slot(0);
-         Step(f).mutable_rows(1)->set_sequence_id(1);
-         Step(f).mutable_rows(1)->set_start_position(15);
-       }},
-      {"PositionBehind", Code::kOutOfRange,
-       [](Frame& f) { Step(f).mutable_rows(0)->set_start_position(9); }},
-      {"PositionAhead", Code::kOutOfRange,
-       [](Frame& f) { Step(f).mutable_rows(1)->set_start_position(1); }},
-      {"PositionHuge", Code::kOutOfRange,
-       [](Frame& f) { Step(f).mutable_rows(0)->set_start_position(kHuge); }},
-      {"RowCountZero", Code::kInvalidArgument,
-       [](Frame& f) {
-         Step(f).mutable_rows(0)->set_row_count(0);
-         Step(f).mutable_rows(1)->set_row_count(11);
-       }},
-      {"RowCountHuge", Code::kInvalidArgument,
-       [](Frame& f) { Step(f).mutable_rows(0)->set_row_count(kHuge); }},
-      {"RowCountsWrap", Code::kInvalidArgument,
-       [](Frame& f) {
-         Step(f).mutable_rows(0)->set_row_count(kHuge);
-         Step(f).mutable_rows(1)->set_row_count(12);
-       }},
-      {"RowCountOff", Code::kInvalidArgument,
-       [](Frame& f) { Step(f).mutable_rows(0)->set_row_count(6); }},
-      {"TokenMissing", Code::kInvalidArgument,
-       [](Frame& f) { Step(f).mutable_token_ids()->RemoveLast(); }},
-      {"TokenExtra", Code::kInvalidArgument, [](Frame& f) { Step(f).add_token_ids(1); }},
-      {"TokenNegative", Code::kInvalidArgument, [](Frame& f) { Step(f).set_token_ids(3, -1); }},
-      {"TokenBeyondVocab", Code::kInvalidArgument,
-       [](Frame& f) { Step(f).set_token_ids(10, 1024); }},
-      {"TargetsWithoutLogprobs", Code::kInvalidArgument,
-       [](Frame& f) { Step(f).mutable_rows(0)->add_targets(1); }},
-      {"TargetsTooFew", Code::kInvalidArgument,
-       [](Frame& f) { Step(f).mutable_rows(0)->set_logprobs(true); }},
-      {"TargetOutside", Code::kInvalidArgument,
-       [](Frame& f) {
-         Step(f).mutable_rows(0)->set_logprobs(true);
-         for (const int target : {1, 2, 3, 4, 1024}) Step(f).mutable_rows(0)->add_targets(target);
-       }},
-      {"PayloadLong", Code::kInvalidArgument,
-       [](Frame& f) { ResizePayload(f, f.payload.values().size() + 1); }},
-      {"TimingExtra", Code::kInvalidArgument, [](Frame& f) { Step(f).add_timings(); }},
-  };
-}
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+const std::vector<BadFrame> kBadFrames = {
+    {"EpochOld", Code::kAborted, [](Frame& f) { f.header.set_epoch(kTestEpoch - 1); }},
+    {"EpochNew", Code::kAborted, [](Frame& f) { f.header.set_epoch(kTestEpoch + 1); }},
+    {"NoBody", Code::kInvalidArgument, [](Frame& f) { f.header.clear_body(); }},
+    {"Result", Code::kInvalidArgument, [](Frame& f) { f.header.mutable_result(); }},
+    {"Hello", Code::kInvalidArgument, [](Frame& f) { f.header.mutable_hello(); }},
+    {"StepReplayed", Code::kAlreadyExists, [](Frame& f) { Step(f).set_step(1); }},
+    {"StepZero", Code::kAlreadyExists, [](Frame& f) { Step(f).set_step(0); }},
+    {"StepSkipped", Code::kOutOfRange, [](Frame& f) { Step(f).set_step(3); }},
+    {"DModel", Code::kFailedPrecondition, [](Frame& f) { Step(f).set_d_model(1024); }},
+    {"CloseUnknown", Code::kNotFound, [](Frame& f) { Step(f).add_close(2); }},
+    {"CloseTwice", Code::kNotFound, [](Frame& f) { Step(f).add_close(1); }},
+    {"CloseOutside", Code::kInvalidArgument, [](Frame& f) { Step(f).add_close(3); }},
+    {"CloseHuge", Code::kInvalidArgument, [](Frame& f) { Step(f).add_close(kHuge); }},
+    {"CloseUnderRows", Code::kNotFound, [](Frame& f) { Step(f).add_close(0); }},
+    {"OpenOutside", Code::kInvalidArgument, [](Frame& f) { Step(f).add_open()->set_slot(3); }},
+    {"OpenHuge", Code::kInvalidArgument, [](Frame& f) { Step(f).add_open()->set_slot(kHuge); }},
+    {"OpenTaken", Code::kInvalidArgument, [](Frame& f) { Step(f).add_open()->set_slot(0); }},
+    {"OpenTwice", Code::kInvalidArgument, [](Frame& f) { *Step(f).add_open() = Step(f).open(0); }},
+    {"PromptBeyondContext", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_open(0)->set_prompt_tokens(41); }},
+    {"TemperatureNaN", Code::kInvalidArgument, [](Frame& f) { Sampling(f).set_temperature(kNaN); }},
+    {"TemperatureNegative", Code::kInvalidArgument,
+     [](Frame& f) { Sampling(f).set_temperature(-1); }},
+    {"TopP", Code::kInvalidArgument, [](Frame& f) { Sampling(f).set_top_p(2); }},
+    {"MinP", Code::kInvalidArgument, [](Frame& f) { Sampling(f).set_min_p(-0.5f); }},
+    {"RepetitionPenalty", Code::kInvalidArgument,
+     [](Frame& f) { Sampling(f).set_repetition_penalty(kNaN); }},
+    {"PresencePenalty", Code::kInvalidArgument,
+     [](Frame& f) { Sampling(f).set_presence_penalty(-2.5f); }},
+    {"FrequencyPenalty", Code::kInvalidArgument,
+     [](Frame& f) { Sampling(f).set_frequency_penalty(3); }},
+    {"Logprobs", Code::kInvalidArgument,
+     [](Frame& f) { Sampling(f).set_logprobs(kMaxLogprobs + 1); }},
+    {"RowsUnknownSlot", Code::kNotFound, [](Frame& f) { Step(f).mutable_rows(0)->set_slot(2); }},
+    {"RowsOutside", Code::kInvalidArgument, [](Frame& f) { Step(f).mutable_rows(0)->set_slot(3); }},
+    {"RowsForeignSequence", Code::kNotFound,
+     [](Frame& f) { Step(f).mutable_rows(0)->set_sequence_id(99); }},
+    {"RowsOfClosedSequence", Code::kNotFound,
+     [](Frame& f) { Step(f).mutable_rows(1)->set_sequence_id(2); }},
+    {"RowsTwice", Code::kInvalidArgument,
+     [](Frame& f) {
+       Step(f).mutable_rows(1)->set_slot(0);
+       Step(f).mutable_rows(1)->set_sequence_id(1);
+       Step(f).mutable_rows(1)->set_start_position(15);
+     }},
+    {"PositionBehind", Code::kOutOfRange,
+     [](Frame& f) { Step(f).mutable_rows(0)->set_start_position(9); }},
+    {"PositionAhead", Code::kOutOfRange,
+     [](Frame& f) { Step(f).mutable_rows(1)->set_start_position(1); }},
+    {"PositionHuge", Code::kOutOfRange,
+     [](Frame& f) { Step(f).mutable_rows(0)->set_start_position(kHuge); }},
+    {"RowCountZero", Code::kInvalidArgument,
+     [](Frame& f) {
+       Step(f).mutable_rows(0)->set_row_count(0);
+       Step(f).mutable_rows(1)->set_row_count(11);
+     }},
+    {"RowCountHuge", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_rows(0)->set_row_count(kHuge); }},
+    {"RowCountsWrap", Code::kInvalidArgument,
+     [](Frame& f) {
+       Step(f).mutable_rows(0)->set_row_count(kHuge);
+       Step(f).mutable_rows(1)->set_row_count(12);
+     }},
+    {"RowCountOff", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_rows(0)->set_row_count(6); }},
+    {"TokenMissing", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_token_ids()->RemoveLast(); }},
+    {"TokenExtra", Code::kInvalidArgument, [](Frame& f) { Step(f).add_token_ids(1); }},
+    {"TokenNegative", Code::kInvalidArgument, [](Frame& f) { Step(f).set_token_ids(3, -1); }},
+    {"TokenBeyondVocab", Code::kInvalidArgument, [](Frame& f) { Step(f).set_token_ids(10, 1024); }},
+    {"TargetsWithoutLogprobs", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_rows(0)->add_targets(1); }},
+    {"TargetsTooFew", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_rows(0)->set_logprobs(true); }},
+    {"TargetOutside", Code::kInvalidArgument,
+     [](Frame& f) {
+       Step(f).mutable_rows(0)->set_logprobs(true);
+       for (const int target : {1, 2, 3, 4, 1024}) Step(f).mutable_rows(0)->add_targets(target);
+     }},
+    {"PayloadLong", Code::kInvalidArgument,
+     [](Frame& f) { ResizePayload(f, f.payload.values().size() + 1); }},
+    {"TimingExtra", Code::kInvalidArgument, [](Frame& f) { Step(f).add_timings(); }},
+};
 
 class StageErrorTest : public ::testing::Test {
  protected:
@@ -182,7 +177,7 @@ TEST_P(StageBadFrameTest, ChangesNothing) {
   ASSERT_TRUE(expected.ok()) << expected.status();
   ASSERT_FALSE(expected->payload.values().empty());
 
-  for (const BadFrame& bad : BadFrames()) {
+  for (const BadFrame& bad : kBadFrames) {
     SCOPED_TRACE(bad.name);
     const std::unique_ptr<StageRow> row = StartedRow();
     Frame frame = good;

@@ -16,6 +16,8 @@
 namespace stagecoach {
 
 inline constexpr uint32_t kProtocolVersion = 1;
+inline constexpr int kMaxStepTokens = 16384;  // rows that a frame may carry, whatever the plan
+inline constexpr int kMaxSlots = 1024;
 inline constexpr size_t kMaxFrameHeaderBytes = 1 << 20;
 // Encoded headers are padded so that the payload starts at a multiple of this in the message.
 inline constexpr size_t kPayloadAlignment = 16;
