@@ -3,6 +3,7 @@
 #include <string>
 
 #include "coordinator/registry.h"
+#include "coordinator/worker_check.h"
 #include "fmt/format.h"
 
 namespace stagecoach {

@@ -123,6 +123,8 @@ def main():
         jobs = []
         for path in host:
             language = ["-x", "c++"] if path.endswith(".h") else []
+            if "avx2" in path:
+                language += ["-mavx2", "-mfma", "-mf16c"]
             jobs.append(pool.submit(compile_only, clang_args() + language, path))
         for job in jobs:
             findings += job.result()
