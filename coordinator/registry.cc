@@ -231,7 +231,7 @@ void Registry::OnAssignmentFailed(Worker& worker, const v1::AssignmentFailed& fa
   const std::string why = fmt::format("worker '{}' ({}): {}", name, LayersOf(name),
                                       CleanText(failed.message(), kMaxDetailBytes));
   if (IsTransient(failed.status_code())) {
-    EndFailedEpoch(absl::UnavailableError(why), now);
+    EpochFailed(epoch_, absl::UnavailableError(why), now);
     return;
   }
   worker.unfit = CleanText(failed.message(), kMaxDetailBytes);
