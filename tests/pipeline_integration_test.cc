@@ -293,7 +293,8 @@ TEST(PipelineRingTest, AnswersDoNotDependOnCompanyOrStages) {
 TEST(PipelineRingTest, ALostWorkerEndsTheStreamsAndTheNextEpochGoesOn) {
   Ring ring(3);
   absl::Notification failed;
-  ring.pipeline().SetFailureCallback([&](uint64_t epoch, const absl::Status&) {
+  ring.pipeline().SetFailureCallback([&](uint64_t epoch, const absl::Status& reason) {
+    ring.pipeline().EndEpoch(reason);
     if (epoch == 1 && !failed.HasBeenNotified()) failed.Notify();
   });
   ASSERT_NO_FATAL_FAILURE(ring.Start(1, {0, 1, 2}));
