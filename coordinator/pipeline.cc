@@ -36,8 +36,7 @@ void Pipeline::Impl::StartEpoch(uint64_t epoch, std::shared_ptr<LinkSender> send
       serving_ = true;
       current_sender_ = sender;
       timings_.assign(stages_, {});
-      posts_.emplace_back(Started{epoch, stages_, std::move(sender)});
-      wake_.Signal();
+      Enqueue(Started{epoch, stages_, std::move(sender)});
       return;
     }
   }
@@ -60,8 +59,7 @@ void Pipeline::Impl::EndEpoch(uint64_t only, const absl::Status& reason, bool fa
     if (failure && epoch != 0) callback = on_failure_;
     if (requests_to_end_ && !callback) {
       requests_to_end_ = false;
-      posts_.emplace_back(Ended{reason_});
-      wake_.Signal();
+      Enqueue(Ended{reason_});
     }
   }
   if (sender) sender->Close();  // also wakes the loop if it waits for credit
@@ -90,9 +88,7 @@ absl::StatusOr<RequestId> Pipeline::Impl::Submit(Request request,
   RequestId id = 0;
   while (id == 0 || live_.contains(id)) id = random_();
   live_.emplace(id, Signals{});
-  posts_.emplace_back(
-      Submitted{id, std::move(request), std::move(observer), MonotonicNow(), deadline});
-  wake_.Signal();
+  Enqueue(Submitted{id, std::move(request), std::move(observer), MonotonicNow(), deadline});
   return id;
 }
 
@@ -100,16 +96,14 @@ void Pipeline::Impl::Cancel(RequestId id) {
   absl::MutexLock lock(&mu_);
   const auto found = live_.find(id);
   if (found == live_.end() || std::exchange(found->second.cancelled, true)) return;
-  posts_.emplace_back(Cancelled{id});
-  wake_.Signal();
+  Enqueue(Cancelled{id});
 }
 
 void Pipeline::Impl::FinishEarly(RequestId id) {
   absl::MutexLock lock(&mu_);
   const auto found = live_.find(id);
   if (found == live_.end() || std::exchange(found->second.finished, true)) return;
-  posts_.emplace_back(FinishedEarly{id});
-  wake_.Signal();
+  Enqueue(FinishedEarly{id});
 }
 
 PipelineStats Pipeline::Impl::Stats() const {
@@ -193,8 +187,7 @@ void Pipeline::Impl::OnFrame(uint64_t link, Frame frame, CreditReturn credit) {
     // The credits bound what can be queued here.
     if (frame.header.has_result() && frames_posted_ < static_cast<int>(kLinkCredits)) {
       ++frames_posted_;
-      posts_.emplace_back(Received{std::move(frame), std::move(credit)});
-      wake_.Signal();
+      Enqueue(Received{std::move(frame), std::move(credit)});
       return;
     }
     epoch = expected_epoch_;

@@ -3,6 +3,7 @@
 #ifndef STAGECOACH_COORDINATOR_PIPELINE_IMPL_H_
 #define STAGECOACH_COORDINATOR_PIPELINE_IMPL_H_
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <deque>
@@ -110,6 +111,11 @@ class Pipeline::Impl {
   };
 
   void Loop();
+  void Enqueue(Post post) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    posts_.push_back(std::move(post));
+    arrivals_.fetch_add(1, std::memory_order_release);
+    wake_.Signal();
+  }
   // Waits for posts, a deadline or the end. False when the loop is to end.
   bool WaitForPosts(absl::Duration deadline, std::deque<Post>& posts);
   void Handle(Submitted& post);
@@ -140,6 +146,7 @@ class Pipeline::Impl {
   // --- Shared.
   mutable absl::Mutex mu_;
   absl::CondVar wake_;
+  std::atomic<uint64_t> arrivals_ = 0;           // posts so far
   std::deque<Post> posts_ ABSL_GUARDED_BY(mu_);  // bounded: see Submit, Cancel, OnFrame
   bool stop_ ABSL_GUARDED_BY(mu_) = false;
   uint64_t expected_epoch_ ABSL_GUARDED_BY(mu_) = 0;  // 0: none

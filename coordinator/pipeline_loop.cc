@@ -2,11 +2,13 @@
 #include <algorithm>
 
 #include "coordinator/pipeline_impl.h"
+#include "worker/link/spin_wait.h"
 
 namespace stagecoach {
 
 void Pipeline::Impl::Loop() {
   std::deque<Post> posts;
+  uint64_t handled = 0;
   while (WaitForPosts(scheduler_ ? scheduler_->NextDeadline() : absl::InfiniteDuration(), posts)) {
     had_result_ = false;
     delivered_tokens_ = 0;
@@ -18,7 +20,9 @@ void Pipeline::Impl::Loop() {
     SendSteps();
     Deliver();
     PublishStats();
+    handled += posts.size();
     posts.clear();  // gives the credits of the frames back
+    if (scheduler_ && scheduler_->in_flight() > 0) SpinUntilArrival(arrivals_, handled);
   }
 }
 

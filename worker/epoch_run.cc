@@ -9,6 +9,7 @@
 #include "fmt/format.h"
 #include "model/model_error.h"
 #include "spdlog/spdlog.h"
+#include "worker/link/spin_wait.h"
 
 namespace stagecoach {
 namespace {
@@ -124,6 +125,7 @@ void EpochRun::Push(uint64_t link, Frame frame, CreditReturn credit) {
     return;
   }
   queue_.push_back(std::move(dropped));
+  arrivals_.fetch_add(1, std::memory_order_release);
 }
 
 void EpochRun::LinkClosed(uint64_t link, const absl::Status& reason) {
@@ -244,7 +246,7 @@ void EpochRun::Serve() {
   context_.on_changed();
   Clock::time_point idle_since = Clock::now();
   Work work;
-  while (NextWork(&work)) {
+  for (uint64_t taken = 0; NextWork(&work); ++taken) {
     CountWait(work.frame, idle_since);
     const absl::Status status = RunStep(std::move(work));
     if (!status.ok()) {
@@ -252,6 +254,7 @@ void EpochRun::Serve() {
       return;
     }
     idle_since = Clock::now();
+    SpinUntilArrival(arrivals_, taken + 1);
   }
 }
 

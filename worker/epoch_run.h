@@ -108,6 +108,7 @@ class EpochRun : public std::enable_shared_from_this<EpochRun> {
   std::string detail_ ABSL_GUARDED_BY(mu_);
   uint64_t inbound_ ABSL_GUARDED_BY(mu_) = 0;  // 0 = none
   LinkBreaker break_inbound_ ABSL_GUARDED_BY(mu_);
+  std::atomic<uint64_t> arrivals_ = 0;           // frames pushed
   std::deque<Work> queue_ ABSL_GUARDED_BY(mu_);  // bounded by the credits of one link
   std::shared_ptr<LinkSender> next_hop_ ABSL_GUARDED_BY(mu_);
 };

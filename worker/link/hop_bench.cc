@@ -5,6 +5,7 @@
 #include <grpcpp/server_builder.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <string>
 #include <thread>
@@ -18,6 +19,7 @@
 #include "fmt/format.h"
 #include "worker/link/grpc_link.h"
 #include "worker/link/in_process_link.h"
+#include "worker/link/spin_wait.h"
 
 namespace stagecoach {
 namespace {
@@ -35,6 +37,7 @@ class Mailbox : public LinkHandler {
     absl::MutexLock lock(&mu_);
     frame_ = std::move(frame);
     full_ = true;
+    arrivals_.fetch_add(1, std::memory_order_release);
   }
   void OnLinkClosed(uint64_t, const absl::Status&) override {
     absl::MutexLock lock(&mu_);
@@ -43,6 +46,7 @@ class Mailbox : public LinkHandler {
 
   // DEADLINE_EXCEEDED, or UNAVAILABLE once the link is closed.
   absl::StatusOr<Frame> Take(absl::Duration timeout) {
+    SpinUntilArrival(arrivals_, taken_++);  // as stages and the pipeline wait
     const auto ready = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return full_ || closed_; };
     absl::MutexLock lock(&mu_);
     if (!mu_.AwaitWithTimeout(absl::Condition(&ready), timeout)) {
@@ -54,6 +58,8 @@ class Mailbox : public LinkHandler {
   }
 
  private:
+  std::atomic<uint64_t> arrivals_ = 0;
+  uint64_t taken_ = 0;  // of the one thread that takes
   absl::Mutex mu_;
   Frame frame_ ABSL_GUARDED_BY(mu_);
   bool full_ ABSL_GUARDED_BY(mu_) = false;

@@ -1,0 +1,29 @@
+// A short wait that keeps the processor awake: on many machines, virtual ones above all, waking a
+// sleeping one costs more than the hop that is being waited for.
+#ifndef STAGECOACH_WORKER_LINK_SPIN_WAIT_H_
+#define STAGECOACH_WORKER_LINK_SPIN_WAIT_H_
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <thread>
+
+namespace stagecoach {
+
+// Longer than a stage of a small model takes, so that a stream that flows never waits for a
+// wake-up; short enough to cost nothing once it has stopped.
+inline constexpr std::chrono::microseconds kSpinTime{1000};
+
+// Returns when `arrivals` differs from `seen`, or after kSpinTime; other threads go first
+// meanwhile.
+inline void SpinUntilArrival(const std::atomic<uint64_t>& arrivals, uint64_t seen) {
+  const auto end = std::chrono::steady_clock::now() + kSpinTime;
+  while (arrivals.load(std::memory_order_acquire) == seen &&
+         std::chrono::steady_clock::now() < end) {
+    std::this_thread::yield();
+  }
+}
+
+}  // namespace stagecoach
+
+#endif  // STAGECOACH_WORKER_LINK_SPIN_WAIT_H_
