@@ -20,4 +20,6 @@ uint64_t KvBytes(const KvShape& shape) {
   return bytes.value_or(std::numeric_limits<uint64_t>::max());
 }
 
+uint64_t Backend::ResidentBytes(TensorRole, const TensorInfo& tensor) const { return tensor.bytes; }
+
 }  // namespace stagecoach

@@ -98,6 +98,8 @@ class Backend {
 
   // Refuses at load what could not run: kUnsupportedType / kBadShape naming the tensor.
   virtual absl::Status CheckTensor(TensorRole role, const TensorInfo& tensor) const = 0;
+  // What the tensor will add to UnitWeights::bytes(); by default its bytes in the file.
+  virtual uint64_t ResidentBytes(TensorRole role, const TensorInfo& tensor) const;
   virtual std::unique_ptr<UnitBuilder> NewUnitBuilder(const ModelParams& params,
                                                       const Unit& unit) = 0;
   virtual absl::StatusOr<std::unique_ptr<KvCache>> NewKvCache(const KvShape& shape) = 0;

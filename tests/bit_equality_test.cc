@@ -96,6 +96,30 @@ TEST_F(BitEqualityTest, AReusedSlot) {
   ExpectSameBits((*logits)[0], alone_, "reused slot");
 }
 
+// Weights that come and go under a budget, with and without prefetch and the host tier.
+TEST_F(BitEqualityTest, StreamedWeights) {
+  const std::vector<LayerStoreOptions> variants = {
+      {.weight_budget_percent = 25},
+      {.reader_threads = 2, .weight_budget_percent = 40},
+      {.prefetch = false, .weight_budget_percent = 25},
+      {.weight_budget_percent = 25,
+       .host_cache_bytes = 4 << 20,
+       .host_cache_codec = HostCodec::kZstd},
+  };
+  for (const LayerStoreOptions& store : variants) {
+    auto chain = StageChain::Create(TestDataPath("demo-Q4_K_M.gguf"), {.store = store});
+    ASSERT_TRUE(chain.ok()) << chain.status();
+    auto logits = (*chain)->Logits({tokens_}, 16);
+    ASSERT_TRUE(logits.ok()) << logits.status();
+    ExpectSameBits((*logits)[0], alone_, "streamed weights");
+    const LayerStoreStats stats = (*chain)->store(0).Stats();
+    EXPECT_TRUE(stats.streaming);
+    EXPECT_GT(stats.evictions, 0);
+    EXPECT_LE(stats.peak_resident_bytes, stats.budget_bytes);
+    EXPECT_EQ(stats.host_hits > 0, store.host_cache_bytes > 0);
+  }
+}
+
 TEST_F(BitEqualityTest, PortableAndVectorKernels) {
   ExpectSameBits(MustLogits({.isa = "portable"}, {tokens_}, 64), alone_, "portable");
 }

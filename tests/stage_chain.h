@@ -24,6 +24,7 @@ struct StageChainOptions {
   int max_context = 512;
   int max_step_tokens = 512;
   KvType kv_type = KvType::kF16;
+  LayerStoreOptions store;
 };
 
 using TokenList = std::vector<int32_t>;
@@ -38,6 +39,7 @@ class StageChain {
   absl::StatusOr<std::vector<std::vector<float>>> Logits(const std::vector<TokenList>& sequences,
                                                          int chunk);
 
+  const LayerStore& store(int stage) const { return *stores_[stage]; }
   const ModelFile& model() const { return *model_; }
 
  private:

@@ -3,6 +3,7 @@
 #ifndef STAGECOACH_WORKER_FAKE_BACKEND_H_
 #define STAGECOACH_WORKER_FAKE_BACKEND_H_
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -21,9 +22,24 @@
 
 namespace stagecoach {
 
+// Bytes of weights that exist, those being built included.
+struct LiveBytes {
+  void Add(uint64_t bytes) {
+    const uint64_t sum = now += bytes;
+    uint64_t highest = peak;
+    while (sum > highest && !peak.compare_exchange_weak(highest, sum)) {
+    }
+  }
+  std::atomic<uint64_t> now = 0;
+  std::atomic<uint64_t> peak = 0;
+};
+
 // Remembers a hash of all bytes it was made of.
 struct FakeWeights : UnitWeights {
+  explicit FakeWeights(std::shared_ptr<LiveBytes> live) : live(std::move(live)) {}
+  ~FakeWeights() override { live->now -= byte_count; }
   uint64_t bytes() const override { return byte_count; }
+  const std::shared_ptr<LiveBytes> live;
   Unit unit;
   uint64_t byte_count = 0;
   uint64_t hash = 0;
@@ -40,6 +56,8 @@ class FakeBackend : public Backend {
     absl::MutexLock lock(&mu_);
     return loads_;
   }
+
+  const LiveBytes& live() const { return *live_; }
 
   BackendInfo info() const override { return {.kind = "fake", .kernel_revision = "1"}; }
   absl::Status CheckTensor(TensorRole, const TensorInfo&) const override {
@@ -91,13 +109,17 @@ class FakeBackend : public Backend {
  private:
   class Builder : public UnitBuilder {
    public:
-    Builder(FakeBackend* backend, const Unit& unit) : backend_(backend) { weights_->unit = unit; }
+    Builder(FakeBackend* backend, const Unit& unit)
+        : backend_(backend), weights_(std::make_unique<FakeWeights>(backend->live_)) {
+      weights_->unit = unit;
+    }
     absl::Status Add(TensorRole, const TensorInfo& tensor,
                      std::span<const std::byte> raw) override {
       if (backend_->on_add) {
         if (auto status = backend_->on_add(weights_->unit, tensor); !status.ok()) return status;
       }
       weights_->byte_count += raw.size();
+      weights_->live->Add(raw.size());
       weights_->hash = XXH3_64bits_withSeed(raw.data(), raw.size(), weights_->hash);
       return absl::OkStatus();
     }
@@ -105,11 +127,12 @@ class FakeBackend : public Backend {
 
    private:
     FakeBackend* const backend_;
-    std::unique_ptr<FakeWeights> weights_ = std::make_unique<FakeWeights>();
+    std::unique_ptr<FakeWeights> weights_;
   };
 
   static absl::Status No() { return absl::UnimplementedError("the fake backend computes nothing"); }
 
+  const std::shared_ptr<LiveBytes> live_ = std::make_shared<LiveBytes>();
   mutable absl::Mutex mu_;
   std::vector<std::string> loads_ ABSL_GUARDED_BY(mu_);
 };

@@ -1,136 +1,108 @@
 #include "worker/layer_store.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cstddef>
-#include <optional>
+#include <utility>
 
-#include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
-#include "absl/time/time.h"
 #include "fmt/format.h"
-#include "worker/prefetcher.h"
-#include "worker/unit_loader.h"
+#include "worker/layer_store_impl.h"
 
 namespace stagecoach {
+namespace {
 
-// One mutex guards the units and the counters; it is never held while reading or converting.
-// Lock order: mu_, then those inside the prefetcher and the loader.
-class LayerStore::Impl {
- public:
-  Impl(Backend* backend, std::shared_ptr<const ModelFile> model, LayerStoreOptions options)
-      : model_(model), loader_(backend, std::move(model)) {
-    if (!options.prefetch) return;
-    prefetcher_.emplace(std::max(1, options.reader_threads), std::max(1, options.max_queued_units),
-                        [this](Prefetcher::Ticket ticket, std::vector<std::byte>& buffer) {
-                          Prefetch(ticket, buffer);
-                        });
-  }
-  ~Impl() { Shutdown(); }
+absl::Status NoLongerWanted(const Unit& unit) {
+  return absl::CancelledError(fmt::format("{} is no longer wanted", UnitName(unit)));
+}
 
-  void Assign(const std::vector<Unit>& units);
-  absl::StatusOr<UnitLease> Acquire(const Unit& unit);
-  std::vector<UnitState> States() const;
-  LayerStoreStats Stats() const;
-  void Shutdown();
+}  // namespace
 
- private:
-  // One assigned unit. Kept alive by the store, and by a load or an Acquire under way. All but
-  // the constants and `cancelled` is guarded by mu_.
-  struct Entry {
-    Entry(const Unit& unit, Prefetcher::Ticket ticket) : unit(unit), ticket(ticket) {}
-    bool under_way() const {
-      return state == UnitState::kQueued || state == UnitState::kReading ||
-             state == UnitState::kConverting;
-    }
-
-    const Unit unit;
-    const Prefetcher::Ticket ticket;
-    std::atomic<bool> cancelled = false;  // no longer wanted; never reset
-    UnitState state = UnitState::kAbsent;
-    bool prefetched = false;                     // the load under way is the prefetcher's
-    std::shared_ptr<const UnitWeights> weights;  // kResident
-    absl::Status error;                          // kFailed
-  };
-
-  std::shared_ptr<Entry> Find(const Unit& unit) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
-  absl::Status MakeResident(const std::shared_ptr<Entry>& entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // Runs one load, releasing mu_ meanwhile.
-  void Load(const std::shared_ptr<Entry>& entry, bool prefetched, std::vector<std::byte>& buffer)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // The prefetcher's threads come in here.
-  void Prefetch(Prefetcher::Ticket ticket, std::vector<std::byte>& buffer);
-  // Queues absent units in execution order until the queue is full. Which units are worth loading
-  // next is decided here alone.
-  void FillQueue() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-
-  const std::shared_ptr<const ModelFile> model_;
-
-  UnitLoader loader_;
-
-  mutable absl::Mutex mu_;
-  std::vector<std::shared_ptr<Entry>> entries_ ABSL_GUARDED_BY(mu_);  // execution order
-  Prefetcher::Ticket next_ticket_ ABSL_GUARDED_BY(mu_) = 0;
-  bool shutdown_ ABSL_GUARDED_BY(mu_) = false;
-  int waiters_ ABSL_GUARDED_BY(mu_) = 0;  // threads inside Acquire that did not find a resident
-  int loads_ ABSL_GUARDED_BY(mu_) = 0;    // under way
-  absl::Time loading_since_ ABSL_GUARDED_BY(mu_);
-  absl::Duration load_time_ ABSL_GUARDED_BY(mu_);
-  absl::Duration stall_time_ ABSL_GUARDED_BY(mu_);
-  LayerStoreStats counters_ ABSL_GUARDED_BY(mu_);  // hits, late_hits, misses, failed_prefetches
-
-  // Last: its threads use all of the above. Set in the constructor or never; thread-safe itself.
-  std::optional<Prefetcher> prefetcher_;
-};
+LayerStore::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model,
+                       const LayerStoreOptions& options)
+    : options_(options),
+      backend_(backend),
+      model_(model),
+      host_(options.host_cache_bytes > 0
+                ? std::optional<HostTier>(std::in_place, options.host_cache_bytes,
+                                          options.host_cache_codec)
+                : std::nullopt),
+      loader_(backend, std::move(model), host_ ? &*host_ : nullptr) {
+  if (!options.prefetch) return;
+  prefetcher_.emplace(std::max(1, options.reader_threads), std::max(1, options.max_queued_units),
+                      [this](Prefetcher::Ticket ticket) { Prefetch(ticket); });
+}
 
 void LayerStore::Impl::Assign(const std::vector<Unit>& units) {
-  std::vector<std::shared_ptr<Entry>> previous;  // weights are freed after the mutex
+  std::vector<std::unique_ptr<const UnitWeights>> unwanted;  // freed without the mutex
+  uint64_t freed = 0;
+  {
+    absl::MutexLock lock(&mu_);
+    if (shutdown_) return;
+    std::vector<EntryPtr> wanted;
+    for (const Unit& unit : units) {
+      EntryPtr entry = Find(unit);
+      if (entry == nullptr) {
+        entry =
+            std::make_shared<Entry>(unit, MeasureUnit(*backend_, *model_, unit), next_ticket_++);
+      }
+      wanted.push_back(std::move(entry));
+    }
+    entries_.swap(wanted);
+    for (const EntryPtr& entry : wanted) {  // the previous ones
+      // The queue is filled anew, in the new order. What has left the queue stays under way.
+      if (prefetcher_ && prefetcher_->Cancel(entry->ticket)) entry->state = UnitState::kAbsent;
+      if (entry->state == UnitState::kFailed) entry->state = UnitState::kAbsent;
+      if (std::find(entries_.begin(), entries_.end(), entry) != entries_.end()) continue;
+      entry->cancelled = true;
+      if (entry->weights == nullptr || entry->users > 0) continue;
+      freed += entry->weights->bytes();
+      unwanted.push_back(std::move(entry->weights));
+    }
+    PlanRoom();
+  }
+  unwanted.clear();
   absl::MutexLock lock(&mu_);
-  if (shutdown_) return;
-  std::vector<std::shared_ptr<Entry>> wanted;
-  for (const Unit& unit : units) {
-    std::shared_ptr<Entry> entry = Find(unit);
-    if (entry == nullptr) entry = std::make_shared<Entry>(unit, next_ticket_++);
-    wanted.push_back(std::move(entry));
-  }
-  previous.swap(entries_);
-  entries_ = wanted;
-  for (const std::shared_ptr<Entry>& entry : previous) {
-    // The queue is filled anew, in the new order. A ticket that has left the queue stays under way.
-    if (prefetcher_ && prefetcher_->Cancel(entry->ticket)) entry->state = UnitState::kAbsent;
-    if (entry->state == UnitState::kFailed) entry->state = UnitState::kAbsent;
-    if (std::find(wanted.begin(), wanted.end(), entry) == wanted.end()) entry->cancelled = true;
-  }
+  used_ -= freed;
   FillQueue();
 }
 
 absl::StatusOr<UnitLease> LayerStore::Impl::Acquire(const Unit& unit) {
   absl::MutexLock lock(&mu_);
-  const std::shared_ptr<Entry> entry = Find(unit);
+  const EntryPtr entry = Find(unit);
   if (shutdown_) return absl::CancelledError("the layer store was shut down");
   if (entry == nullptr) {
     return absl::CancelledError(fmt::format("{} is not assigned to this worker", UnitName(unit)));
   }
-  if (entry->state == UnitState::kResident) {
+  if (!room_status_.ok()) return room_status_;
+  MoveTo(IndexOf(*entry));
+  ++entry->users;
+  const bool hit = entry->state == UnitState::kResident;
+  if (hit) {
     ++counters_.hits;
-    return UnitLease(entry->weights);
+  } else {
+    ++waiters_;
+    const absl::Time start = absl::Now();
+    const absl::Status status = MakeResident(entry);
+    stall_time_ += absl::Now() - start;
+    --waiters_;
+    if (!status.ok()) {
+      EndUse(*entry);
+      return status;
+    }
+    MoveTo(IndexOf(*entry));  // others may have moved it meanwhile
   }
-  ++waiters_;
-  const absl::Time start = absl::Now();
-  const absl::Status status = MakeResident(entry);
-  stall_time_ += absl::Now() - start;
-  --waiters_;
-  if (!status.ok()) return status;
-  return UnitLease(entry->weights);
+  AdaptDistance(*entry, /*stalled=*/!hit);
+  MoveTo(position_ + 1);
+  if (streaming_) FillQueue();
+  const auto end = [store = weak_from_this(), entry](const UnitWeights*) {
+    if (const auto impl = store.lock()) impl->EndLease(*entry);
+  };
+  return UnitLease(std::shared_ptr<const UnitWeights>(entry->weights.get(), end));
 }
 
-absl::Status LayerStore::Impl::MakeResident(const std::shared_ptr<Entry>& entry) {
+absl::Status LayerStore::Impl::MakeResident(const EntryPtr& entry) {
   const auto settled = [&entry] { return entry->cancelled || !entry->under_way(); };
   while (true) {
-    if (entry->cancelled) {
-      return absl::CancelledError(fmt::format("{} is no longer wanted", UnitName(entry->unit)));
-    }
+    if (entry->cancelled) return NoLongerWanted(entry->unit);
     if (entry->state == UnitState::kResident) {
       ++counters_.late_hits;
       return absl::OkStatus();
@@ -143,85 +115,141 @@ absl::Status LayerStore::Impl::MakeResident(const std::shared_ptr<Entry>& entry)
     if (!prefetched && entry->state == UnitState::kFailed) return entry->error;
   }
   ++counters_.misses;
-  std::vector<std::byte> buffer;
-  Load(entry, /*prefetched=*/false, buffer);
-  if (entry->state == UnitState::kResident) return absl::OkStatus();
-  if (entry->cancelled) {
-    return absl::CancelledError(fmt::format("{} is no longer wanted", UnitName(entry->unit)));
+  entry->state = UnitState::kQueued;  // for room, so that others join
+  entry->prefetched = false;
+  if (!AwaitRoom(*entry)) {
+    entry->state = UnitState::kAbsent;
+    return NoLongerWanted(entry->unit);
   }
-  return entry->error;
+  Load(entry, /*prefetched=*/false);
+  if (entry->cancelled) return NoLongerWanted(entry->unit);
+  return entry->state == UnitState::kResident ? absl::OkStatus() : entry->error;
 }
 
-void LayerStore::Impl::Load(const std::shared_ptr<Entry>& entry, bool prefetched,
-                            std::vector<std::byte>& buffer) {
+void LayerStore::Impl::Load(const EntryPtr& entry, bool prefetched) {
   entry->state = UnitState::kReading;
   entry->prefetched = prefetched;
-  if (loads_++ == 0) loading_since_ = absl::Now();
+  entry->load_cycle = cycle_;
+  const absl::Time start = absl::Now();
+  if (loads_++ == 0) loading_since_ = start;
   mu_.Unlock();
   absl::StatusOr<std::unique_ptr<UnitWeights>> weights =
-      loader_.Load(entry->unit, entry->cancelled, buffer, [this, &entry](UnitState state) {
+      loader_.Load(entry->unit, entry->cancelled, [this, &entry](UnitState state) {
         absl::MutexLock lock(&mu_);
         entry->state = state;
       });
+  if (entry->cancelled) weights = NoLongerWanted(entry->unit);
   mu_.Lock();
-  if (--loads_ == 0) load_time_ += absl::Now() - loading_since_;
-  if (entry->cancelled) {
-    entry->state = UnitState::kAbsent;
-  } else if (weights.ok()) {
+  entry->loaded_at = absl::Now();
+  entry->load_time = entry->loaded_at - start;
+  if (--loads_ == 0) load_time_ += entry->loaded_at - loading_since_;
+  used_ -= entry->load_bytes();
+  if (weights.ok()) {
     entry->weights = *std::move(weights);
     entry->state = UnitState::kResident;
+    Charge(entry->weights->bytes());
+    // Cancelled just now: EndUse frees it if somebody is waiting for it.
+    if (entry->cancelled && entry->users == 0) Free(*entry);
+  } else if (entry->cancelled) {
+    entry->state = UnitState::kAbsent;
   } else {
     entry->error = weights.status();
     entry->state = UnitState::kFailed;
     if (prefetched) ++counters_.failed_prefetches;
   }
+  if (streaming_) FillQueue();
 }
 
-void LayerStore::Impl::Prefetch(Prefetcher::Ticket ticket, std::vector<std::byte>& buffer) {
+void LayerStore::Impl::Prefetch(Prefetcher::Ticket ticket) {
   absl::MutexLock lock(&mu_);
   const auto it = std::find_if(entries_.begin(), entries_.end(),
                                [ticket](const auto& entry) { return entry->ticket == ticket; });
   if (it == entries_.end() || (*it)->cancelled) return;
-  const std::shared_ptr<Entry> entry = *it;
+  const EntryPtr entry = *it;
+  if (entry->state != UnitState::kQueued) return;
   FillQueue();
-  Load(entry, /*prefetched=*/true, buffer);
+  // One at a time, lest what comes later takes the room made for this.
+  const auto my_turn = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return !making_room_; };
+  mu_.Await(absl::Condition(&my_turn));
+  making_room_ = true;
+  const bool granted = room_waiters_ == 0 && MakeRoom(*entry, /*urgent=*/false);
+  making_room_ = false;
+  if (!granted) {  // absent until a lease, a load or a step of the cycle ends
+    entry->state = UnitState::kAbsent;
+    return;
+  }
+  Load(entry, /*prefetched=*/true);
 }
 
 void LayerStore::Impl::FillQueue() {
-  if (!prefetcher_ || shutdown_) return;
-  for (const std::shared_ptr<Entry>& entry : entries_) {
+  if (!prefetcher_ || shutdown_ || !room_status_.ok()) return;
+  if (streaming_) {  // position_ may have moved: rank the queued ones anew
+    for (const EntryPtr& entry : entries_) {
+      if (prefetcher_->Cancel(entry->ticket)) entry->state = UnitState::kAbsent;
+    }
+  }
+  const size_t first = streaming_ ? position_ : 0;
+  int ahead = 0;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const EntryPtr& entry = entries_[(first + i) % entries_.size()];
+    if (!entry->fixed && ++ahead > distance_) continue;
     if (entry->state != UnitState::kAbsent) continue;
-    if (!prefetcher_->Push(entry->ticket)) return;
+    // What comes later must not take the room that this one waits for.
+    if (!CanMakeRoom(*entry, /*urgent=*/false) || !prefetcher_->Push(entry->ticket)) return;
     entry->state = UnitState::kQueued;
     entry->prefetched = true;
   }
 }
 
-std::shared_ptr<LayerStore::Impl::Entry> LayerStore::Impl::Find(const Unit& unit) const {
+LayerStore::Impl::EntryPtr LayerStore::Impl::Find(const Unit& unit) const {
   const auto it = std::find_if(entries_.begin(), entries_.end(),
                                [&unit](const auto& entry) { return entry->unit == unit; });
   return it == entries_.end() ? nullptr : *it;
 }
 
+absl::StatusOr<uint64_t> LayerStore::Impl::WeightBytes() const {
+  absl::MutexLock lock(&mu_);
+  if (!room_status_.ok()) return room_status_;
+  uint64_t bytes = 0;
+  for (const EntryPtr& entry : entries_) bytes += entry->size.resident_bytes;
+  return std::min(bytes, limit_);
+}
+
 std::vector<UnitState> LayerStore::Impl::States() const {
   absl::MutexLock lock(&mu_);
   std::vector<UnitState> states;
-  for (const std::shared_ptr<Entry>& entry : entries_) states.push_back(entry->state);
+  for (const EntryPtr& entry : entries_) states.push_back(entry->state);
   return states;
 }
 
 LayerStoreStats LayerStore::Impl::Stats() const {
   absl::MutexLock lock(&mu_);
   LayerStoreStats stats = counters_;
-  for (const std::shared_ptr<Entry>& entry : entries_) {
+  for (const EntryPtr& entry : entries_) {
     const uint64_t bytes = model_->UnitBytes(entry->unit);
     stats.slice_bytes += bytes;
     if (entry->state == UnitState::kResident) stats.loaded_bytes += bytes;
+    if (entry->state == UnitState::kQueued) ++stats.queued_units;
+    if (entry->fixed) ++stats.fixed_units;
   }
-  stats.read_bytes = loader_.read_bytes();
   const absl::Duration running = loads_ > 0 ? absl::Now() - loading_since_ : absl::ZeroDuration();
   stats.load_seconds = absl::ToDoubleSeconds(load_time_ + running);
   stats.stall_seconds = absl::ToDoubleSeconds(stall_time_);
+  stats.streaming = streaming_;
+  stats.budget_bytes = limit_ == UINT64_MAX ? 0 : limit_;
+  stats.resident_bytes = used_;
+  stats.window_units = window_units_;
+  stats.distance = distance_;
+  const LoadCounters load = loader_.counters();
+  stats.read_bytes = load.read_bytes;
+  stats.read_seconds = load.read_seconds;
+  stats.convert_seconds = load.convert_seconds;
+  stats.host_read_bytes = load.host_read_bytes;
+  stats.host_seconds = load.host_seconds;
+  const HostTierStats host = host_ ? host_->Stats() : HostTierStats();
+  stats.host_hits = host.hits;
+  stats.host_bytes = host.bytes;
+  stats.host_raw_bytes = host.raw_bytes;
   return stats;
 }
 
@@ -229,23 +257,24 @@ void LayerStore::Impl::Shutdown() {
   {
     absl::MutexLock lock(&mu_);
     shutdown_ = true;
-    for (const std::shared_ptr<Entry>& entry : entries_) entry->cancelled = true;
+    for (const EntryPtr& entry : entries_) entry->cancelled = true;
   }
   if (prefetcher_) prefetcher_->Shutdown();
   absl::MutexLock lock(&mu_);
   const auto left = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return waiters_ == 0; };
   mu_.Await(absl::Condition(&left));
-  for (const std::shared_ptr<Entry>& entry : entries_) {
+  for (const EntryPtr& entry : entries_) {
     if (entry->state == UnitState::kQueued) entry->state = UnitState::kAbsent;
   }
 }
 
 LayerStore::LayerStore(Backend* backend, std::shared_ptr<const ModelFile> model,
                        LayerStoreOptions options)
-    : impl_(std::make_unique<Impl>(backend, std::move(model), options)) {}
-LayerStore::~LayerStore() = default;
+    : impl_(std::make_shared<Impl>(backend, std::move(model), options)) {}
+LayerStore::~LayerStore() { impl_->Shutdown(); }
 void LayerStore::Assign(const std::vector<Unit>& units) { impl_->Assign(units); }
 absl::StatusOr<UnitLease> LayerStore::Acquire(const Unit& unit) { return impl_->Acquire(unit); }
+absl::StatusOr<uint64_t> LayerStore::WeightBytes() const { return impl_->WeightBytes(); }
 std::vector<UnitState> LayerStore::States() const { return impl_->States(); }
 LayerStoreStats LayerStore::Stats() const { return impl_->Stats(); }
 void LayerStore::Shutdown() { impl_->Shutdown(); }

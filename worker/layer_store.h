@@ -11,12 +11,13 @@
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
 #include "model/model_file.h"
+#include "worker/host_tier.h"
 
 namespace stagecoach {
 
 enum class UnitState { kAbsent, kQueued, kReading, kConverting, kResident, kFailed };
 
-// Progress of the assignment and counters since construction; seconds are wall clock.
+// The state of the assignment, and counters since construction; seconds are wall clock.
 struct LayerStoreStats {
   uint64_t slice_bytes = 0;   // of all units of the assignment, as in the file
   uint64_t loaded_bytes = 0;  // those of them that are resident now
@@ -27,6 +28,25 @@ struct LayerStoreStats {
   uint64_t misses = 0;        // Acquire had to load the unit itself
   double stall_seconds = 0;   // Acquire waited, late hits and misses together
   uint64_t failed_prefetches = 0;
+
+  bool streaming = false;       // the slice exceeds the weight budget
+  uint64_t budget_bytes = 0;    // 0 = no limit
+  uint64_t resident_bytes = 0;  // weights in the backend's layout, leased ones that are no longer
+                                // assigned too, and what loads under way have been granted
+  uint64_t peak_resident_bytes = 0;
+  uint64_t evictions = 0;
+  int fixed_units = 0;   // that stay resident
+  int window_units = 0;  // streaming units that fit at once
+  int distance = 0;      // streaming units that are prefetched ahead now
+  int queued_units = 0;
+
+  double read_seconds = 0;       // reading the file, summed over threads
+  double convert_seconds = 0;    // to the backend's layout, summed over threads
+  uint64_t host_hits = 0;        // tensors taken from the host tier instead of the file
+  uint64_t host_read_bytes = 0;  // of those tensors
+  double host_seconds = 0;       // taking them, summed over threads
+  uint64_t host_bytes = 0;       // held by the host tier now
+  uint64_t host_raw_bytes = 0;   // of which these many before compression
 };
 
 // Keeps the unit's weights alive and in place until destroyed. Movable.
@@ -45,14 +65,35 @@ struct LayerStoreOptions {
   bool prefetch = true;      // false: every unit is loaded synchronously when first needed
   int reader_threads = 1;    // prefetch threads
   int max_queued_units = 8;  // bound of the prefetch queue; the rest follow as it drains
+
+  // At most this much is resident and being loaded (read buffers counted) at any moment. Percent:
+  // of the slice in the backend's layout, rounded down; 100 and more are no limit. 0 = none.
+  uint64_t weight_budget_bytes = 0;
+  double weight_budget_percent = 0;
+
+  uint64_t host_cache_bytes = 0;  // of the host tier, for units that stream; 0 = none
+  HostCodec host_cache_codec = HostCodec::kNone;
 };
 
-// Thread-safe. Every assigned unit becomes resident and stays so until the assignment changes.
+// RESOURCE_EXHAUSTED, naming the smallest budget that works, if not even two layers of the model
+// fit into the weight budget, whatever the slice will be.
+absl::Status CheckWeightBudget(const Backend& backend, const ModelFile& model,
+                               const LayerStoreOptions& options);
+
+// Thread-safe. Every assigned unit becomes resident and stays so until the assignment changes,
+// unless the slice exceeds the weight budget. Then some units are fixed and the others stream
+// through what is left of it (residency.h): execution is taken to visit the units in a cycle, the
+// prefetcher brings the next `distance` of the streaming ones behind the latest Acquire, past the
+// end of the cycle too, and a load may displace only what is needed later and not leased. The
+// distance grows by one with each Acquire that stalls, within the window, and shrinks by one after
+// two cycles in which units waited for their use over four times as long as they took to load.
 class LayerStore {
  public:
   // `backend` must outlive the store.
   LayerStore(Backend* backend, std::shared_ptr<const ModelFile> model, LayerStoreOptions options);
   ~LayerStore();  // Shutdown()
+  LayerStore(const LayerStore&) = delete;
+  LayerStore& operator=(const LayerStore&) = delete;
 
   // Makes `units` (execution order) the ones to hold: starts prefetching those that are absent,
   // cancels queued loads and drops residents that are no longer wanted (leases keep theirs alive).
@@ -60,8 +101,14 @@ class LayerStore {
 
   // Blocks until `unit` is resident: joins a load under way, else loads it on this thread. A
   // failed prefetch is tried again here once. Errors: those of reading and converting, naming the
-  // tensor; CANCELLED after Shutdown or if the unit is not assigned (any more).
+  // tensor; CANCELLED after Shutdown or if the unit is not assigned (any more); that of
+  // WeightBytes(). While streaming it also waits for leases to end if they leave no room, so a
+  // thread must not hold one when it acquires another.
   absl::StatusOr<UnitLease> Acquire(const Unit& unit);
+
+  // What the assigned units take at most in the backend's memory: all, or the weight budget.
+  // RESOURCE_EXHAUSTED naming the smallest budget that works if it is too small for them.
+  absl::StatusOr<uint64_t> WeightBytes() const;
 
   std::vector<UnitState> States() const;  // one per assigned unit
   LayerStoreStats Stats() const;
@@ -72,7 +119,7 @@ class LayerStore {
 
  private:
   class Impl;
-  std::unique_ptr<Impl> impl_;
+  std::shared_ptr<Impl> impl_;  // leases keep weak references
 };
 
 }  // namespace stagecoach

@@ -46,6 +46,8 @@ struct Flags {
   std::string device = "cpu";
   std::string prefetch = "on";
   int reader_threads = 1;
+  std::string io = "auto";
+  std::string manifest;
   std::string kv_type = "f16";
   std::string log_level = "info";
   bool die_with_parent = false;
@@ -72,6 +74,13 @@ void AddOptions(CLI::App& app, Flags& flags) {
   app.add_option("--reader-threads", flags.reader_threads, "Threads that read weights")
       ->check(CLI::Range(1, 64))
       ->capture_default_str();
+  app.add_option("--io", flags.io,
+                 "How weights are read: direct (past the page cache), buffered, or auto: direct if "
+                 "the file exceeds half of the memory")
+      ->check(CLI::IsMember({"auto", "direct", "buffered"}))
+      ->capture_default_str();
+  app.add_option("--manifest", flags.manifest,
+                 "Hashes that the weights must have, from 'stagecoach inspect --hash'");
   app.add_option("--kv-type", flags.kv_type, "Type of cached keys and values")
       ->check(CLI::IsMember({"f16", "f32"}))
       ->capture_default_str();
@@ -136,7 +145,7 @@ size_t MaxMessageBytes(const ModelParams& params, int vocab_size) {
 }
 
 absl::Status Serve(const Flags& flags, Backend* backend, std::shared_ptr<const ModelFile> model,
-                   const sigset_t& stop_signals) {
+                   const sigset_t& signals) {
   const std::unique_ptr<LinkDialer> dialer =
       MakeGrpcLinkDialer(MaxMessageBytes(model->params(), model->params().vocab_size));
   WorkerNode node(
@@ -162,7 +171,9 @@ absl::Status Serve(const Flags& flags, Backend* backend, std::shared_ptr<const M
   ControlClient client(flags.coordinator, MakeHello(flags, *address, *backend, *model), &node);
   std::thread stopper([&] {
     int signal = 0;
-    sigwait(&stop_signals, &signal);
+    while (sigwait(&signals, &signal) == 0 && signal == SIGUSR1) {
+      fmt::print(stderr, "{}", node.Metrics());
+    }
     client.Stop();
   });
   const absl::Status status = client.Run();
@@ -194,24 +205,30 @@ int Main(int argc, char** argv) {
     prctl(PR_SET_PDEATHSIG, SIGTERM);
     if (getppid() != parent) return 0;  // it ended before we asked
   }
-  sigset_t stop_signals;
-  sigemptyset(&stop_signals);
-  sigaddset(&stop_signals, SIGTERM);
-  sigaddset(&stop_signals, SIGINT);
-  pthread_sigmask(SIG_BLOCK, &stop_signals, nullptr);  // inherited by every thread
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGUSR1);                   // prints the metrics
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);  // inherited by every thread
   signal(SIGPIPE, SIG_IGN);
   spdlog::set_default_logger(spdlog::stderr_logger_mt("worker"));
   spdlog::set_pattern("%v");
   spdlog::set_level(spdlog::level::from_str(flags.log_level));
 
-  auto model = ModelFile::Open(flags.model);
+  const ReadMode mode = flags.io == "direct"     ? ReadMode::kDirect
+                        : flags.io == "buffered" ? ReadMode::kBuffered
+                                                 : ReadMode::kAuto;
+  auto model = ModelFile::Open(flags.model, {.read_mode = mode, .manifest = flags.manifest});
   if (!model.ok()) return Fail(model.status());
+  spdlog::info("[{}] reads of weights are {}", flags.name,
+               (*model)->file(0).read_alignment() > 1 ? "direct" : "buffered");
   const std::unique_ptr<Backend> backend = MakeCpuBackend({.threads = flags.threads});
   if (absl::Status status = CheckTensors(**model, *backend); !status.ok()) return Fail(status);
   for (const std::string& tensor : (*model)->unused_tensors()) {
     spdlog::warn("[{}] tensor '{}' is not used by this architecture", flags.name, tensor);
   }
-  const absl::Status status = Serve(flags, backend.get(), *std::move(model), stop_signals);
+  const absl::Status status = Serve(flags, backend.get(), *std::move(model), signals);
   return status.ok() ? 0 : Fail(status);
 }
 

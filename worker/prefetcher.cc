@@ -51,21 +51,17 @@ void Prefetcher::Shutdown() {
 }
 
 void Prefetcher::Work() {
-  std::vector<std::byte> buffer;
   const auto has_work = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
     return stopping_ || !queue_.empty();
   };
   absl::MutexLock lock(&mu_);
   while (true) {
-    if (!has_work()) {
-      std::vector<std::byte>().swap(buffer);
-      mu_.Await(absl::Condition(&has_work));
-    }
+    mu_.Await(absl::Condition(&has_work));
     if (stopping_) return;
     const Ticket ticket = queue_.front();
     queue_.pop_front();
     mu_.Unlock();
-    load_(ticket, buffer);
+    load_(ticket);
     mu_.Lock();
   }
 }

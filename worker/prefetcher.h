@@ -18,9 +18,7 @@ namespace stagecoach {
 class Prefetcher {
  public:
   using Ticket = uint64_t;  // stands for one load; unique among the queued ones
-  // `buffer` belongs to the calling thread and keeps its capacity from one load to the next, until
-  // the thread runs out of work.
-  using LoadFunction = std::function<void(Ticket ticket, std::vector<std::byte>& buffer)>;
+  using LoadFunction = std::function<void(Ticket ticket)>;
 
   // Both counts >= 1. Goes on with fewer threads, even none, if the system refuses to start them:
   // without a thread every Push is refused.

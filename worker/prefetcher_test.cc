@@ -16,7 +16,7 @@ using ::testing::ElementsAre;
 class Recorder {
  public:
   Prefetcher::LoadFunction function() {
-    return [this](Prefetcher::Ticket ticket, std::vector<std::byte>&) {
+    return [this](Prefetcher::Ticket ticket) {
       {
         absl::MutexLock lock(&mu_);
         tickets_.push_back(ticket);

@@ -265,13 +265,12 @@ absl::StatusOr<std::unique_ptr<Stage>> Stage::Create(Backend* backend,
                                                      LayerStore* store, StageConfig config) {
   const ModelParams& params = model->params();
   STAGECOACH_RETURN_IF_ERROR(CheckStageConfig(config, params));
-  uint64_t weight_bytes = 0;
   for (const Unit& unit : StageUnits(params, config.first_layer, config.last_layer)) {
-    weight_bytes += model->UnitBytes(unit);
     for (const UnitTensor& entry : model->UnitTensors(unit)) {
       STAGECOACH_RETURN_IF_ERROR(backend->CheckTensor(entry.role, *entry.tensor));
     }
   }
+  STAGECOACH_ASSIGN_OR_RETURN(const uint64_t weight_bytes, store->WeightBytes());
   const KvShape kv_shape = StageKvShape(config, params);
   STAGECOACH_RETURN_IF_ERROR(CheckMemory(backend->info(), kv_shape, weight_bytes));
   STAGECOACH_ASSIGN_OR_RETURN(auto kv, backend->NewKvCache(kv_shape));

@@ -31,7 +31,8 @@ class Stage {
  public:
   // Allocates KV cache and workspace. `backend` and `store` must outlive the stage; the store must
   // already be assigned this stage's units. Errors: INVALID_ARGUMENT for an impossible config,
-  // RESOURCE_EXHAUSTED with the bytes wanted and available; those of Backend::CheckTensor.
+  // RESOURCE_EXHAUSTED with the bytes wanted and available; those of Backend::CheckTensor and
+  // LayerStore::WeightBytes.
   static absl::StatusOr<std::unique_ptr<Stage>> Create(Backend* backend,
                                                        std::shared_ptr<const ModelFile> model,
                                                        LayerStore* store, StageConfig config);

@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <unordered_map>
-#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
@@ -16,41 +16,48 @@
 #include "absl/synchronization/mutex.h"
 #include "kernels/backend.h"
 #include "model/model_file.h"
+#include "worker/host_tier.h"
 #include "worker/layer_store.h"
+#include "worker/tensor_reader.h"
 
 namespace stagecoach {
 
-// A load notices that it was cancelled after at most this many bytes.
-inline constexpr size_t kReadChunkBytes = 8 << 20;
+struct LoadCounters {
+  uint64_t read_bytes = 0;  // from the file
+  double read_seconds = 0;  // reading the file, summed over threads
+  double convert_seconds = 0;
+  uint64_t host_read_bytes = 0;  // from the host tier
+  double host_seconds = 0;
+};
 
 // Thread-safe: loads of different units may run at the same time.
 class UnitLoader {
  public:
-  // `backend` must outlive the loader.
-  UnitLoader(Backend* backend, std::shared_ptr<const ModelFile> model);
+  // `backend` and `host` must outlive the loader. Without `host` all tensors come from the file.
+  UnitLoader(Backend* backend, std::shared_ptr<const ModelFile> model, HostTier* host = nullptr);
 
-  // Reads the tensors of `unit` one by one into `buffer` (grown as needed, for re-use by the next
-  // call) and hands them to the backend. on_state is told kReading and kConverting as they
-  // alternate. Errors: kChanged if the file is no longer the one that was opened or a tensor's
-  // bytes differ from those of an earlier load; kTruncated, kIo, kCorrupt, naming tensor and
-  // offset; RESOURCE_EXHAUSTED; CANCELLED soon after `cancelled` became true.
+  // Reads the tensors of `unit` one by one, the next one while the backend converts the last, from
+  // the host tier if it has them. Two read buffers of the unit's largest tensor at most.
+  // on_state is told kReading and kConverting as they alternate. Errors: kChanged if the file is no
+  // longer the one that was opened or a tensor's bytes differ from those of an earlier load;
+  // kTruncated, kIo, kCorrupt (the model's manifest says otherwise), naming tensor and offset;
+  // RESOURCE_EXHAUSTED; CANCELLED soon after `cancelled` became true, even if storage hangs.
   absl::StatusOr<std::unique_ptr<UnitWeights>> Load(const Unit& unit,
                                                     const std::atomic<bool>& cancelled,
-                                                    std::vector<std::byte>& buffer,
                                                     const std::function<void(UnitState)>& on_state);
 
-  uint64_t read_bytes() const { return read_bytes_.load(std::memory_order_relaxed); }
+  LoadCounters counters() const;
 
  private:
-  absl::Status ReadTensor(const TensorInfo& tensor, const std::atomic<bool>& cancelled,
-                          std::vector<std::byte>& buffer);
-  // Remembers the hash of the bytes at the first load, compares at every later one.
-  absl::Status CheckSameBytes(const TensorInfo& tensor, const std::vector<std::byte>& buffer);
+  // At the first load of a tensor compares its hash with the manifest's and remembers it; at every
+  // later one compares with that.
+  absl::Status CheckBytes(const TensorInfo& tensor, std::span<const std::byte> raw);
 
   Backend* const backend_;
-  const std::shared_ptr<const ModelFile> model_;
 
-  std::atomic<uint64_t> read_bytes_ = 0;
+  const std::shared_ptr<ReadContext> context_;  // shared with reads under way
+
+  std::atomic<int64_t> convert_ns_ = 0;
 
   absl::Mutex mu_;
   std::unordered_map<const TensorInfo*, uint64_t> hashes_ ABSL_GUARDED_BY(mu_);  // xxh3-64

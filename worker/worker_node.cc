@@ -8,6 +8,7 @@
 #include "fmt/format.h"
 #include "spdlog/spdlog.h"
 #include "worker/epoch_run.h"
+#include "worker/metrics.h"
 
 namespace stagecoach {
 namespace {
@@ -141,6 +142,8 @@ class WorkerNode::Impl {
     return heartbeat;
   }
 
+  std::string Metrics() const { return FormatMetrics(store_.Stats(), store_.States()); }
+
   absl::Status OnLink(uint64_t link, const v1::LinkHello& hello) {
     if (absl::Status same = CheckSameModel(hello); !same.ok()) return same;
     std::shared_ptr<EpochRun> run;
@@ -241,6 +244,7 @@ void WorkerNode::SetChangeCallback(std::function<void()> callback) {
 void WorkerNode::Assign(const v1::Assignment& assignment) { impl_->Assign(assignment); }
 void WorkerNode::Release(const v1::Release& release) { impl_->Release(release); }
 void WorkerNode::LoseCoordinator() { impl_->LoseCoordinator(); }
+std::string WorkerNode::Metrics() const { return impl_->Metrics(); }
 v1::WorkerHeartbeat WorkerNode::Heartbeat() const { return impl_->Heartbeat(); }
 void WorkerNode::Shutdown() { impl_->Shutdown(); }
 

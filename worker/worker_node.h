@@ -47,6 +47,8 @@ class WorkerNode : public LinkHandler {
 
   // Its epoch is the latest one entered, over or not; 0 before the first.
   v1::WorkerHeartbeat Heartbeat() const;
+  // Of the layer store, as Prometheus text (metrics.h).
+  std::string Metrics() const;
 
   void Shutdown();  // idempotent
 

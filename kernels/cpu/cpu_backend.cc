@@ -64,6 +64,9 @@ class CpuBackend : public Backend {
   absl::Status CheckTensor(TensorRole role, const TensorInfo& tensor) const override {
     return CheckTensorShape(role, tensor);
   }
+  uint64_t ResidentBytes(TensorRole role, const TensorInfo& tensor) const override {
+    return PackedBytes(role, tensor);
+  }
   std::unique_ptr<UnitBuilder> NewUnitBuilder(const ModelParams&, const Unit&) override {
     return std::make_unique<CpuUnitBuilder>();
   }

@@ -8,6 +8,15 @@
 #include "model/status_macros.h"
 
 namespace stagecoach::cpu {
+
+uint64_t PackedBytes(TensorRole role, const TensorInfo& tensor) {
+  if (role == TensorRole::kTokenEmbedding) return tensor.bytes;
+  const int columns = static_cast<int>(tensor.columns());
+  if (IsVectorRole(role)) return columns * sizeof(float);
+  const MatrixView view{.type = tensor.type, .rows = static_cast<int>(tensor.rows())};
+  return view.panels() * PanelBytes(tensor.type, columns);
+}
+
 uint64_t CpuUnitWeights::bytes() const {
   uint64_t bytes = embedding_.bytes();
   for (const PackedMatrix& matrix : matrices_) bytes += matrix.bytes();

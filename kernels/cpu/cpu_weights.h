@@ -18,6 +18,9 @@ namespace stagecoach::cpu {
 
 inline constexpr int kTensorRoles = static_cast<int>(TensorRole::kFfnDown) + 1;
 
+// What the tensor takes as part of CpuUnitWeights; its shape and type have been checked.
+uint64_t PackedBytes(TensorRole role, const TensorInfo& tensor);
+
 inline bool IsFloatType(TensorType type) {
   return type == TensorType::kF32 || type == TensorType::kF16 || type == TensorType::kBF16;
 }
