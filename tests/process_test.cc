@@ -237,6 +237,27 @@ TEST(ProcessTest, ABadModelIsRefusedInOneLineWithExitCodeTwo) {
   EXPECT_EQ(missing.exit_code, 2) << missing.output;
 }
 
+TEST(ProcessTest, AWeightBudgetChangesNoToken) {
+  const std::vector<std::string> command = {"stagecoach", "generate",     "--json", "--model",
+                                            kModel,       "--prompt",     kStory,   "--workers",
+                                            "2",          "--max-tokens", "20"};
+  std::vector<std::string> streaming = command;
+  streaming.insert(streaming.end(), {"--weight-budget", "25%"});
+  const auto tokens = [](const Finished& finished) {
+    EXPECT_EQ(finished.exit_code, 0) << finished.output;
+    const size_t start = finished.output.find("\"token_ids\"");
+    EXPECT_NE(start, std::string::npos) << finished.output;
+    return finished.output.substr(start, finished.output.find(']', start) - start);
+  };
+  EXPECT_EQ(tokens(RunBinary(streaming)), tokens(RunBinary(command)));
+
+  std::vector<std::string> too_small = command;
+  too_small.insert(too_small.end(), {"--weight-budget", "100kB"});
+  const Finished refused = RunBinary(too_small);
+  EXPECT_EQ(refused.exit_code, 2) << refused.output;
+  EXPECT_THAT(refused.output, HasSubstr("the smallest that works is"));
+}
+
 TEST(ProcessTest, AWorkerWithAnotherModelIsRefused) {
   auto service = MustServe(1);
   ASSERT_NE(service, nullptr);

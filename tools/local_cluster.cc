@@ -84,7 +84,8 @@ void LocalCluster::Log(const std::string& process, const std::string& line) {
 std::string LocalCluster::LastLine(const std::string& process) {
   absl::MutexLock lock(&log_mu_);
   for (auto it = recent_.rbegin(); it != recent_.rend(); ++it) {
-    if (it->first == process && !it->second.empty()) return it->second;
+    const bool hint = it->second.rfind("Run with --help", 0) == 0;  // follows the reason
+    if (it->first == process && !it->second.empty() && !hint) return it->second;
   }
   return "(no output)";
 }

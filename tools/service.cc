@@ -32,6 +32,8 @@ void AddPipelineFlags(CLI::App& command, ServiceFlags& flags) {
   command.add_option("--prefetch", flags.prefetch, "Load layers ahead, or when first needed")
       ->check(CLI::IsMember({"async", "off"}))
       ->capture_default_str();
+  command.add_option("--weight-budget", flags.weight_budget,
+                     "Memory for weights of each worker, e.g. 8GB or 25%; the rest streams");
   command.add_flag("--verbose", flags.verbose, "Show the logs of the processes");
 }
 
@@ -49,6 +51,10 @@ LocalClusterOptions ToClusterOptions(const ServiceFlags& flags) {
   options.max_slots = flags.max_slots;
   options.context = flags.context;
   options.worker_flags = {"--kv-type", flags.kv_type, "--prefetch", flags.prefetch};
+  if (!flags.weight_budget.empty()) {
+    options.worker_flags.insert(options.worker_flags.end(),
+                                {"--weight-budget", flags.weight_budget});
+  }
   if (flags.verbose) {
     options.on_log = [](const std::string& line) { fmt::print(stderr, "{}\n", line); };
   }

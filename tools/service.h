@@ -25,6 +25,7 @@ struct ServiceFlags {
   int context = 0;
   std::string prefetch = "async";
   std::string kv_type = "f16";
+  std::string weight_budget;  // of each worker; empty = none
   bool verbose = false;
 };
 

@@ -48,10 +48,39 @@ struct Flags {
   int reader_threads = 1;
   std::string io = "auto";
   std::string manifest;
+  LayerStoreOptions store;  // what no flag above names
+  std::string host_cache_codec = "none";
   std::string kv_type = "f16";
   std::string log_level = "info";
   bool die_with_parent = false;
 };
+
+// BYTES with an optional unit, or N%. Throws CLI::ValidationError.
+void SetWeightBudget(std::string text, LayerStoreOptions& options) {
+  if (text.ends_with('%')) {
+    const std::string number = text.substr(0, text.size() - 1);
+    if (!CLI::detail::lexical_cast(number, options.weight_budget_percent) ||
+        !(options.weight_budget_percent > 0)) {
+      throw CLI::ValidationError("--weight-budget", text + " is not a percentage above 0");
+    }
+    return;
+  }
+  const std::string error = CLI::AsSizeValue(/*kb_is_1000=*/true)(text);  // rewrites text
+  if (!error.empty() || !CLI::detail::lexical_cast(text, options.weight_budget_bytes) ||
+      options.weight_budget_bytes == 0) {
+    throw CLI::ValidationError("--weight-budget", "write it like 8GB or 25%");
+  }
+}
+
+LayerStoreOptions StoreOptions(const Flags& flags) {
+  LayerStoreOptions options = flags.store;
+  options.prefetch = flags.prefetch != "off";
+  options.reader_threads = flags.reader_threads;
+  options.host_cache_codec = flags.host_cache_codec == "lz4"    ? HostCodec::kLz4
+                             : flags.host_cache_codec == "zstd" ? HostCodec::kZstd
+                                                                : HostCodec::kNone;
+  return options;
+}
 
 void AddOptions(CLI::App& app, Flags& flags) {
   app.add_option("--coordinator", flags.coordinator, "host:port of the coordinator")->required();
@@ -81,6 +110,15 @@ void AddOptions(CLI::App& app, Flags& flags) {
       ->capture_default_str();
   app.add_option("--manifest", flags.manifest,
                  "Hashes that the weights must have, from 'stagecoach inspect --hash'");
+  app.add_option_function<std::string>(
+      "--weight-budget", [&flags](const std::string& text) { SetWeightBudget(text, flags.store); },
+      "Memory for weights, e.g. 8GB or 25% of the slice; the rest streams from the file");
+  app.add_option("--host-cache", flags.store.host_cache_bytes,
+                 "Memory that keeps the file's bytes of weights that stream, e.g. 16GB")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
+  app.add_option("--host-cache-codec", flags.host_cache_codec, "Compression of the host cache")
+      ->check(CLI::IsMember({"none", "lz4", "zstd"}))
+      ->capture_default_str();
   app.add_option("--kv-type", flags.kv_type, "Type of cached keys and values")
       ->check(CLI::IsMember({"f16", "f32"}))
       ->capture_default_str();
@@ -148,11 +186,10 @@ absl::Status Serve(const Flags& flags, Backend* backend, std::shared_ptr<const M
                    const sigset_t& signals) {
   const std::unique_ptr<LinkDialer> dialer =
       MakeGrpcLinkDialer(MaxMessageBytes(model->params(), model->params().vocab_size));
-  WorkerNode node(
-      backend, model, dialer.get(),
-      {.name = flags.name,
-       .store = {.prefetch = flags.prefetch != "off", .reader_threads = flags.reader_threads},
-       .kv_type = flags.kv_type == "f32" ? KvType::kF32 : KvType::kF16});
+  WorkerNode node(backend, model, dialer.get(),
+                  {.name = flags.name,
+                   .store = StoreOptions(flags),
+                   .kv_type = flags.kv_type == "f32" ? KvType::kF32 : KvType::kF16});
   GrpcLinkService links(&node, MaxMessageBytes(model->params(), 0));
   grpc::ServerBuilder builder;
   int port = 0;
@@ -225,6 +262,10 @@ int Main(int argc, char** argv) {
                (*model)->file(0).read_alignment() > 1 ? "direct" : "buffered");
   const std::unique_ptr<Backend> backend = MakeCpuBackend({.threads = flags.threads});
   if (absl::Status status = CheckTensors(**model, *backend); !status.ok()) return Fail(status);
+  if (absl::Status status = CheckWeightBudget(*backend, **model, StoreOptions(flags));
+      !status.ok()) {
+    return Fail(status);
+  }
   for (const std::string& tensor : (*model)->unused_tensors()) {
     spdlog::warn("[{}] tensor '{}' is not used by this architecture", flags.name, tensor);
   }
