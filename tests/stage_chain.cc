@@ -45,8 +45,7 @@ absl::StatusOr<std::unique_ptr<StageChain>> StageChain::Create(const std::string
     config.max_context = options.max_context;
     config.max_step_tokens = options.max_step_tokens;
     config.kv_type = options.kv_type;
-    auto store =
-        std::make_unique<LayerStore>(chain->backend_.get(), chain->model_, options.store);
+    auto store = std::make_unique<LayerStore>(chain->backend_.get(), chain->model_, options.store);
     store->Assign(StageUnits(chain->model_->params(), config.first_layer, config.last_layer));
     auto stage = Stage::Create(chain->backend_.get(), chain->model_, store.get(), config);
     if (!stage.ok()) return stage.status();
