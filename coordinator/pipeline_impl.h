@@ -130,6 +130,7 @@ class Pipeline::Impl {
   void Deliver();
   void DeliverEnd(const SchedulerEvent& event);
   void PublishStats();
+  void CountTokens() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // delivered since the last time
 
   const PipelineOptions options_;
 

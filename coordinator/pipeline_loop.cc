@@ -11,7 +11,6 @@ void Pipeline::Impl::Loop() {
   uint64_t handled = 0;
   while (WaitForPosts(scheduler_ ? scheduler_->NextDeadline() : absl::InfiniteDuration(), posts)) {
     had_result_ = false;
-    delivered_tokens_ = 0;
     for (Post& post : posts) std::visit([this](auto& p) { Handle(p); }, post);
     if (scheduler_) {
       scheduler_->Tick(MonotonicNow());
@@ -204,6 +203,7 @@ void Pipeline::Impl::DeliverEnd(const SchedulerEvent& event) {
   if (answered) summary.decode_seconds = absl::ToDoubleSeconds(live.last_token - live.first_token);
   {
     absl::MutexLock lock(&mu_);
+    CountTokens();  // whoever has seen the end finds its tokens counted
     live_.erase(event.id);
     if (event.status.ok()) {
       ++stats_.completed;
@@ -224,8 +224,14 @@ void Pipeline::Impl::PublishStats() {
   absl::MutexLock lock(&mu_);
   stats_.running = scheduler_ ? scheduler_->running() : 0;
   stats_.waiting = scheduler_ ? scheduler_->waiting() : 0;
+  CountTokens();
+}
+
+void Pipeline::Impl::CountTokens() {
+  if (delivered_tokens_ == 0) return;
   stats_.completion_tokens += delivered_tokens_;
-  if (delivered_tokens_ > 0) rate_.Add(MonotonicNow(), delivered_tokens_);
+  rate_.Add(MonotonicNow(), delivered_tokens_);
+  delivered_tokens_ = 0;
 }
 
 }  // namespace stagecoach
