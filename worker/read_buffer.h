@@ -2,7 +2,10 @@
 #ifndef STAGECOACH_WORKER_READ_BUFFER_H_
 #define STAGECOACH_WORKER_READ_BUFFER_H_
 
+#include <sys/mman.h>
+
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <utility>
@@ -16,14 +19,21 @@ namespace stagecoach {
 
 class ReadBuffer {
  public:
+  static constexpr size_t kHugePage = size_t{2} << 20;
+
   // Makes room for `bytes`; what was in the buffer is lost. False if there is no memory.
   [[nodiscard]] bool Reserve(size_t bytes) {
     if (bytes <= capacity_) return true;
-    if (bytes > SIZE_MAX - kDirectAlignment) return false;
+    if (bytes > SIZE_MAX / 2) return false;
     memory_.reset();
     capacity_ = 0;
+    const size_t alignment = bytes >= kHugePage ? kHugePage : kDirectAlignment;
     const size_t rounded = (bytes + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment;
-    memory_.reset(static_cast<std::byte*>(std::aligned_alloc(kDirectAlignment, rounded)));
+    memory_.reset(static_cast<std::byte*>(std::aligned_alloc(alignment, rounded)));
+#if defined(MADV_HUGEPAGE)
+    // A wish only: one page fault instead of 512.
+    if (alignment == kHugePage && memory_) ::madvise(memory_.get(), rounded, MADV_HUGEPAGE);
+#endif
     if (memory_ != nullptr) capacity_ = rounded;
     return memory_ != nullptr;
   }
