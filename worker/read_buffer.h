@@ -6,7 +6,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -17,46 +16,50 @@
 
 namespace stagecoach {
 
+struct UnmapPages {
+  void operator()(std::byte* memory) const { ::munmap(memory, bytes); }
+  size_t bytes = 0;
+};
+
 class ReadBuffer {
  public:
-  static constexpr size_t kHugePage = size_t{2} << 20;
-
   // Makes room for `bytes`; what was in the buffer is lost. False if there is no memory.
   [[nodiscard]] bool Reserve(size_t bytes) {
-    if (bytes <= capacity_) return true;
+    if (bytes <= capacity()) return true;
     if (bytes > SIZE_MAX / 2) return false;
     memory_.reset();
-    capacity_ = 0;
-    const size_t alignment = bytes >= kHugePage ? kHugePage : kDirectAlignment;
     const size_t rounded = (bytes + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment;
-    memory_.reset(static_cast<std::byte*>(std::aligned_alloc(alignment, rounded)));
+    // Pages of their own, which go back to the system at once.
+    void* pages =
+        ::mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED) return false;
 #if defined(MADV_HUGEPAGE)
-    // A wish only: one page fault instead of 512.
-    if (alignment == kHugePage && memory_) ::madvise(memory_.get(), rounded, MADV_HUGEPAGE);
+    ::madvise(pages, rounded, MADV_HUGEPAGE);  // a wish only: one page fault instead of 512
 #endif
-    if (memory_ != nullptr) capacity_ = rounded;
-    return memory_ != nullptr;
+    memory_ =
+        std::unique_ptr<std::byte, UnmapPages>(static_cast<std::byte*>(pages), UnmapPages{rounded});
+    return true;
   }
   std::byte* data() const { return memory_.get(); }
-  size_t capacity() const { return capacity_; }
+  size_t capacity() const { return memory_ == nullptr ? 0 : memory_.get_deleter().bytes; }
 
  private:
-  struct Free {
-    void operator()(std::byte* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<std::byte, Free> memory_;
-  size_t capacity_ = 0;
+  std::unique_ptr<std::byte, UnmapPages> memory_;
 };
 
 // Buffers that go from one load to the next while any load is under way. Thread-safe.
 class ReadBufferPool {
  public:
-  ReadBuffer Take() {
+  // One that will hold at most about `largest` bytes: a larger one would keep memory that the
+  // weight budget does not count.
+  ReadBuffer Take(size_t largest) {
+    ReadBuffer buffer;
     absl::MutexLock lock(&mu_);
     ++taken_;
-    if (free_.empty()) return {};
-    ReadBuffer buffer = std::move(free_.back());
+    if (free_.empty()) return buffer;
+    std::swap(buffer, free_.back());
     free_.pop_back();
+    if (buffer.capacity() > largest + 2 * kDirectAlignment) buffer = {};
     return buffer;
   }
   // Once all buffers are back, their memory is freed.

@@ -43,7 +43,9 @@ class TensorReader::State {
  public:
   State(std::shared_ptr<ReadContext> context, std::vector<const TensorInfo*> tensors)
       : context_(std::move(context)), tensors_(std::move(tensors)) {
-    for (Slot& slot : slots_) slot.buffer = context_->buffers.Take();
+    size_t largest = 0;
+    for (const TensorInfo* tensor : tensors_) largest = std::max(largest, tensor->bytes);
+    for (Slot& slot : slots_) slot.buffer = context_->buffers.Take(largest);
   }
   ~State() {
     for (Slot& slot : slots_) context_->buffers.Give(std::move(slot.buffer));
