@@ -40,6 +40,7 @@ struct BenchPrefetchFlags {
   int passes = 16;
   int prompt_tokens = 8;
   int rows = 1;
+  std::string host_cache;
   std::string json;
 };
 
@@ -287,6 +288,39 @@ struct Regime {
   Steady steady;
 };
 
+constexpr struct {
+  HostCodec codec;
+  const char* name;
+  const char* key;
+} kHostCodecs[] = {{HostCodec::kNone, "host tier", "host_none"},
+                   {HostCodec::kLz4, "host lz4", "host_lz4"},
+                   {HostCodec::kZstd, "host zstd", "host_zstd"}};
+
+// What the host tier served, of the regimes that had one.
+void ReportHostTier(const std::vector<Regime>& regimes, nlohmann::json& report) {
+  std::vector<std::vector<std::string>> table = {
+      {"", "tensors served", "of bytes", "at", "held", "ratio", "codec's ratio"}};
+  for (const Regime& regime : regimes) {
+    const LayerStoreStats& stats = regime.steady.stats;
+    if (stats.host_bytes == 0) continue;
+    const double rate = static_cast<double>(stats.host_read_bytes) / stats.host_seconds;
+    const double ratio =
+        static_cast<double>(stats.host_raw_bytes) / static_cast<double>(stats.host_bytes);
+    table.push_back(
+        {regime.name, fmt::format("{}", stats.host_hits), FormatBytes(stats.host_read_bytes),
+         fmt::format("{:.2f} GB/s", rate / 1e9), FormatBytes(stats.host_bytes),
+         fmt::format("{:.2f}", ratio),
+         stats.host_codec_ratio == 0 ? "-" : fmt::format("{:.2f}", stats.host_codec_ratio)});
+    report[regime.key].update({{"host_hits", stats.host_hits},
+                               {"host_read_bytes", stats.host_read_bytes},
+                               {"host_bytes_per_second", rate},
+                               {"host_bytes", stats.host_bytes},
+                               {"host_compression_ratio", ratio},
+                               {"host_codec_ratio", stats.host_codec_ratio}});
+  }
+  if (table.size() > 1) fmt::print("\n{}", FormatTable(table));
+}
+
 nlohmann::json ReportSteady(const std::vector<Regime>& regimes, int units) {
   const Steady& resident = regimes[0].steady;
   const double t_compute = resident.seconds, t_io = regimes[1].steady.acquire_seconds;
@@ -356,6 +390,15 @@ absl::Status RunBenchPrefetch(const BenchPrefetchFlags& flags) {
   STAGECOACH_ASSIGN_OR_RETURN(regimes[1].steady, MeasureSteady(flags, model, budget));
   budget.prefetch = false;
   STAGECOACH_ASSIGN_OR_RETURN(regimes[2].steady, MeasureSteady(flags, model, budget));
+  if (!flags.host_cache.empty()) {
+    STAGECOACH_ASSIGN_OR_RETURN(budget.host_cache_bytes, ParseBytes(flags.host_cache));
+    budget.prefetch = true;
+    for (const auto& [codec, name, key] : kHostCodecs) {
+      budget.host_cache_codec = codec;
+      STAGECOACH_ASSIGN_OR_RETURN(Steady steady, MeasureSteady(flags, model, budget));
+      regimes.push_back({name, key, std::move(steady)});
+    }
+  }
   const LayerStoreStats& on = regimes[1].steady.stats;
   fmt::print(
       "steady state: budget {} of {} ({}), {} fixed units, window of {}, distance {}, {} "
@@ -364,6 +407,7 @@ absl::Status RunBenchPrefetch(const BenchPrefetchFlags& flags) {
       on.window_units, on.distance, flags.rows, flags.rows == 1 ? "" : "s");
   nlohmann::json report = ReportSteady(
       regimes, static_cast<int>(StageUnits(model->params(), 0, model->params().layers).size()));
+  ReportHostTier(regimes, report);
   report["benchmark"] = "prefetch";
   report["model"] = flags.model;
   report["budget"] = flags.budget;
@@ -406,6 +450,8 @@ void AddBenchPrefetch(CLI::App& bench, Command& run) {
   command->add_option("--rows", flags->rows, "Rows a pass: 1 decodes, more are chunks of a prompt")
       ->check(CLI::Range(1, 4096))
       ->capture_default_str();
+  command->add_option("--host-cache", flags->host_cache,
+                      "Also with a host tier of this size (2GB), by codec");
   command->add_option("--json", flags->json, "Write the results here too");
   command->callback([flags, &run] { run = [flags] { return RunBenchPrefetch(*flags); }; });
 }

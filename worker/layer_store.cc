@@ -250,6 +250,10 @@ LayerStoreStats LayerStore::Impl::Stats() const {
   stats.host_hits = host.hits;
   stats.host_bytes = host.bytes;
   stats.host_raw_bytes = host.raw_bytes;
+  if (host.tried_bytes > 0) {
+    stats.host_codec_ratio =
+        static_cast<double>(host.tried_raw_bytes) / static_cast<double>(host.tried_bytes);
+  }
   return stats;
 }
 

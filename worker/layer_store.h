@@ -47,6 +47,7 @@ struct LayerStoreStats {
   double host_seconds = 0;       // taking them, summed over threads
   uint64_t host_bytes = 0;       // held by the host tier now
   uint64_t host_raw_bytes = 0;   // of which these many before compression
+  double host_codec_ratio = 0;   // what the codec measured where it was tried; 0 = not tried
 };
 
 // Keeps the unit's weights alive and in place until destroyed. Movable.
