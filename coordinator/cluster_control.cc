@@ -210,6 +210,7 @@ void ClusterControl::Publish() {
     readiness_ = readiness;
     kernel_revision_ = registry_->kernel_revision();
   }
+  pipeline_->SetStreaming(registry_->streaming());
   if (readiness.ok() == serving_) return;
   serving_ = readiness.ok();
   if (serving_)

@@ -84,6 +84,7 @@ class Registry {
   // Fills in state, detail, epoch and stages.
   void FillStatus(v1::GetStatusResponse* response) const;
   uint64_t epoch() const { return epoch_; }
+  bool streaming() const;  // some stage of the latest plan streams its weights
   // Backend numerics that all joined workers share; empty while there are none.
   const std::string& kernel_revision() const { return kernel_revision_; }
 

@@ -93,6 +93,13 @@ absl::Status Registry::Readiness() const {
   return absl::UnavailableError(WaitingDetail());
 }
 
+bool Registry::streaming() const {
+  return std::any_of(seats_.begin(), seats_.end(), [this](const std::string& name) {
+    const Worker* worker = FindByName(name);
+    return worker != nullptr && worker->heartbeat.has_value() && worker->heartbeat->streaming();
+  });
+}
+
 void Registry::FillStatus(v1::GetStatusResponse* response) const {
   response->set_state(phase_ == Phase::kServing   ? v1::SERVICE_STATE_SERVING
                       : phase_ == Phase::kWaiting ? v1::SERVICE_STATE_WAITING

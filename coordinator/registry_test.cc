@@ -67,6 +67,19 @@ TEST_F(RegistryTest, ServesOnceAllLinksAreReadyAndStageZeroIsDialled) {
   EXPECT_THAT(ended_, IsEmpty());
 }
 
+TEST_F(RegistryTest, KnowsWhetherAStageStreams) {
+  Make(2);
+  const StreamId a = Join("a"), b = Join("b");
+  Serve({a, b});
+  EXPECT_FALSE(registry_->streaming());
+  v1::WorkerMessage message = Heartbeat(1, true);
+  message.mutable_heartbeat()->set_streaming(true);
+  registry_->Received(b, message, now_);
+  EXPECT_TRUE(registry_->streaming());
+  Beat(b, 1, true);
+  EXPECT_FALSE(registry_->streaming());
+}
+
 TEST_F(RegistryTest, EndOfTheStreamLosesTheWorkerAndARestartFillsTheHole) {
   Make(3);
   const StreamId a = Join("a"), b = Join("b"), c = Join("c");

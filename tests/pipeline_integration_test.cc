@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -87,7 +88,8 @@ class Recorder : public RequestObserver {
 // A coordinator's pipeline and worker nodes around it.
 class Ring {
  public:
-  explicit Ring(int workers) : backend_(MakeCpuBackend({.threads = 1})) {
+  explicit Ring(int workers, LayerStoreOptions store = {})
+      : backend_(MakeCpuBackend({.threads = 1})) {
     auto model = ModelFile::Open(TestDataPath("demo-Q4_K_M.gguf"));
     EXPECT_TRUE(model.ok()) << model.status();
     model_ = *model;
@@ -102,8 +104,8 @@ class Ring {
     hub_.Listen("coordinator", pipeline_.get());
     for (int w = 0; w < workers; ++w) {
       const std::string name = "w" + std::to_string(w);
-      nodes_.push_back(
-          std::make_unique<WorkerNode>(backend_.get(), model_, &hub_, WorkerOptions{.name = name}));
+      nodes_.push_back(std::make_unique<WorkerNode>(backend_.get(), model_, &hub_,
+                                                    WorkerOptions{.name = name, .store = store}));
       hub_.Listen(name, nodes_.back().get());
     }
   }
@@ -171,6 +173,7 @@ class Ring {
   }
 
   Pipeline& pipeline() { return *pipeline_; }
+  v1::WorkerHeartbeat Heartbeat(int worker) const { return nodes_[worker]->Heartbeat(); }
 
  private:
   std::unique_ptr<Backend> backend_;
@@ -315,6 +318,37 @@ TEST(PipelineRingTest, ALostWorkerEndsTheStreamsAndTheNextEpochGoesOn) {
   const auto after = ring.Submit(GreedyRequest(GreedyGoldens()[0]));
   ASSERT_TRUE(after->Wait().ok());
   EXPECT_EQ(after->tokens, before->tokens);
+}
+
+struct StreamedRun {
+  std::vector<TokenList> tokens;
+  uint64_t passes = 0;  // of each stage over its layers
+};
+
+// Four sequences through two stages that hold three quarters of their weights.
+StreamedRun RunStreamed(bool scheduler_knows) {
+  StreamedRun run;
+  Ring ring(2, {.weight_budget_percent = 75});
+  ring.Start(1, {0, 1});
+  EXPECT_TRUE(ring.Heartbeat(0).streaming() && ring.Heartbeat(1).streaming());
+  ring.pipeline().SetStreaming(scheduler_knows);
+  std::vector<std::shared_ptr<Recorder>> recorders;
+  for (int i = 0; i < 4; ++i) {
+    recorders.push_back(ring.Submit(SampledRequest(GreedyGoldens()[i], i)));
+  }
+  for (const auto& recorder : recorders) {
+    EXPECT_TRUE(recorder->Wait().ok());
+    run.tokens.push_back(recorder->tokens);
+  }
+  run.passes = ring.Heartbeat(0).steps();
+  return run;
+}
+
+TEST(PipelineRingTest, FourSequencesShareThePassesOverStreamedWeights) {
+  const StreamedRun spread = RunStreamed(false), together = RunStreamed(true);
+  EXPECT_EQ(together.tokens, spread.tokens);
+  EXPECT_LT(together.passes, spread.passes * 2 / 3);
+  std::cout << spread.passes << " passes, " << together.passes << " with streaming known\n";
 }
 
 // Free slots are reused many times over, with cancellations in between.

@@ -134,6 +134,7 @@ class WorkerNode::Impl {
     heartbeat.set_prefetch_late_hits(stats.late_hits);
     heartbeat.set_prefetch_misses(stats.misses);
     heartbeat.set_stall_seconds(stats.stall_seconds);
+    heartbeat.set_streaming(stats.streaming);
     heartbeat.set_steps(counters_.steps);
     heartbeat.set_tokens(counters_.tokens);
     heartbeat.set_compute_seconds(counters_.compute_ns * 1e-9);
