@@ -96,7 +96,8 @@ absl::Status Registry::Readiness() const {
 bool Registry::streaming() const {
   return std::any_of(seats_.begin(), seats_.end(), [this](const std::string& name) {
     const Worker* worker = FindByName(name);
-    return worker != nullptr && worker->heartbeat.has_value() && worker->heartbeat->streaming();
+    return worker != nullptr && worker->heartbeat.has_value() &&
+           worker->heartbeat->weights().streaming();
   });
 }
 

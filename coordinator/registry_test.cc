@@ -73,7 +73,7 @@ TEST_F(RegistryTest, KnowsWhetherAStageStreams) {
   Serve({a, b});
   EXPECT_FALSE(registry_->streaming());
   v1::WorkerMessage message = Heartbeat(1, true);
-  message.mutable_heartbeat()->set_streaming(true);
+  message.mutable_heartbeat()->mutable_weights()->set_streaming(true);
   registry_->Received(b, message, now_);
   EXPECT_TRUE(registry_->streaming());
   Beat(b, 1, true);
@@ -377,6 +377,43 @@ TEST_F(RegistryTest, TooSmallWorkersGiveWayToALargerSpare) {
   const StreamId c = Join("c");
   EXPECT_EQ(assigned_[c].stage(), 1u);
   EXPECT_EQ(assigned_.count(b), 0u);
+}
+
+TEST_F(RegistryTest, StatusShowsWhatStreams) {
+  Make(1);
+  const StreamId a = Join("a");
+  v1::WorkerMessage message = Heartbeat(1, true);
+  v1::WorkerHeartbeat& beat = *message.mutable_heartbeat();
+  for (const v1::UnitState state :
+       {v1::UNIT_STATE_RESIDENT, v1::UNIT_STATE_RESIDENT, v1::UNIT_STATE_READING,
+        v1::UNIT_STATE_CONVERTING, v1::UNIT_STATE_QUEUED, v1::UNIT_STATE_ABSENT,
+        v1::UNIT_STATE_FAILED, v1::UNIT_STATE_RESIDENT}) {
+    beat.add_units(state);
+  }
+  for (const bool fixed : {true, false, true}) beat.add_fixed(fixed);  // too few: a race, or a liar
+  beat.add_units(static_cast<v1::UnitState>(77));
+  beat.set_prefetch_hits(6);
+  beat.set_prefetch_late_hits(1);
+  beat.set_prefetch_misses(1);
+  v1::WeightStatus& weights = *beat.mutable_weights();
+  weights.set_streaming(true);
+  weights.set_budget_bytes(1000);
+  weights.set_file_read_bytes(500);
+  weights.set_file_seconds(0.25);
+  weights.set_host_read_bytes(300);
+  weights.set_host_seconds(std::nan(""));
+  weights.set_host_bytes(100);
+  weights.set_host_raw_bytes(130);
+  registry_->Received(a, message, now_);
+  v1::GetStatusResponse status;
+  registry_->FillStatus(&status);
+  const v1::StageStatus& stage = status.stages(0);
+  EXPECT_EQ(stage.residency(), "Rsrcq.FR.");
+  EXPECT_EQ(stage.weights().budget_bytes(), 1000u);
+  EXPECT_EQ(stage.hit_ratio(), 0.75);
+  EXPECT_EQ(stage.file_bytes_per_second(), 2000);
+  EXPECT_EQ(stage.host_bytes_per_second(), 0);
+  EXPECT_EQ(stage.host_compression_ratio(), 1.3);
 }
 
 TEST_F(RegistryTest, StatusShowsStages) {

@@ -35,6 +35,53 @@ absl::Status CheckWords(const v1::WorkerHello& hello) {
   return absl::OkStatus();
 }
 
+// See StageStatus.residency. `fixed` may be shorter than `units`: the rest counts as fixed.
+std::string ResidencyMap(const google::protobuf::RepeatedField<int>& units,
+                         const google::protobuf::RepeatedField<bool>& fixed) {
+  std::string map;
+  for (int i = 0; i < std::min(units.size(), kMaxResidencyUnits); ++i) {
+    switch (units[i]) {
+      case v1::UNIT_STATE_RESIDENT:
+        map += i >= fixed.size() || fixed[i] ? 'R' : 's';
+        break;
+      case v1::UNIT_STATE_READING:
+        map += 'r';
+        break;
+      case v1::UNIT_STATE_CONVERTING:
+        map += 'c';
+        break;
+      case v1::UNIT_STATE_QUEUED:
+        map += 'q';
+        break;
+      case v1::UNIT_STATE_FAILED:
+        map += 'F';
+        break;
+      default:
+        map += '.';
+    }
+  }
+  return map;
+}
+
+// 0 if there is nothing to divide by; bounded, for workers may say anything.
+double Ratio(double dividend, double divisor) {
+  return divisor > 0 ? std::min(dividend / divisor, 1e18) : 0;
+}
+
+// What people would work out of the counters.
+void FillRatios(v1::StageStatus* stage) {
+  const v1::WeightStatus& weights = stage->weights();
+  const double hits = static_cast<double>(stage->prefetch_hits());
+  stage->set_hit_ratio(Ratio(hits, hits + static_cast<double>(stage->prefetch_late_hits()) +
+                                       static_cast<double>(stage->prefetch_misses())));
+  stage->set_file_bytes_per_second(
+      Ratio(static_cast<double>(weights.file_read_bytes()), weights.file_seconds()));
+  stage->set_host_bytes_per_second(
+      Ratio(static_cast<double>(weights.host_read_bytes()), weights.host_seconds()));
+  stage->set_host_compression_ratio(Ratio(static_cast<double>(weights.host_raw_bytes()),
+                                          static_cast<double>(weights.host_bytes())));
+}
+
 }  // namespace
 
 absl::Status CheckWorkerHello(const v1::WorkerHello& hello, const std::string& model_hash) {
@@ -99,6 +146,9 @@ void FillStageStatus(const v1::WorkerHello& hello,
   stage->set_stall_seconds(heartbeat->stall_seconds());
   stage->set_detail(heartbeat->detail());
   stage->set_dropped_frames(heartbeat->dropped_frames());
+  *stage->mutable_weights() = heartbeat->weights();
+  stage->set_residency(ResidencyMap(units, heartbeat->fixed()));
+  FillRatios(stage);
 }
 
 }  // namespace stagecoach

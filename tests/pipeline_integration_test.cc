@@ -330,7 +330,7 @@ StreamedRun RunStreamed(bool scheduler_knows) {
   StreamedRun run;
   Ring ring(2, {.weight_budget_percent = 75});
   ring.Start(1, {0, 1});
-  EXPECT_TRUE(ring.Heartbeat(0).streaming() && ring.Heartbeat(1).streaming());
+  EXPECT_TRUE(ring.Heartbeat(0).weights().streaming() && ring.Heartbeat(1).weights().streaming());
   ring.pipeline().SetStreaming(scheduler_knows);
   std::vector<std::shared_ptr<Recorder>> recorders;
   for (int i = 0; i < 4; ++i) {

@@ -106,4 +106,37 @@ std::string FormatStages(const v1::GetStatusResponse& status) {
   return FormatTable(rows);
 }
 
+std::string FormatWeights(const v1::GetStatusResponse& status) {
+  std::vector<std::vector<std::string>> rows = {
+      {"stage", "budget",  "resident", "peak",   "fixed",  "window", "ahead",
+       "queue", "evicted", "hits",     "late",   "missed", "hit",    "stall s",
+       "file",  "file/s",  "host",     "host/s", "held",   "packed", "units"}};
+  for (const v1::StageStatus& s : status.stages()) {
+    const v1::WeightStatus& w = s.weights();
+    if (!w.streaming() && !w.host_tier()) continue;
+    rows.push_back({fmt::format("{}", s.stage()),
+                    w.budget_bytes() > 0 ? FormatBytes(w.budget_bytes()) : "-",
+                    FormatBytes(w.resident_bytes()),
+                    FormatBytes(w.peak_resident_bytes()),
+                    fmt::format("{}", w.fixed_units()),
+                    fmt::format("{}", w.window_units()),
+                    fmt::format("{}", w.distance()),
+                    fmt::format("{}", w.queued_units()),
+                    fmt::format("{}", w.evictions()),
+                    fmt::format("{}", s.prefetch_hits()),
+                    fmt::format("{}", s.prefetch_late_hits()),
+                    fmt::format("{}", s.prefetch_misses()),
+                    fmt::format("{:.1f}%", 100 * s.hit_ratio()),
+                    fmt::format("{:.3f}", s.stall_seconds()),
+                    FormatBytes(w.file_read_bytes()),
+                    FormatBytes(static_cast<uint64_t>(s.file_bytes_per_second())),
+                    FormatBytes(w.host_read_bytes()),
+                    FormatBytes(static_cast<uint64_t>(s.host_bytes_per_second())),
+                    FormatBytes(w.host_bytes()),
+                    fmt::format("{:.2f}x", s.host_compression_ratio()),
+                    s.residency()});
+  }
+  return rows.size() == 1 ? "" : FormatTable(rows);
+}
+
 }  // namespace stagecoach

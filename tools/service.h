@@ -56,6 +56,9 @@ class Service {
 
 // "3.21 tok/s"-style summary lines of a service's stages, one row per stage.
 std::string FormatStages(const v1::GetStatusResponse& status);
+// What the layer stores do, one row per stage; empty if no stage streams its weights
+// or has a host tier.
+std::string FormatWeights(const v1::GetStatusResponse& status);
 
 }  // namespace stagecoach
 

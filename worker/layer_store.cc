@@ -231,6 +231,7 @@ LayerStoreStats LayerStore::Impl::Stats() const {
     if (entry->state == UnitState::kResident) stats.loaded_bytes += bytes;
     if (entry->state == UnitState::kQueued) ++stats.queued_units;
     if (entry->fixed) ++stats.fixed_units;
+    stats.fixed.push_back(entry->fixed);
   }
   const absl::Duration running = loads_ > 0 ? absl::Now() - loading_since_ : absl::ZeroDuration();
   stats.load_seconds = absl::ToDoubleSeconds(load_time_ + running);
@@ -247,6 +248,7 @@ LayerStoreStats LayerStore::Impl::Stats() const {
   stats.host_read_bytes = load.host_read_bytes;
   stats.host_seconds = load.host_seconds;
   const HostTierStats host = host_ ? host_->Stats() : HostTierStats();
+  stats.host_tier = host_.has_value();
   stats.host_hits = host.hits;
   stats.host_bytes = host.bytes;
   stats.host_raw_bytes = host.raw_bytes;

@@ -39,9 +39,11 @@ struct LayerStoreStats {
   int window_units = 0;  // streaming units that fit at once
   int distance = 0;      // streaming units that are prefetched ahead now
   int queued_units = 0;
+  std::vector<bool> fixed;  // per assigned unit
 
   double read_seconds = 0;       // reading the file, summed over threads
   double convert_seconds = 0;    // to the backend's layout, summed over threads
+  bool host_tier = false;        // there is one
   uint64_t host_hits = 0;        // tensors taken from the host tier instead of the file
   uint64_t host_read_bytes = 0;  // of those tensors
   double host_seconds = 0;       // taking them, summed over threads
