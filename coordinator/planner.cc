@@ -50,22 +50,33 @@ uint64_t WorkspaceBytes(const ModelSizes& sizes, const PlanLimits& limits, bool 
   return bytes;
 }
 
+bool IsSpeed(double value) { return std::isfinite(value) && value > 0; }
+
 // Bandwidth of each worker; unknown ones are the mean of the known.
 std::vector<double> Bandwidths(const std::vector<WorkerCapacity>& workers) {
-  const auto known = [](double value) { return std::isfinite(value) && value > 0; };
   double sum = 0;
   int count = 0;
   for (const WorkerCapacity& worker : workers) {
-    if (!known(worker.read_bytes_per_second)) continue;
+    if (!IsSpeed(worker.read_bytes_per_second)) continue;
     sum += worker.read_bytes_per_second;
     ++count;
   }
   const double mean = count > 0 ? sum / count : kDefaultBytesPerSecond;
   std::vector<double> result;
   for (const WorkerCapacity& worker : workers) {
-    result.push_back(known(worker.read_bytes_per_second) ? worker.read_bytes_per_second : mean);
+    result.push_back(IsSpeed(worker.read_bytes_per_second) ? worker.read_bytes_per_second : mean);
   }
   return result;
+}
+
+// Of a stage with `weights` bytes; UINT64_MAX if there is no limit.
+uint64_t WeightBudget(const WorkerCapacity& worker, uint64_t weights) {
+  uint64_t budget = worker.weight_budget_bytes > 0 ? worker.weight_budget_bytes : UINT64_MAX;
+  const double percent = worker.weight_budget_percent;
+  if (percent > 0 && percent < 100) {
+    budget = std::min(budget, static_cast<uint64_t>(static_cast<double>(weights) * percent / 100));
+  }
+  return budget;
 }
 
 // One planning problem, with prefix sums so that a range costs O(1).
@@ -82,7 +93,10 @@ class Problem {
         head_workspace_(WorkspaceBytes(sizes, limits, true)),
         ignore_memory_(ignore_memory),
         prefix_(1, 0) {
-    for (uint64_t bytes : sizes.layers) prefix_.push_back(Add(prefix_.back(), bytes));
+    for (uint64_t bytes : sizes.layers) {
+      prefix_.push_back(Add(prefix_.back(), bytes));
+      largest_layer_ = std::max(largest_layer_, bytes);
+    }
   }
 
   // Where each worker's range starts, and `layers` at the end; nullopt if nothing fits.
@@ -97,7 +111,49 @@ class Problem {
     double bytes = static_cast<double>(prefix_[last] - prefix_[first]);
     if (first == 0) bytes += static_cast<double>(sizes_.embedding_row);
     if (last == layers_) bytes += static_cast<double>(sizes_.head);
-    return bytes / bandwidths_[w];
+    const auto streamed = static_cast<double>(StreamedBytes(w, first, last));
+    const double load_rate = workers_[w].load_bytes_per_second;
+    return (bytes - std::min(bytes, streamed)) / bandwidths_[w] +
+           streamed / (IsSpeed(load_rate) ? load_rate : kDefaultLoadBytesPerSecond);
+  }
+
+  // What worker `w` loads anew for every step with layers [first, last): all that does not fit its
+  // budget beside the window through which it streams.
+  uint64_t StreamedBytes(int w, int first, int last) const {
+    const uint64_t weights = Weights(first, last);
+    const uint64_t budget = WeightBudget(workers_[w], weights);
+    if (weights <= budget) return 0;
+    const uint64_t window = Mul(std::min(2, last - first), largest_layer_);
+    return weights - (budget - std::min(budget, window));
+  }
+
+  // What worker `w` needs for layers [first, last).
+  uint64_t Bytes(int w, int first, int last) const {
+    const uint64_t weights = Weights(first, last);
+    const uint64_t kv = Mul(layer_kv_, last - first);
+    return Add(Add(std::min(weights, WeightBudget(workers_[w], weights)), kv),
+               last == layers_ ? head_workspace_ : workspace_);
+  }
+
+  uint64_t largest_layer() const { return largest_layer_; }
+
+  // Whether the weight budget of worker `w` suffices to stream layers [first, last): whatever of
+  // embedding and head stays, and two of the largest of the rest.
+  bool CanStream(int w, int first, int last) const {
+    const uint64_t weights = Weights(first, last);
+    const uint64_t budget = WeightBudget(workers_[w], weights);
+    if (weights <= budget) return true;
+    const uint64_t embedding = first == 0 ? sizes_.embedding : 0;
+    const uint64_t head = last == layers_ ? sizes_.head : 0;
+    for (const bool keep_embedding : {true, false}) {
+      for (const bool keep_head : {true, false}) {
+        const uint64_t kept = Add(keep_embedding ? embedding : 0, keep_head ? head : 0);
+        const uint64_t largest =
+            std::max({largest_layer_, keep_embedding ? 0 : embedding, keep_head ? 0 : head});
+        if (Add(kept, Mul(std::min(2, last - first), largest)) <= budget) return true;
+      }
+    }
+    return false;
   }
 
  private:
@@ -105,13 +161,13 @@ class Problem {
 
   // Seconds, or infinity if the range does not fit the worker.
   double Cost(int w, int first, int last) const {
-    if (!ignore_memory_ && Bytes(first, last) > workers_[w].memory_bytes) return kInfinity;
-    return Seconds(w, first, last);
+    const bool fits =
+        Bytes(w, first, last) <= workers_[w].memory_bytes && CanStream(w, first, last);
+    return fits || ignore_memory_ ? Seconds(w, first, last) : kInfinity;
   }
 
-  uint64_t Bytes(int first, int last) const {
-    uint64_t bytes = Add(prefix_[last] - prefix_[first], Mul(layer_kv_, last - first));
-    bytes = Add(bytes, last == layers_ ? head_workspace_ : workspace_);
+  uint64_t Weights(int first, int last) const {
+    uint64_t bytes = prefix_[last] - prefix_[first];
     if (first == 0) bytes = Add(bytes, sizes_.embedding);
     if (last == layers_) bytes = Add(bytes, sizes_.head);
     return bytes;
@@ -168,6 +224,7 @@ class Problem {
   const uint64_t layer_kv_, workspace_, head_workspace_;
   const bool ignore_memory_;
   std::vector<uint64_t> prefix_;  // [layers + 1] bytes of layers [0, i)
+  uint64_t largest_layer_ = 0;
 };
 
 // The largest value in [1, limit) for which `fits` holds, given that it holds up to some value; 0
@@ -208,16 +265,20 @@ std::string WhatWouldHelp(const ModelSizes& sizes, const std::vector<WorkerCapac
 absl::Status Refusal(const ModelSizes& sizes, const std::vector<WorkerCapacity>& workers,
                      const PlanLimits& limits) {
   // What each worker would need if layers were split by speed alone.
-  const std::vector<int> bounds = *Problem(sizes, workers, limits, true).Solve();
+  const Problem problem(sizes, workers, limits, /*ignore_memory=*/true);
+  const std::vector<int> bounds = *problem.Solve();
   std::string message = "the model does not fit the workers' memory:";
   uint64_t needed = 0, available = 0;
   for (size_t w = 0; w < workers.size(); ++w) {
-    const uint64_t bytes = StageBytes(sizes, limits, bounds[w], bounds[w + 1]);
+    const uint64_t bytes = problem.Bytes(static_cast<int>(w), bounds[w], bounds[w + 1]);
     needed = Add(needed, bytes);
     available = Add(available, workers[w].memory_bytes);
     message +=
         fmt::format(" {} needs {} for layers [{}, {}) and has {};", workers[w].worker,
                     Mebibytes(bytes), bounds[w], bounds[w + 1], Mebibytes(workers[w].memory_bytes));
+    if (problem.CanStream(static_cast<int>(w), bounds[w], bounds[w + 1])) continue;
+    message += fmt::format(" its weight budget is too small for two layers (the largest has {});",
+                           Mebibytes(problem.largest_layer()));
   }
   const uint64_t kv = Mul(LayerKvBytes(sizes, limits), sizes.layers.size());
   message += fmt::format(" together {} needed, {} available; KV of {} slots x {} positions is {}; ",
@@ -279,13 +340,14 @@ absl::StatusOr<Plan> MakePlan(const ModelSizes& sizes, const std::vector<WorkerC
   if (!bounds) return Refusal(sizes, workers, limits);
   Plan plan;
   for (size_t w = 0; w < workers.size(); ++w) {
-    const int first = (*bounds)[w], last = (*bounds)[w + 1];
+    const int worker = static_cast<int>(w), first = (*bounds)[w], last = (*bounds)[w + 1];
     plan.stages.push_back({.worker = workers[w].worker,
                            .first_layer = first,
                            .last_layer = last,
                            .weight_bytes = WeightBytes(sizes, first, last),
                            .kv_bytes = Mul(LayerKvBytes(sizes, limits), last - first),
-                           .seconds_per_token = problem.Seconds(static_cast<int>(w), first, last)});
+                           .streamed_bytes = problem.StreamedBytes(worker, first, last),
+                           .seconds_per_token = problem.Seconds(worker, first, last)});
   }
   return plan;
 }
@@ -307,6 +369,9 @@ std::string FormatPlan(const ModelFile& model, const Plan& plan) {
     const PlanStage& stage = plan.stages[i];
     std::string holds = i == 0 ? "embedding, layers" : "layers";
     if (i + 1 == plan.stages.size()) holds += ", head";
+    if (stage.streamed_bytes > 0) {
+      holds += fmt::format("; streams {:.2f} MiB per step", stage.streamed_bytes / kMiB);
+    }
     table += fmt::format(
         "{:>5}  {:<{}}  {:>9}  {:>11.2f}  {:>9.2f}  {:>8.3f}  {}\n", i, stage.worker, width,
         fmt::format("{}..{}", stage.first_layer, stage.last_layer - 1), stage.weight_bytes / kMiB,
@@ -316,7 +381,7 @@ std::string FormatPlan(const ModelFile& model, const Plan& plan) {
   }
   return table + fmt::format(
                      "{} layers over {} stages; slowest stage {:.3f} ms/token, "
-                     "all stages {:.3f} ms/token (predicted from bandwidth)\n",
+                     "all stages {:.3f} ms/token (predicted from bandwidths)\n",
                      model.params().layers, plan.stages.size(), slowest * 1e3, sum * 1e3);
 }
 

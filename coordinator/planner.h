@@ -16,7 +16,14 @@ struct WorkerCapacity {
   std::string worker;
   uint64_t memory_bytes = 0;         // for weights, KV and workspace
   double read_bytes_per_second = 0;  // 0 = unknown: taken as equal to the others
+  // At most this much of the stage's weights is resident, the rest streams: bytes, and percent of
+  // them. 0 = no limit.
+  uint64_t weight_budget_bytes = 0;
+  double weight_budget_percent = 0;
+  double load_bytes_per_second = 0;  // of weights that stream; 0 = kDefaultLoadBytesPerSecond
 };
+// A plain solid-state disk.
+inline constexpr double kDefaultLoadBytesPerSecond = 1e9;
 
 struct PlanLimits {
   int max_slots = 0;
@@ -30,7 +37,9 @@ struct PlanStage {
   int last_layer = 0;
   uint64_t weight_bytes = 0;  // embedding and head counted where they are used
   uint64_t kv_bytes = 0;
-  double seconds_per_token = 0;  // predicted, decode of one row (weights streamed once)
+  uint64_t streamed_bytes = 0;   // of the weights, loaded anew for every step; 0 = all are resident
+  double seconds_per_token = 0;  // predicted, decode of one row: resident weights at the worker's
+                                 // bandwidth, streamed ones at its load rate
 };
 
 struct Plan {
@@ -38,8 +47,10 @@ struct Plan {
 };
 
 // Contiguous, non-empty ranges that minimise the slowest stage's seconds_per_token within every
-// worker's memory. Errors: INVALID_ARGUMENT (no workers, more workers than layers),
-// RESOURCE_EXHAUSTED naming the bytes needed and available per worker and what would help.
+// worker's memory. A worker whose weight budget its stage exceeds keeps room for two layers through
+// which the others stream; its weights count in memory as the budget. Errors: INVALID_ARGUMENT (no
+// workers, more workers than layers), RESOURCE_EXHAUSTED naming the bytes needed and available per
+// worker and what would help.
 absl::StatusOr<Plan> MakePlan(const ModelFile& model, const std::vector<WorkerCapacity>& workers,
                               const PlanLimits& limits);
 

@@ -181,6 +181,59 @@ TEST(PlannerTest, ObeysMemoryEvenIfSlower) {
   EXPECT_EQ(Counts(*MakePlan(sizes, workers, kLimits)), (std::vector<int>{1, 11}));
 }
 
+TEST(PlannerTest, CountsABudgetedWorkersWeightsAsItsBudget) {
+  ModelSizes sizes = EqualLayers(12);
+  sizes.embedding = sizes.embedding_row = sizes.head = 0;
+  std::vector<WorkerCapacity> workers = Workers(1);
+  workers[0].memory_bytes = StageBytes(sizes, kLimits, 0, 12) - 12'000 + 5'000;
+  EXPECT_FALSE(MakePlan(sizes, workers, kLimits).ok());
+  workers[0].weight_budget_bytes = 5'000;
+  const absl::StatusOr<Plan> plan = MakePlan(sizes, workers, kLimits);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(plan->stages[0].weight_bytes, 12'000u);
+  EXPECT_EQ(plan->stages[0].streamed_bytes, 9'000u);  // three stay beside a window of two
+  EXPECT_DOUBLE_EQ(plan->stages[0].seconds_per_token,
+                   3'000 / 1e9 + 9'000 / kDefaultLoadBytesPerSecond);
+  workers[0].load_bytes_per_second = 1e6;
+  EXPECT_DOUBLE_EQ(MakePlan(sizes, workers, kLimits)->stages[0].seconds_per_token,
+                   3'000 / 1e9 + 9'000 / 1e6);
+  workers[0].weight_budget_bytes = 12'000;  // everything
+  EXPECT_EQ(MakePlan(sizes, Workers(1), kLimits)->stages[0].streamed_bytes, 0u);
+}
+
+TEST(PlannerTest, GivesStreamingWorkersFewerLayers) {
+  ModelSizes sizes = EqualLayers(12);
+  sizes.embedding = sizes.embedding_row = sizes.head = 0;
+  std::vector<WorkerCapacity> workers = Workers(2, 1 << 30, 10e9);
+  workers[1].weight_budget_bytes = 3'000;
+  workers[1].load_bytes_per_second = 1e9;
+  // Layer 4 of the second worker would cost 1 resident + 3 streamed: 31 resident ones elsewhere.
+  EXPECT_EQ(Counts(*MakePlan(sizes, workers, kLimits)), (std::vector<int>{9, 3}));
+  workers[1].load_bytes_per_second = 10e9;  // as fast as memory
+  EXPECT_EQ(Counts(*MakePlan(sizes, workers, kLimits)), (std::vector<int>{6, 6}));
+  workers[1].weight_budget_bytes = 0;
+  workers[1].weight_budget_percent = 100;  // no limit
+  workers[1].load_bytes_per_second = 1;
+  EXPECT_EQ(Counts(*MakePlan(sizes, workers, kLimits)), (std::vector<int>{6, 6}));
+}
+
+TEST(PlannerTest, RefusesABudgetBelowTwoLayers) {
+  ModelSizes sizes = EqualLayers(4);
+  std::vector<WorkerCapacity> workers = Workers(1);
+  workers[0].weight_budget_bytes = 1'999;
+  const absl::Status status = MakePlan(sizes, workers, kLimits).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(status.message()),
+              HasSubstr("weight budget is too small for two layers"));
+  workers[0].weight_budget_bytes = 2'000;  // embedding and head stream, too
+  EXPECT_TRUE(MakePlan(sizes, workers, kLimits).ok());
+  workers[0].weight_budget_bytes = 0;
+  workers[0].weight_budget_percent = 10;  // 530 bytes
+  EXPECT_FALSE(MakePlan(sizes, workers, kLimits).ok());
+  workers[0].weight_budget_percent = 50;
+  EXPECT_TRUE(MakePlan(sizes, workers, kLimits).ok());
+}
+
 TEST(PlannerTest, IsDeterministicOnTies) {
   ModelSizes sizes = EqualLayers(10);
   sizes.embedding_row = sizes.head = 0;

@@ -79,7 +79,8 @@ class Registry {
   std::vector<RegistryAction> TakeActions();  // since the last call
 
   // --- State.
-  // Ok while serving; else UNAVAILABLE saying which workers and layers are missing.
+  // Ok while serving; else UNAVAILABLE saying which workers and layers are missing, or which read
+  // of weights storage does not answer.
   absl::Status Readiness() const;
   // Fills in state, detail, epoch and stages.
   void FillStatus(v1::GetStatusResponse* response) const;
@@ -128,6 +129,7 @@ class Registry {
   std::string WaitingDetail() const;
   std::string MissingLayers() const;
   std::string LinkingDetail() const;
+  absl::Status StallStatus() const;
 
   const RegistryOptions options_;
   std::vector<RegistryAction> actions_;
@@ -137,10 +139,10 @@ class Registry {
 
   Phase phase_ = Phase::kWaiting;
   uint64_t epoch_ = 0;
-  uint64_t epoch_floor_ = 0;           // the next epoch is later than this
-  std::vector<std::string> seats_;     // worker of each stage; a hole if it is not usable
-  std::optional<Plan> plan_;           // the latest one
-  std::vector<uint64_t> plan_memory_;  // of its workers
+  uint64_t epoch_floor_ = 0;             // the next epoch is later than this
+  std::vector<std::string> seats_;       // worker of each stage; a hole if it is not usable
+  std::optional<Plan> plan_;             // the latest one
+  std::vector<WorkerCapacity> planned_;  // its workers
   MonotonicTime linking_since_;
   MonotonicTime failing_since_;
   absl::Status failure_;       // kFailing

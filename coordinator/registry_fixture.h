@@ -69,6 +69,7 @@ class RegistryTest : public testing::Test {
     options.results_address = "coordinator:1";
     options.plan = [this](const std::vector<WorkerCapacity>& workers) {
       ++plans_;
+      planned_ = workers;
       return EvenPlan(workers);
     };
     registry_ = std::make_unique<Registry>(std::move(options));
@@ -138,6 +139,7 @@ class RegistryTest : public testing::Test {
   MonotonicTime now_{std::chrono::hours(1)};
   StreamId streams_ = 0;
   int plans_ = 0;
+  std::vector<WorkerCapacity> planned_;  // the latest ones
   int welcomes_ = 0;
   uint64_t expected_ = 0;
   std::map<StreamId, v1::Assignment> assigned_;

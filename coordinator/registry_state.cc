@@ -78,10 +78,22 @@ std::string Registry::LinkingDetail() const {
   return detail;
 }
 
+// UNAVAILABLE naming the first stage whose storage does not answer.
+absl::Status Registry::StallStatus() const {
+  for (size_t i = 0; i < seats_.size(); ++i) {
+    const auto& heartbeat = workers_.at(seats_[i]).heartbeat;
+    if (!heartbeat->stalled()) continue;
+    return absl::UnavailableError(
+        fmt::format("stage {}, worker '{}' ({}) is held up by storage: {}", i, seats_[i],
+                    LayersOf(seats_[i]), heartbeat->detail()));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Registry::Readiness() const {
   switch (phase_) {
     case Phase::kServing:
-      return absl::OkStatus();
+      return StallStatus();
     case Phase::kLinking:
     case Phase::kDialling:
       return absl::UnavailableError(LinkingDetail());

@@ -124,6 +124,49 @@ TEST_F(RegistryTest, SmallerReplacementIsPlannedAnew) {
   EXPECT_EQ(registry_->epoch(), 2u);
 }
 
+TEST_F(RegistryTest, BudgetsReachThePlanAndASmallerOneIsPlannedAnew) {
+  Make(1);
+  v1::WorkerHello hello = Hello("a");
+  hello.set_weight_budget_bytes(5000);
+  hello.set_weight_budget_percent(25);
+  hello.set_load_bytes_per_second(2e9);
+  const StreamId a = Join(hello);
+  ASSERT_EQ(planned_.size(), 1u);
+  EXPECT_EQ(planned_[0].weight_budget_bytes, 5000u);
+  EXPECT_EQ(planned_[0].weight_budget_percent, 25);
+  EXPECT_EQ(planned_[0].load_bytes_per_second, 2e9);
+  Close(a);
+  const StreamId same = Join(hello);
+  EXPECT_EQ(plans_, 1);
+  Close(same);
+  hello.set_weight_budget_bytes(4999);
+  const StreamId smaller = Join(hello);
+  EXPECT_EQ(plans_, 2);
+  Close(smaller);
+  hello.set_weight_budget_bytes(0);  // none
+  Join(hello);
+  EXPECT_EQ(plans_, 2);
+}
+
+TEST_F(RegistryTest, IsNotReadyWhileStorageDoesNotAnswer) {
+  Make(2);
+  const StreamId a = Join("a"), b = Join("b");
+  Serve({a, b});
+  v1::WorkerMessage stalled = Heartbeat(1, true);
+  stalled.mutable_heartbeat()->set_stalled(true);
+  stalled.mutable_heartbeat()->set_detail("waiting for layer 20");
+  registry_->Received(b, stalled, now_);
+  EXPECT_EQ(Detail(),
+            "stage 1, worker 'b' (layers 16-31) is held up by storage: waiting for layer 20");
+  v1::GetStatusResponse status;
+  registry_->FillStatus(&status);
+  EXPECT_EQ(status.detail(), Detail());
+  EXPECT_TRUE(status.stages(1).stalled());
+  EXPECT_THAT(ended_, IsEmpty());  // the epoch goes on
+  Beat(b, 1, true);
+  EXPECT_TRUE(registry_->Readiness().ok());
+}
+
 TEST_F(RegistryTest, SilentWorkerIsSuspectAfterTwoSeconds) {
   Make(2);
   const StreamId a = Join("a"), b = Join("b");

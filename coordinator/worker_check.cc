@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "coordinator/limits.h"
 #include "fmt/format.h"
@@ -106,9 +107,13 @@ absl::Status CheckWorkerHello(const v1::WorkerHello& hello, const std::string& m
     return Invalid("memory_bytes", fmt::format("{} is outside [1, {}]", hello.memory_bytes(),
                                                kMaxWorkerMemoryBytes));
   }
-  if (!(std::isfinite(hello.read_bytes_per_second()) && hello.read_bytes_per_second() >= 0)) {
-    return Invalid("read_bytes_per_second",
-                   fmt::format("{} is not a speed", hello.read_bytes_per_second()));
+  for (const auto& [field, value] :
+       {std::pair("read_bytes_per_second", hello.read_bytes_per_second()),
+        std::pair("load_bytes_per_second", hello.load_bytes_per_second()),
+        std::pair("weight_budget_percent", hello.weight_budget_percent())}) {
+    if (!(std::isfinite(value) && value >= 0)) {
+      return Invalid(field, fmt::format("{} is neither 0 nor a positive number", value));
+    }
   }
   const auto& transports = hello.transports();
   if (std::find(transports.begin(), transports.end(), "grpc") == transports.end()) {
@@ -145,6 +150,7 @@ void FillStageStatus(const v1::WorkerHello& hello,
   stage->set_prefetch_misses(heartbeat->prefetch_misses());
   stage->set_stall_seconds(heartbeat->stall_seconds());
   stage->set_detail(heartbeat->detail());
+  stage->set_stalled(heartbeat->stalled());
   stage->set_dropped_frames(heartbeat->dropped_frames());
   *stage->mutable_weights() = heartbeat->weights();
   stage->set_residency(ResidencyMap(units, heartbeat->fixed()));

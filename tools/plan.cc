@@ -2,8 +2,10 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "coordinator/planner.h"
@@ -19,11 +21,28 @@ struct PlanFlags {
   int workers = 0;
   std::vector<std::string> worker;
   std::string memory = "1TB";
+  std::string weight_budget;
+  std::string load_rate;
   int max_slots = 8;
   int context = 4096;
   int step_tokens = 256;
   bool json = false;
 };
+
+// BYTES or N%, as of stagecoach-worker --weight-budget.
+absl::Status SetWeightBudget(const std::string& text, WorkerCapacity& worker) {
+  if (text.ends_with('%')) {
+    const auto [end, error] =
+        std::from_chars(text.data(), text.data() + text.size() - 1, worker.weight_budget_percent);
+    const bool whole = error == std::errc() && end == text.data() + text.size() - 1;
+    if (whole && worker.weight_budget_percent > 0) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        fmt::format("--weight-budget: '{}' is not a percentage above 0", text));
+  }
+  const auto bytes = ParseBytes(text);
+  if (bytes.ok()) worker.weight_budget_bytes = *bytes;
+  return bytes.status();
+}
 
 // NAME:MEMORY[:BYTES_PER_SECOND]
 absl::StatusOr<WorkerCapacity> ParseWorker(const std::string& text) {
@@ -59,6 +78,15 @@ absl::StatusOr<std::vector<WorkerCapacity>> Workers(const PlanFlags& flags) {
   for (int i = 0; i < flags.workers; ++i) {
     workers.push_back({fmt::format("w{}", i), *memory, 0});
   }
+  for (WorkerCapacity& worker : workers) {
+    if (!flags.weight_budget.empty()) {
+      if (auto status = SetWeightBudget(flags.weight_budget, worker); !status.ok()) return status;
+    }
+    if (flags.load_rate.empty()) continue;
+    const auto rate = ParseBytes(flags.load_rate);
+    if (!rate.ok()) return rate.status();
+    worker.load_bytes_per_second = static_cast<double>(*rate);
+  }
   if (workers.empty()) {
     return absl::InvalidArgumentError("name the workers: --workers N, or --worker NAME:MEMORY ...");
   }
@@ -73,6 +101,7 @@ nlohmann::json ToJson(const ModelFile& model, const Plan& plan) {
                              {"last_layer", stage.last_layer},
                              {"weight_bytes", stage.weight_bytes},
                              {"kv_bytes", stage.kv_bytes},
+                             {"streamed_bytes", stage.streamed_bytes},
                              {"seconds_per_token", stage.seconds_per_token}});
   }
   return out;
@@ -107,6 +136,10 @@ void AddPlanCommand(CLI::App& app, Command& run) {
       ->capture_default_str();
   command->add_option("--worker", flags->worker,
                       "NAME:MEMORY[:BANDWIDTH], once per worker in stage order, e.g. a:24GB:900GB");
+  command->add_option("--weight-budget", flags->weight_budget,
+                      "Memory for weights of each worker, e.g. 8GB or 25%; the rest streams");
+  command->add_option("--load-rate", flags->load_rate,
+                      "Bytes per second at which weights stream, e.g. 3GB (default: 1GB)");
   command->add_option("--max-slots", flags->max_slots, "Sequences at once")->capture_default_str();
   command->add_option("--context", flags->context, "Positions per sequence, at most the model's")
       ->capture_default_str();

@@ -1,6 +1,7 @@
 #include "worker/layer_store.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "absl/time/clock.h"
@@ -259,6 +260,35 @@ LayerStoreStats LayerStore::Impl::Stats() const {
   return stats;
 }
 
+LayerStore::Impl::EntryPtr LayerStore::Impl::FindByTensor(const TensorInfo* tensor) const {
+  for (const EntryPtr& entry : entries_) {
+    for (const UnitTensor& part : model_->UnitTensors(entry->unit)) {
+      if (part.tensor == tensor) return entry;
+    }
+  }
+  return nullptr;
+}
+
+StorageTrouble LayerStore::Impl::Trouble() const {
+  const std::vector<OpenRead> reads = loader_.OpenReads();
+  absl::MutexLock lock(&mu_);
+  for (const OpenRead& read : reads) {
+    const absl::Duration age = absl::Now() - read.since;
+    const EntryPtr entry = age < kStallTime ? nullptr : FindByTensor(read.tensor);
+    if (entry == nullptr) continue;  // a cancelled load's
+    return {.stalled = true,
+            .detail = fmt::format("waiting for {}: read of {:.3g} MB under way for {:.0f} s",
+                                  UnitName(entry->unit), static_cast<double>(read.bytes) / 1e6,
+                                  std::floor(absl::ToDoubleSeconds(age)))};
+  }
+  for (const EntryPtr& entry : entries_) {
+    if (entry->state != UnitState::kFailed) continue;
+    return {.detail = fmt::format("{} could not be loaded: {}", UnitName(entry->unit),
+                                  std::string(entry->error.message()))};
+  }
+  return {};
+}
+
 void LayerStore::Impl::Shutdown() {
   {
     absl::MutexLock lock(&mu_);
@@ -283,6 +313,7 @@ absl::StatusOr<UnitLease> LayerStore::Acquire(const Unit& unit) { return impl_->
 absl::StatusOr<uint64_t> LayerStore::WeightBytes() const { return impl_->WeightBytes(); }
 std::vector<UnitState> LayerStore::States() const { return impl_->States(); }
 LayerStoreStats LayerStore::Stats() const { return impl_->Stats(); }
+StorageTrouble LayerStore::Trouble() const { return impl_->Trouble(); }
 void LayerStore::Shutdown() { impl_->Shutdown(); }
 
 }  // namespace stagecoach

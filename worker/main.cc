@@ -25,6 +25,7 @@
 #include "spdlog/spdlog.h"
 #include "worker/control_client.h"
 #include "worker/link/grpc_link.h"
+#include "worker/load_rate.h"
 #include "worker/stage.h"
 #include "worker/worker_node.h"
 
@@ -173,6 +174,11 @@ v1::WorkerHello MakeHello(const Flags& flags, const std::string& address, const 
   hello.set_memory_bytes(static_cast<int64_t>(std::min<uint64_t>(info.memory_bytes, INT64_MAX)));
   hello.set_read_bytes_per_second(MeasureReadBandwidth(threads, kBandwidthBytes, kBandwidthPasses));
   hello.set_threads(static_cast<uint32_t>(threads));
+  hello.set_weight_budget_bytes(flags.store.weight_budget_bytes);
+  hello.set_weight_budget_percent(flags.store.weight_budget_percent);
+  if (flags.store.weight_budget_bytes > 0 || flags.store.weight_budget_percent > 0) {
+    hello.set_load_bytes_per_second(MeasureLoadRate(model));
+  }
   hello.add_transports("grpc");
   return hello;
 }

@@ -9,6 +9,7 @@
 #include <memory>
 #include <span>
 #include <unordered_map>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
@@ -47,6 +48,7 @@ class UnitLoader {
                                                     const std::function<void(UnitState)>& on_state);
 
   LoadCounters counters() const;
+  std::vector<OpenRead> OpenReads() const { return context_->open_reads.List(); }
 
  private:
   // At the first load of a tensor compares its hash with the manifest's and remembers it; at every

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/strings/escaping.h"
 #include "absl/synchronization/mutex.h"
 #include "fmt/format.h"
 #include "spdlog/spdlog.h"
@@ -147,6 +148,9 @@ class WorkerNode::Impl {
     } else {
       heartbeat.set_detail("no assignment");
     }
+    const StorageTrouble trouble = store_.Trouble();
+    heartbeat.set_stalled(trouble.stalled);
+    if (heartbeat.detail().empty()) heartbeat.set_detail(absl::CHexEscape(trouble.detail));
     for (UnitState state : store_.States()) heartbeat.add_units(ToProto(state));
     const LayerStoreStats stats = store_.Stats();
     heartbeat.set_slice_bytes(stats.slice_bytes);
