@@ -1,5 +1,6 @@
 // The whole pipeline in one process: coordinator's pipeline, real stages on the CPU backend, links
 // in memory.
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 #include "coordinator/planner.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "tests/stage_chain.h"
+#include "worker/hooked_file.h"
 #include "worker/link/in_process_link.h"
 #include "worker/worker_node.h"
 
@@ -88,9 +90,11 @@ class Recorder : public RequestObserver {
 // A coordinator's pipeline and worker nodes around it.
 class Ring {
  public:
-  explicit Ring(int workers, LayerStoreOptions store = {})
+  // Reads of the model go through `hook`, if there is one.
+  explicit Ring(int workers, LayerStoreOptions store = {}, std::shared_ptr<ReadHook> hook = nullptr)
       : backend_(MakeCpuBackend({.threads = 1})) {
-    auto model = ModelFile::Open(TestDataPath("demo-Q4_K_M.gguf"));
+    auto model = hook != nullptr ? OpenHookedModel("demo-Q4_K_M.gguf", std::move(hook))
+                                 : ModelFile::Open(TestDataPath("demo-Q4_K_M.gguf"));
     EXPECT_TRUE(model.ok()) << model.status();
     model_ = *model;
     pipeline_ = std::make_unique<Pipeline>(
@@ -173,6 +177,7 @@ class Ring {
   }
 
   Pipeline& pipeline() { return *pipeline_; }
+  const ModelFile& model() const { return *model_; }
   v1::WorkerHeartbeat Heartbeat(int worker) const { return nodes_[worker]->Heartbeat(); }
 
  private:
@@ -349,6 +354,45 @@ TEST(PipelineRingTest, FourSequencesShareThePassesOverStreamedWeights) {
   EXPECT_EQ(together.tokens, spread.tokens);
   EXPECT_LT(together.passes, spread.passes * 2 / 3);
   std::cout << spread.passes << " passes, " << together.passes << " with streaming known\n";
+}
+
+// A disk that answers nothing while layer 20 is read.
+TEST(PipelineRingTest, AStalledReadIsNamedAndHoldsUpNeitherHeartbeatsNorCancellation) {
+  const auto hook = std::make_shared<ReadHook>();
+  const auto answer = std::make_shared<absl::Notification>();
+  Ring ring(2, {}, hook);
+  const TensorInfo tensor =
+      *ring.model().UnitTensors({.kind = Unit::Kind::kLayer, .layer = 20})[0].tensor;
+  hook->Set([=](const RandomAccessFile& file, uint64_t offset, std::span<std::byte> out) {
+    const bool hit = offset < tensor.offset + tensor.bytes && tensor.offset < offset + out.size();
+    if (hit) answer->WaitForNotification();
+    return file.ReadSome(offset, out);
+  });
+  ASSERT_NO_FATAL_FAILURE(ring.Start(1, {0, 1}));
+  const auto recorder = std::make_shared<Recorder>();
+  const auto id = ring.pipeline().Submit(GreedyRequest(GreedyGoldens()[0]), recorder);
+  ASSERT_TRUE(id.ok()) << id.status();
+  const absl::Time start = absl::Now();
+  v1::WorkerHeartbeat heartbeat;
+  while (!heartbeat.stalled() && absl::Now() - start < absl::Seconds(2)) {
+    const absl::Time asked = absl::Now();
+    heartbeat = ring.Heartbeat(1);
+    EXPECT_LT(absl::Now() - asked, absl::Milliseconds(200));
+    absl::SleepFor(absl::Milliseconds(20));
+  }
+  EXPECT_TRUE(heartbeat.stalled());
+  EXPECT_TRUE(heartbeat.links_ready());
+  EXPECT_THAT(heartbeat.detail(), testing::HasSubstr("waiting for layer 20: read of"));
+  EXPECT_FALSE(ring.Heartbeat(0).stalled());
+  const absl::Time cancelled = absl::Now();
+  ring.pipeline().Cancel(*id);
+  EXPECT_EQ(recorder->Wait().code(), absl::StatusCode::kCancelled);
+  EXPECT_LT(absl::Now() - cancelled, absl::Seconds(1));
+
+  answer->Notify();
+  const auto next = ring.Submit(GreedyRequest(GreedyGoldens()[1]));
+  EXPECT_TRUE(next->Wait().ok());
+  EXPECT_EQ(ring.Heartbeat(1).detail(), "");
 }
 
 // Free slots are reused many times over, with cancellations in between.

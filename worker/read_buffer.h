@@ -50,17 +50,19 @@ class ReadBuffer {
 // Buffers that go from one load to the next while any load is under way. Thread-safe.
 class ReadBufferPool {
  public:
-  // One that will hold at most about `largest` bytes: a larger one would keep memory that the
-  // weight budget does not count.
-  ReadBuffer Take(size_t largest) {
-    ReadBuffer buffer;
+  // One of at most `bytes` (and the blocks that direct reads round up to), or an empty one. Idle
+  // ones that are larger are freed: what a load holds is never more than its own tensors ask for.
+  ReadBuffer Take(size_t bytes) {
+    std::vector<ReadBuffer> unused;  // freed after the mutex
     absl::MutexLock lock(&mu_);
     ++taken_;
-    if (free_.empty()) return buffer;
-    std::swap(buffer, free_.back());
-    free_.pop_back();
-    if (buffer.capacity() > largest + 2 * kDirectAlignment) buffer = {};
-    return buffer;
+    while (!free_.empty()) {
+      ReadBuffer buffer = std::move(free_.back());
+      free_.pop_back();
+      if (buffer.capacity() <= bytes + kRounding) return buffer;
+      unused.push_back(std::move(buffer));
+    }
+    return {};
   }
   // Once all buffers are back, their memory is freed.
   void Give(ReadBuffer buffer) {
@@ -71,6 +73,9 @@ class ReadBufferPool {
   }
 
  private:
+  // A tensor's first and last block, and the buffer's own end.
+  static constexpr size_t kRounding = 3 * kDirectAlignment;
+
   absl::Mutex mu_;
   std::vector<ReadBuffer> free_ ABSL_GUARDED_BY(mu_);
   int taken_ ABSL_GUARDED_BY(mu_) = 0;

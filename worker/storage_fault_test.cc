@@ -19,6 +19,7 @@
 #include "model/model_error.h"
 #include "worker/layer_store_fixture.h"
 #include "worker/load_rate.h"
+#include "worker/read_buffer.h"
 #include "worker/unit_loader.h"
 
 namespace stagecoach {
@@ -160,6 +161,17 @@ TEST_F(StorageFaultTest, ABitFlippedAnywhereIsNoticed) {
     EXPECT_EQ(GetModelError(status), ModelError::kChanged) << status;
     EXPECT_THAT(std::string(status.message()), HasSubstr(TensorName(Layer(1), k)));
   }
+}
+
+TEST(ReadBufferPoolTest, ALoadGetsNoLargerBuffersThanItsOwn) {
+  ReadBufferPool pool;
+  ReadBuffer large = pool.Take(1 << 20), small = pool.Take(5000), other = pool.Take(1);
+  ASSERT_TRUE(large.Reserve(1 << 20) && small.Reserve(5000));
+  pool.Give(std::move(small));
+  EXPECT_GE(pool.Take(5000).capacity(), 5000u);  // the same again
+  pool.Give(std::move(large));
+  EXPECT_EQ(pool.Take(5000).capacity(), 0u);
+  EXPECT_EQ(pool.Take(1 << 20).capacity(), 0u);  // the large one was freed
 }
 
 TEST_F(StorageFaultTest, TheLoadRateIsThatOfTheFile) {

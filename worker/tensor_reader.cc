@@ -43,9 +43,13 @@ class TensorReader::State {
  public:
   State(std::shared_ptr<ReadContext> context, std::vector<const TensorInfo*> tensors)
       : context_(std::move(context)), tensors_(std::move(tensors)) {
-    size_t largest = 0;
-    for (const TensorInfo* tensor : tensors_) largest = std::max(largest, tensor->bytes);
-    for (Slot& slot : slots_) slot.buffer = context_->buffers.Take(largest);
+    for (size_t s = 0; s < kSlots; ++s) {
+      uint64_t largest = 0;
+      for (size_t i = s; i < tensors_.size(); i += kSlots) {
+        largest = std::max(largest, tensors_[i]->bytes);
+      }
+      slots_[s].buffer = context_->buffers.Take(largest);
+    }
   }
   ~State() {
     for (Slot& slot : slots_) context_->buffers.Give(std::move(slot.buffer));

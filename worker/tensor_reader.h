@@ -82,7 +82,8 @@ struct ReadContext {
 // The error, saying which tensor it struck.
 absl::Status NameTensor(const absl::Status& status, const TensorInfo& tensor);
 
-// One thread calls. While it uses one tensor, the next one is read: two buffers at most.
+// One thread calls. While it uses one tensor, the next one is read: two buffers, together no larger
+// than the two largest tensors (and the blocks that direct reads round up to).
 class TensorReader {
  public:
   // `tensors` must belong to context->model. Without a thread to be had, Next reads by itself.

@@ -38,7 +38,8 @@ class UnitLoader {
   UnitLoader(Backend* backend, std::shared_ptr<const ModelFile> model, HostTier* host = nullptr);
 
   // Reads the tensors of `unit` one by one, the next one while the backend converts the last, from
-  // the host tier if it has them. Two read buffers of the unit's largest tensor at most.
+  // the host tier if it has them. Holds two read buffers meanwhile, together as large as its two
+  // largest tensors at most (UnitSize::buffer_bytes; direct reads round up to whole blocks).
   // on_state is told kReading and kConverting as they alternate. Errors: kChanged if the file is no
   // longer the one that was opened or a tensor's bytes differ from those of an earlier load;
   // kTruncated, kIo, kCorrupt (the model's manifest says otherwise), naming tensor and offset;

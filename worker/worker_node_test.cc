@@ -1,6 +1,7 @@
 // Two workers and a stand-in for the coordinator, in one process over the in-process transport.
 #include "worker/worker_node.h"
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -219,6 +220,47 @@ TEST_F(WorkerNodeTest, TwoStagesTellTheStoryAndCountTheirWork) {
     EXPECT_EQ(heartbeat.detail(), "");
     EXPECT_EQ(heartbeat.dropped_frames(), 0u);
   }
+}
+
+TEST_F(WorkerNodeTest, AWeightBudgetShowsInTheHeartbeatAndChangesNoToken) {
+  hub_.StopListening(Address(0));
+  nodes_[0] =
+      std::make_unique<WorkerNode>(backend_.get(), model_, &hub_,
+                                   WorkerOptions{.name = Address(0),
+                                                 .store = {.weight_budget_percent = 50,
+                                                           .host_cache_bytes = 1 << 30,
+                                                           .host_cache_codec = HostCodec::kLz4}});
+  hub_.Listen(Address(0), nodes_[0].get());
+  AssignAll(1, 1);
+  AwaitLinksReady(1);
+  ASSERT_TRUE(DialFirst(Hello(1)).ok());
+  EXPECT_EQ(Generate(1, kStory.size()), kStory);
+  const v1::WorkerHeartbeat heartbeat = nodes_[0]->Heartbeat();
+  ASSERT_EQ(heartbeat.units_size(), 34);
+  ASSERT_EQ(heartbeat.fixed_size(), 34);
+  const v1::WeightStatus& weights = heartbeat.weights();
+  EXPECT_TRUE(weights.streaming());
+  EXPECT_TRUE(weights.host_tier());
+  EXPECT_GT(weights.budget_bytes(), 0u);
+  EXPECT_LE(weights.peak_resident_bytes(), weights.budget_bytes());
+  EXPECT_GT(weights.resident_bytes(), 0u);
+  EXPECT_EQ(weights.fixed_units(),
+            std::count(heartbeat.fixed().begin(), heartbeat.fixed().end(), true));
+  EXPECT_LT(weights.fixed_units(), 34u);
+  EXPECT_GE(weights.window_units(), 2u);
+  EXPECT_GE(weights.distance(), 1u);
+  EXPECT_GT(weights.evictions(), kStory.size());
+  EXPECT_GT(weights.file_read_bytes(), 0u);
+  EXPECT_GT(weights.file_seconds(), 0);
+  EXPECT_GT(weights.convert_seconds(), 0);
+  EXPECT_GT(weights.host_hits(), 0u);
+  EXPECT_GT(weights.host_read_bytes(), 0u);
+  EXPECT_GT(weights.host_seconds(), 0);
+  EXPECT_GT(weights.host_bytes(), 0u);
+  EXPECT_GE(weights.host_raw_bytes(), weights.host_bytes());
+  EXPECT_EQ(
+      heartbeat.prefetch_hits() + heartbeat.prefetch_late_hits() + heartbeat.prefetch_misses(),
+      34 * kStory.size());
 }
 
 TEST_F(WorkerNodeTest, ReassignmentMidRunKeepsWeightsAndGivesTheSameTokens) {
