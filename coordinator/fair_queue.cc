@@ -26,12 +26,22 @@ void FairQueue::Erase(const FairEntry* entry) {
 const FairEntry* FairQueue::Front() const {
   if (empty()) return nullptr;
   if (turn_ == kAgeTurn - 1) return by_age_.begin()->second;
-  const Flow* best = nullptr;
-  for (const auto& [client, flow] : levels_.begin()->second.flows) {
-    const auto rank = [](const Flow& f) { return std::pair(f.charged, f.entries.begin()->first); };
-    if (best == nullptr || rank(flow) < rank(*best)) best = &flow;
+  return FrontWhere([](const std::string&) { return true; });
+}
+
+const FairEntry* FairQueue::FrontWhere(
+    const std::function<bool(const std::string& client)>& may) const {
+  const auto rank = [](const Flow& flow) {
+    return std::pair(flow.charged, flow.entries.begin()->first);
+  };
+  for (const auto& [priority, level] : levels_) {
+    const Flow* best = nullptr;
+    for (const auto& [client, flow] : level.flows) {
+      if ((best == nullptr || rank(flow) < rank(*best)) && may(client)) best = &flow;
+    }
+    if (best != nullptr) return best->entries.begin()->second;
   }
-  return best->entries.begin()->second;
+  return nullptr;
 }
 
 void FairQueue::Serve(const FairEntry* entry, int cost) {

@@ -37,6 +37,8 @@ class FairQueue {
   void Erase(const FairEntry* entry);  // no effect if it is not queued
   // The entry whose turn it is; nullptr if there is none. The same until something changes.
   const FairEntry* Front() const;
+  // The first entry, whatever the turn, of a client that `may` go; nullptr if there is none.
+  const FairEntry* FrontWhere(const std::function<bool(const std::string& client)>& may) const;
   // A queued entry was served, for `cost` > 0 units of work. It stays queued.
   void Serve(const FairEntry* entry, int cost);
   // Work that a client had outside its turns; counts only while it has something queued.

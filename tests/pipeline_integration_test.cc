@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -15,6 +16,7 @@
 #include "absl/time/clock.h"
 #include "coordinator/pipeline.h"
 #include "coordinator/planner.h"
+#include "coordinator/step_frame.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "tests/stage_chain.h"
 #include "worker/hooked_file.h"
@@ -53,19 +55,26 @@ const std::vector<Golden>& GreedyGoldens() {
 
 class Recorder : public RequestObserver {
  public:
-  void OnToken(uint32_t index, const SampledToken& token) override {
+  void OnToken(int choice, uint32_t index, const SampledToken& token) override {
     absl::MutexLock lock(&mu_);
+    if (choice > 0) {
+      EXPECT_EQ(index, others[choice].size());
+      others[choice].push_back(token.token_id);
+      return;
+    }
     EXPECT_EQ(index, tokens.size());
     tokens.push_back(token.token_id);
     logprobs.push_back(token.logprob);
     some_.Signal();
   }
+  void OnChoiceEnd(int, const absl::Status&, Finish) override {}
   void OnScores(uint32_t, std::span<const float> scores, std::span<const float> values) override {
     logprobs.insert(logprobs.end(), scores.begin(), scores.end());
     logits.insert(logits.end(), values.begin(), values.end());
   }
-  void OnEnd(const absl::Status& status, const RequestSummary&) override {
+  void OnEnd(const absl::Status& status, const RequestSummary& its_summary) override {
     status_ = status;
+    summary = its_summary;
     end_.Notify();
   }
   absl::Status Wait() {
@@ -77,8 +86,10 @@ class Recorder : public RequestObserver {
     while (tokens.size() < count) some_.Wait(&mu_);
   }
   // To be read after Wait().
-  TokenList tokens;
+  TokenList tokens;  // of the first choice, and of the others
+  std::map<int, TokenList> others;
   std::vector<float> logprobs, logits;
+  RequestSummary summary;
 
  private:
   absl::Mutex mu_;
@@ -127,14 +138,15 @@ class Ring {
     nodes_[worker].reset();
   }
 
-  // Forms a ring of `workers` in this order and starts stepping.
-  void Start(uint64_t epoch, const std::vector<int>& workers) {
+  // Forms a ring of `workers` in this order and starts stepping. kv_blocks: 0 = the default.
+  void Start(uint64_t epoch, const std::vector<int>& workers, int kv_blocks = 0) {
     std::vector<WorkerCapacity> capacities;
     for (int w : workers) capacities.push_back({"w" + std::to_string(w), 1 << 30});
-    const absl::StatusOr<Plan> plan = MakePlan(*model_, capacities, {8, 512, kMaxStepTokens});
+    const absl::StatusOr<Plan> plan =
+        MakePlan(*model_, capacities, {8, 512, kMaxStepTokens, {.blocks = kv_blocks}});
     ASSERT_TRUE(plan.ok()) << plan.status();
     const int stages = static_cast<int>(workers.size());
-    pipeline_->ExpectEpoch(epoch, stages);
+    pipeline_->ExpectEpoch(epoch, stages, plan->kv_blocks);
     for (int stage = 0; stage < stages; ++stage) {
       v1::Assignment assignment;
       assignment.set_epoch(epoch);
@@ -146,6 +158,7 @@ class Ring {
       assignment.set_max_slots(8);
       assignment.set_max_context(512);
       assignment.set_max_step_tokens(kMaxStepTokens);
+      assignment.set_kv_blocks(plan->kv_blocks);
       nodes_[workers[stage]]->Assign(assignment);
     }
     const absl::Time limit = absl::Now() + absl::Seconds(60);
@@ -179,6 +192,15 @@ class Ring {
   Pipeline& pipeline() { return *pipeline_; }
   const ModelFile& model() const { return *model_; }
   v1::WorkerHeartbeat Heartbeat(int worker) const { return nodes_[worker]->Heartbeat(); }
+
+  // Whether every KV block is free or merely cached again; waits a moment for it.
+  bool AllBlocksBack() {
+    const absl::Time limit = absl::Now() + absl::Seconds(10);
+    while (pipeline_->Stats().blocks_used > 0 && absl::Now() < limit) {
+      absl::SleepFor(absl::Milliseconds(1));
+    }
+    return pipeline_->Stats().blocks_used == 0;
+  }
 
  private:
   std::unique_ptr<Backend> backend_;
@@ -395,10 +417,106 @@ TEST(PipelineRingTest, AStalledReadIsNamedAndHoldsUpNeitherHeartbeatsNorCancella
   EXPECT_EQ(ring.Heartbeat(1).detail(), "");
 }
 
+// A prompt as long as a conversation: all goldens behind each other.
+TokenList LongPrompt() {
+  TokenList prompt;
+  for (const Golden& golden : GreedyGoldens()) {
+    prompt.insert(prompt.end(), golden.prompt.begin(), golden.prompt.end());
+    prompt.insert(prompt.end(), golden.continuation.begin(), golden.continuation.end());
+    if (prompt.size() > 300) break;
+  }
+  prompt.resize(std::min<size_t>(prompt.size(), 300));
+  return prompt;
+}
+
+Answer AnswerOf(const Recorder& recorder) { return {recorder.tokens, recorder.logprobs}; }
+
+TEST(PagedKvTest, ACachedPrefixChangesNothing) {
+  Ring ring(2);
+  ASSERT_NO_FATAL_FAILURE(ring.Start(1, {0, 1}));
+  Request request = SampledRequest(GreedyGoldens()[0], 7);
+  request.prompt = LongPrompt();
+  const auto first = ring.Submit(request);
+  ASSERT_TRUE(first->Wait().ok());
+  EXPECT_EQ(first->summary.cached_tokens, 0u);
+  const auto second = ring.Submit(request);
+  ASSERT_TRUE(second->Wait().ok());
+  EXPECT_EQ(second->summary.cached_tokens, (request.prompt.size() - 1) / 32 * 32);
+  EXPECT_EQ(AnswerOf(*second), AnswerOf(*first));
+  request.cache_salt = "another client";
+  const auto salted = ring.Submit(request);
+  ASSERT_TRUE(salted->Wait().ok());
+  EXPECT_EQ(salted->summary.cached_tokens, 0u);
+  EXPECT_EQ(AnswerOf(*salted), AnswerOf(*first));
+  // The conversation goes on: what was generated is cached, too.
+  request.cache_salt.clear();
+  request.prompt.insert(request.prompt.end(), first->tokens.begin(), first->tokens.end());
+  const auto next = ring.Submit(request);
+  ASSERT_TRUE(next->Wait().ok());
+  EXPECT_GE(next->summary.cached_tokens, (request.prompt.size() - 1) / 32 * 32 - 32);
+  EXPECT_GT(next->summary.cached_tokens, second->summary.cached_tokens);
+  EXPECT_TRUE(ring.AllBlocksBack());
+}
+
+TEST(PagedKvTest, PreemptionChangesNothing) {
+  std::vector<Request> requests;
+  for (size_t i = 0; i < 8; ++i) {
+    Request request = SampledRequest(GreedyGoldens()[i % GreedyGoldens().size()], i);
+    request.max_tokens = 200;
+    requests.push_back(std::move(request));
+  }
+  std::vector<Answer> alone;
+  {
+    Ring ring(1);
+    ASSERT_NO_FATAL_FAILURE(ring.Start(1, {0}));
+    for (const Request& request : requests) {
+      const auto recorder = ring.Submit(request);
+      ASSERT_TRUE(recorder->Wait().ok());
+      alone.push_back(AnswerOf(*recorder));
+    }
+    EXPECT_EQ(ring.pipeline().Stats().preemptions, 0u);
+  }
+  Ring ring(2);
+  ASSERT_NO_FATAL_FAILURE(ring.Start(1, {0, 1}, /*kv_blocks=*/16));
+  std::vector<std::shared_ptr<Recorder>> recorders;
+  for (const Request& request : requests) recorders.push_back(ring.Submit(request));
+  for (size_t i = 0; i < recorders.size(); ++i) {
+    ASSERT_TRUE(recorders[i]->Wait().ok());
+    EXPECT_EQ(AnswerOf(*recorders[i]), alone[i]) << "request " << i;
+  }
+  EXPECT_GT(ring.pipeline().Stats().preemptions, 0u);
+  EXPECT_TRUE(ring.AllBlocksBack());
+}
+
+TEST(PagedKvTest, EachChoiceSaysWhatItWouldAlone) {
+  Ring ring(2);
+  ASSERT_NO_FATAL_FAILURE(ring.Start(1, {0, 1}));
+  for (const size_t length : {300, 289, 32, 1}) {  // the last block partly filled, begun, full
+    Request request = SampledRequest(GreedyGoldens()[0], 11);
+    request.prompt = LongPrompt();
+    request.prompt.resize(length);
+    request.choices = 4;
+    const auto together = ring.Submit(request);
+    ASSERT_TRUE(together->Wait().ok());
+    EXPECT_EQ(together->summary.completion_tokens, 4u * request.max_tokens);
+    request.choices = 1;
+    for (int choice = 0; choice < 4; ++choice) {
+      request.sampling.seed = ChoiceSeed(11, choice);
+      request.cache_salt = "alone" + std::to_string(choice);  // nothing is shared
+      const auto alone = ring.Submit(request);
+      ASSERT_TRUE(alone->Wait().ok());
+      EXPECT_EQ(choice == 0 ? together->tokens : together->others[choice], alone->tokens)
+          << length << " tokens, choice " << choice;
+    }
+    EXPECT_NE(together->others[1], together->others[2]);
+  }
+  EXPECT_TRUE(ring.AllBlocksBack());
+}
+
 // Free slots are reused many times over, with cancellations in between.
 TEST(PipelineRingTest, CancelledSequencesLeaveNoTrace) {
   Ring ring(2);
-  ASSERT_NO_FATAL_FAILURE(ring.Start(1, {0, 1}));
+  ASSERT_NO_FATAL_FAILURE(ring.Start(1, {0, 1}, /*kv_blocks=*/20));
   const auto first = ring.Submit(GreedyRequest(GreedyGoldens()[1]));
   ASSERT_TRUE(first->Wait().ok());
   for (int round = 0; round < 10; ++round) {
@@ -414,6 +532,7 @@ TEST(PipelineRingTest, CancelledSequencesLeaveNoTrace) {
     ASSERT_TRUE(again->Wait().ok());
     EXPECT_EQ(again->tokens, first->tokens);
   }
+  EXPECT_TRUE(ring.AllBlocksBack());
 }
 
 }  // namespace
