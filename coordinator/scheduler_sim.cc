@@ -107,6 +107,8 @@ class Simulation {
       scheduler_->Cancel(RandomId());
     } else if (kind < 890) {
       scheduler_->FinishEarly(RandomId(), Pick(0, 2));
+    } else if (kind < 895) {
+      scheduler_->SetStreaming(Pick(0, 1));
     } else if (kind < 997) {
       now_ += absl::Seconds(1);
       scheduler_->Tick(now_);
