@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/time/clock.h"
+#include "coordinator/kv_flags.h"
 #include "kernels/cpu/read_bandwidth.h"
 #include "model/model_file.h"
 #include "tools/bench.h"
@@ -47,11 +48,10 @@ class InProcessContender : public Contender {
  public:
   static absl::StatusOr<std::unique_ptr<Contender>> Start(
       const std::shared_ptr<const ModelFile>& model, const ServiceFlags& flags, int context) {
-    auto stages = LocalStages::Create(
-        model, {.threads = flags.threads,
-                .max_context = context,
-                .max_step_tokens = context,
-                .kv_type = flags.kv_type == "f32" ? KvType::kF32 : KvType::kF16});
+    auto stages = LocalStages::Create(model, {.threads = flags.threads,
+                                              .max_context = context,
+                                              .max_step_tokens = context,
+                                              .kv_type = KvTypeNames().at(flags.kv_type)});
     if (!stages.ok()) return stages.status();
     auto contender = std::make_unique<InProcessContender>();
     contender->stages_ = *std::move(stages);
@@ -93,6 +93,7 @@ class ClusterContender : public Contender {
     request.mutable_token_ids()->mutable_ids()->Assign(prompt.begin(), prompt.end());
     request.set_max_tokens(static_cast<uint32_t>(tokens));
     request.set_ignore_eos(true);
+    request.set_cache_salt(std::to_string(++prompts_));  // each prompt is computed anew
     v1::GenerateEvent last;
     absl::Status status =
         service_->client().Generate(request, absl::InfiniteFuture(), [&](const auto& event) {
@@ -112,6 +113,7 @@ class ClusterContender : public Contender {
 
  private:
   std::unique_ptr<Service> service_;
+  int prompts_ = 0;
 };
 
 struct Row {
