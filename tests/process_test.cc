@@ -142,7 +142,6 @@ TEST(ProcessTest, StreamsThatOutgrowTheKvBlocksGoOnAsIfAlone) {
   const auto status = service->client().GetStatus();
   ASSERT_TRUE(status.ok()) << status.status();
   EXPECT_GT(status->preemptions(), 0u);
-  EXPECT_GT(status->cached_tokens(), 0u);
 }
 
 TEST(ProcessTest, GenerateTakesSeveralChoices) {
