@@ -14,9 +14,9 @@
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/cuda_weights.h"
 #include "kernels/cuda/cuda_workspace.h"
-#include "kernels/cuda/elementwise.h"
 #include "kernels/cuda/layer_ops.h"
 #include "kernels/cuda/quant_matmul.h"
+#include "kernels/cuda/read_all.h"
 #include "kernels/cuda/rope.h"
 #include "kernels/cuda/step_runner.h"
 #include "kernels/cuda/uploader.h"
@@ -212,9 +212,10 @@ absl::Status CudaBackend::RmsNorm(std::span<const float> x, int rows, std::span<
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> in, ToDevice(x));
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> scale, ToDevice(weight));
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> out, device_->NewBuffer<float>(y.size()));
-  STAGECOACH_RETURN_IF_CUDA_ERROR(cuda::RmsNorm(in.data(), nullptr, rows,
-                                                static_cast<int>(weight.size()), scale.data(),
-                                                epsilon, out.data(), device_->compute()));
+  const Activations normed = LayOutActivations(out.data(), ActivationForm::kFloat, rows,
+                                               static_cast<int>(weight.size()), /*precise=*/false);
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      LaunchRmsNormQuantize(in.data(), scale.data(), epsilon, normed, device_->compute()));
   return ToHost(out, y);
 }
 
@@ -236,9 +237,14 @@ absl::Status CudaBackend::SwiGlu(std::span<const float> gate, std::span<const fl
   STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> gates, ToDevice(gate));
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> ups, ToDevice(up));
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> result,
+                              device_->NewBuffer<float>(out.size()));
+  const int count = static_cast<int>(out.size());
+  const Activations row = LayOutActivations(result.data(), ActivationForm::kFloat, /*rows=*/1,
+                                            count, /*precise=*/false);
   STAGECOACH_RETURN_IF_CUDA_ERROR(
-      cuda::SwiGlu(gates.data(), ups.data(), out.size(), gates.data(), device_->compute()));
-  return ToHost(gates, out);
+      LaunchSwiGluQuantize(gates.data(), ups.data(), count, row, device_->compute()));
+  return ToHost(result, out);
 }
 
 absl::Status CudaBackend::Attention(const ModelParams& params, std::span<const float> q,

@@ -120,7 +120,7 @@ absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaD
       {&workspace->gate, size_t(max_rows), size_t(params.ffn_length)},
       {&workspace->up, size_t(max_rows), size_t(params.ffn_length)},
       {&workspace->partials, 1, kPartialFloats},
-      {&workspace->normed, kHeadRows, size_t(params.d_model)},
+      {&workspace->head_input, kHeadRows, size_t(params.d_model)},
       {&workspace->logits, kHeadRows, size_t(params.vocab_size)},
   };
   for (const auto& [array, rows, columns] : arrays) {

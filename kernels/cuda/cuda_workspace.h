@@ -79,7 +79,7 @@ struct CudaWorkspace {
   DeviceBuffer<float> up;               // [max_rows][ffn_length]
   DeviceBuffer<float> partials;         // of split attention
   DeviceBuffer<std::byte> activations;  // what the next matrices read, in any form
-  DeviceBuffer<float> normed;           // [kHeadRows][d_model]
+  DeviceBuffer<float> head_input;       // [kHeadRows][d_model]
   DeviceBuffer<float> logits;           // [kHeadRows][vocab]
   PinnedBuffer<float> residual_in;      // [max_rows][d_model]
   PinnedBuffer<float> out;              // [max_rows][d_model] or [kHeadRows][vocab]

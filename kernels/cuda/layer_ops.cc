@@ -5,7 +5,7 @@
 
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/cuda_status.h"
-#include "kernels/cuda/elementwise.h"
+#include "kernels/cuda/embed.h"
 #include "kernels/cuda/rope.h"
 #include "model/status_macros.h"
 
@@ -95,13 +95,15 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
 
 absl::Status EnqueueHead(CudaWorkspace& ws, const UnitStorage& head, int count,
                          cudaStream_t stream) {
-  STAGECOACH_RETURN_IF_CUDA_ERROR(RmsNorm(ws.residual.data(), ws.inputs.head_rows(), count,
-                                          ws.params.d_model, head.vector(TensorRole::kOutputNorm),
-                                          ws.params.norm_epsilon, ws.normed.data(), stream));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(EmbedRows(TensorType::kF32, ws.residual.data(), ws.params.d_model,
+                                            ws.inputs.head_rows(), count, ws.head_input.data(),
+                                            stream));
   const MatmulTerm output[] = {Term(head.matrix(TensorRole::kOutput), ws.logits.data())};
   // Nothing after the head evens its errors out, hence the precise activations.
-  return Project(ws, output, count, /*precise=*/true, stream,
-                 [&](const Activations& x) { return LaunchQuantize(ws.normed.data(), x, stream); });
+  return Project(ws, output, count, /*precise=*/true, stream, [&](const Activations& x) {
+    return LaunchRmsNormQuantize(ws.head_input.data(), head.vector(TensorRole::kOutputNorm),
+                                 ws.params.norm_epsilon, x, stream);
+  });
 }
 
 }  // namespace stagecoach::cuda
