@@ -1,17 +1,24 @@
 #include "tests/stage_chain.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iterator>
 #include <utility>
 
-#include "kernels/cpu/cpu_backend.h"
+#include "kernels/device.h"
 
 namespace stagecoach {
 
 std::string TestDataPath(const std::string& name) {
-  return std::string(STAGECOACH_SOURCE_DIR) + "/tests/data/" + name;
+  const char* const moved = std::getenv("STAGECOACH_SOURCE_DIR");
+  return std::string(moved != nullptr ? moved : STAGECOACH_SOURCE_DIR) + "/tests/data/" + name;
+}
+
+std::string TestDevice() {
+  const char* const device = std::getenv("STAGECOACH_TEST_DEVICE");
+  return device != nullptr ? device : "cpu";
 }
 
 std::string ReadTestFile(const std::string& path) {
@@ -32,7 +39,9 @@ absl::StatusOr<std::unique_ptr<StageChain>> StageChain::Create(const std::string
   auto model = ModelFile::Open(model_path);
   if (!model.ok()) return model.status();
   chain->model_ = *model;
-  chain->backend_ = MakeCpuBackend({.threads = options.threads, .isa = options.isa});
+  auto backend = OpenDevice(options.device, {.threads = options.threads, .isa = options.isa});
+  if (!backend.ok()) return backend.status();
+  chain->backend_ = *std::move(backend);
   const int layers = chain->model_->params().layers;
   for (int i = 0; i < options.stages; ++i) {
     StageConfig config;

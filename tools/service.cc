@@ -18,6 +18,8 @@ void AddPipelineFlags(CLI::App& command, ServiceFlags& flags) {
   command.add_option("--workers", flags.workers, "Worker processes (stages) of a private pipeline")
       ->check(CLI::Range(1, 512))
       ->capture_default_str();
+  command.add_option("--device", flags.device, "Where workers compute: cpu, cuda:N or auto")
+      ->capture_default_str();
   command.add_option("--threads", flags.threads, "CPU threads per worker; 0 = share all cores")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
@@ -50,7 +52,8 @@ LocalClusterOptions ToClusterOptions(const ServiceFlags& flags) {
   options.threads = flags.threads;
   options.max_slots = flags.max_slots;
   options.context = flags.context;
-  options.worker_flags = {"--kv-type", flags.kv_type, "--prefetch", flags.prefetch};
+  options.worker_flags = {"--device",    flags.device, "--kv-type",
+                          flags.kv_type, "--prefetch", flags.prefetch};
   if (!flags.weight_budget.empty()) {
     options.worker_flags.insert(options.worker_flags.end(),
                                 {"--weight-budget", flags.weight_budget});

@@ -20,6 +20,7 @@ struct ServiceFlags {
   std::string server;
   std::string model;
   int workers = 1;
+  std::string device = "cpu";  // of each worker
   int threads = 0;
   int max_slots = 8;
   int context = 0;
@@ -29,7 +30,8 @@ struct ServiceFlags {
   bool verbose = false;
 };
 
-// Declares --server, --model, --workers, --threads, --context, --kv-type, --prefetch, --verbose.
+// Declares --server, --model, --workers, --device, --threads, --context, --kv-type, --prefetch,
+// --verbose.
 void AddServiceFlags(CLI::App& command, ServiceFlags& flags);
 // Those of them that a private service needs, without --server and --model.
 void AddPipelineFlags(CLI::App& command, ServiceFlags& flags);

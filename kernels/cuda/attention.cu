@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/device_ops.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/warp.cuh"
 
@@ -186,6 +187,8 @@ template <typename Element, int kHeads, int kVector, int kVectors>
 __global__ void __launch_bounds__(kThreads) AttendKernel(Task task) {
   using State = BlockState<Element, kHeads, kVector, kVectors>;
   __shared__ State state;
+  LetNextKernelStart();
+  WaitForPreviousKernel();
   const KvLayout& kv = task.kv;
   const size_t row = blockIdx.z;
   const int position = task.table.positions[row];
@@ -233,6 +236,8 @@ __global__ void __launch_bounds__(kThreads) AttendKernel(Task task) {
 
 // Merges the chunks of one head of one row in order.
 __global__ void MergeChunksKernel(Task task) {
+  LetNextKernelStart();
+  WaitForPreviousKernel();
   const size_t row = blockIdx.y, head = row * task.heads + blockIdx.x;
   const int length = task.kv.value_length;
   const int chunks = CeilDivide(task.table.positions[row] + 1, kChunkPositions);
@@ -255,8 +260,7 @@ cudaError_t LaunchAttend(const AttentionPlan& plan, const Task& task, cudaStream
   const auto launch = [&](auto kernel, int heads) {
     const dim3 grid(plan.split ? plan.chunks : 1, task.kv.kv_heads * CeilDivide(group, heads),
                     plan.rows);
-    return LaunchKernel(kernel, LaunchShape{.grid = grid, .threads = kThreads, .overlap = false},
-                        stream, task);
+    return LaunchKernel(kernel, LaunchShape{.grid = grid, .threads = kThreads}, stream, task);
   };
   if (group == 1) return launch(AttendKernel<Element, 1, kVector, kVectors>, 1);
   if (group == 2) return launch(AttendKernel<Element, 2, kVector, kVectors>, 2);
@@ -305,10 +309,9 @@ cudaError_t Attend(const AttentionPlan& plan, const RowTable& table, const float
       kv.half ? LaunchAttend<__half>(plan, task, stream) : LaunchAttend<float>(plan, task, stream);
   if (error != cudaSuccess || !plan.split) return error;
   constexpr int kMergeThreads = 128;
-  return LaunchKernel(
-      MergeChunksKernel,
-      LaunchShape{.grid = dim3(plan.heads, plan.rows), .threads = kMergeThreads, .overlap = false},
-      stream, task);
+  return LaunchKernel(MergeChunksKernel,
+                      LaunchShape{.grid = dim3(plan.heads, plan.rows), .threads = kMergeThreads},
+                      stream, task);
 }
 
 }  // namespace stagecoach::cuda

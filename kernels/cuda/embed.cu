@@ -1,5 +1,6 @@
 #include "kernels/cuda/embed.h"
 
+#include "kernels/cuda/device_ops.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "model/block_decode.h"
 
@@ -10,6 +11,8 @@ constexpr int kThreads = 256;
 
 template <typename Block>
 __global__ void EmbedKernel(const Block* table, int columns, const int32_t* ids, float* out) {
+  LetNextKernelStart();
+  WaitForPreviousKernel();
   const int blocks_per_row = columns / Block::kElements;
   const Block* row = table + static_cast<size_t>(ids[blockIdx.x]) * blocks_per_row;
   out += static_cast<size_t>(blockIdx.x) * columns;
@@ -30,7 +33,7 @@ __global__ void EmbedKernel(const Block* table, int columns, const int32_t* ids,
 
 cudaError_t EmbedRows(TensorType type, const void* table, int columns, const int32_t* ids, int rows,
                       float* out, cudaStream_t stream) {
-  const LaunchShape shape = {.grid = dim3(rows), .threads = kThreads, .overlap = false};
+  const LaunchShape shape = {.grid = dim3(rows), .threads = kThreads};
   return VisitBlockType(type, [&]<typename Block>() {
     return LaunchKernel(EmbedKernel<Block>, shape, stream, static_cast<const Block*>(table),
                         columns, ids, out);

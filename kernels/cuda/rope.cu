@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "kernels/cuda/device_ops.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "model/half.h"
 
@@ -52,8 +53,10 @@ struct Turns {
 __global__ void RopeKernel(const double* frequencies, int pairs, const int32_t* positions,
                            int heads, int head_dim, float* x) {
   __shared__ Turns turns;
+  LetNextKernelStart();
   const size_t row = blockIdx.x;
   turns.Compute(frequencies, pairs, positions[row]);
+  WaitForPreviousKernel();
   turns.RotateHeads(x + row * heads * head_dim, heads, head_dim, pairs);
 }
 
@@ -61,9 +64,11 @@ template <typename Element>
 __global__ void RopeAndStoreKernel(const double* frequencies, int pairs, RowTable table, int heads,
                                    float* q, const float* k, const float* v, KvLayout kv) {
   __shared__ Turns turns;
+  LetNextKernelStart();
   const size_t row = blockIdx.x;
   const int position = table.positions[row];
   turns.Compute(frequencies, pairs, position);
+  WaitForPreviousKernel();
   if (pairs > 0) {
     turns.RotateHeads(q + row * heads * kv.key_length, heads, kv.key_length, pairs);
   }
@@ -103,7 +108,7 @@ std::vector<double> RopeFrequencies(const ModelParams& params) {
 
 cudaError_t Rope(const double* frequencies, int pairs, const int32_t* positions, int rows,
                  int heads, int head_dim, float* x, cudaStream_t stream) {
-  const LaunchShape shape = {.grid = dim3(rows), .threads = kThreads, .overlap = false};
+  const LaunchShape shape = {.grid = dim3(rows), .threads = kThreads};
   return LaunchKernel(RopeKernel, shape, stream, frequencies, pairs, positions, heads, head_dim, x);
 }
 
@@ -111,7 +116,7 @@ cudaError_t RopeAndStore(const double* frequencies, int pairs, const RowTable& t
                          int heads, float* q, const float* k, const float* v, const KvLayout& kv,
                          cudaStream_t stream) {
   const auto kernel = kv.half ? RopeAndStoreKernel<uint16_t> : RopeAndStoreKernel<float>;
-  const LaunchShape shape = {.grid = dim3(rows), .threads = kThreads, .overlap = false};
+  const LaunchShape shape = {.grid = dim3(rows), .threads = kThreads};
   return LaunchKernel(kernel, shape, stream, frequencies, pairs, table, heads, q, k, v, kv);
 }
 

@@ -16,7 +16,8 @@ namespace stagecoach::cuda {
 // freq_factors[i].
 std::vector<double> RopeFrequencies(const ModelParams& params);
 
-// The rows of a step on the device, one entry per row.
+// The rows of a step on the device, one entry per row. Complete before any kernel of the step
+// starts: kernels that overlap the one before them read it right away.
 struct RowTable {
   const int32_t* positions;  // [rows]
   const int32_t* first;      // [rows] where the row's sequence begins in `blocks`
