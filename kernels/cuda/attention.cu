@@ -102,6 +102,7 @@ struct BlockState {
     const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
     float scores[kHeads] = {};
     const Element* key = keys + lane * 8;
+#pragma unroll 8
     for (int d = 0; d < task.kv.key_length; d += 8, key += 8 * kKvBlockPositions) {
       float k[8];
       LoadElements<8>(key, k);
@@ -129,7 +130,7 @@ struct BlockState {
     const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
     const int stride = task.kv.padded_values();
     float sums[kHeads][kVectors][kVector] = {};
-#pragma unroll 4
+#pragma unroll 8
     for (int p = 0; p < visible; ++p) {
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {

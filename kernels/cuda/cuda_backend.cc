@@ -223,12 +223,16 @@ absl::Status CudaBackend::Rope(const ModelParams& params, std::span<float> x, in
                                int head_dim, std::span<const int32_t> positions) {
   STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
   const std::vector<double> frequencies = RopeFrequencies(params);
-  STAGECOACH_ASSIGN_OR_RETURN(const auto turns, ToDevice(std::span<const double>(frequencies)));
-  STAGECOACH_ASSIGN_OR_RETURN(const auto rows, ToDevice(positions));
+  const int pairs = static_cast<int>(frequencies.size()), rows = static_cast<int>(positions.size());
+  STAGECOACH_ASSIGN_OR_RETURN(const auto angles, ToDevice(std::span<const double>(frequencies)));
+  STAGECOACH_ASSIGN_OR_RETURN(const auto places, ToDevice(positions));
   STAGECOACH_ASSIGN_OR_RETURN(const auto values, ToDevice(std::span<const float>(x)));
-  STAGECOACH_RETURN_IF_CUDA_ERROR(cuda::Rope(turns.data(), params.rope_dims / 2, rows.data(),
-                                             static_cast<int>(positions.size()), heads, head_dim,
-                                             values.data(), device_->compute()));
+  STAGECOACH_ASSIGN_OR_RETURN(const auto turns,
+                              device_->NewBuffer<float2>(frequencies.size() * positions.size()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      ComputeTurns(angles.data(), pairs, places.data(), rows, turns.data(), device_->compute()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      cuda::Rope(turns.data(), pairs, rows, heads, head_dim, values.data(), device_->compute()));
   return ToHost(values, x);
 }
 

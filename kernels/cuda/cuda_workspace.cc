@@ -138,6 +138,8 @@ absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaD
                           std::max(residuals, static_cast<size_t>(kHeadRows) * params.vocab_size)));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->residual_sent, device.NewEvent());
   const std::vector<double> frequencies = RopeFrequencies(params);
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->turns,
+                              device.NewBuffer<float2>(max_rows * frequencies.size()));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->frequencies, device.NewBuffer<double>(frequencies.size()));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(workspace->frequencies.data(), frequencies.data(),
                                                   frequencies.size() * sizeof(double),

@@ -70,6 +70,7 @@ struct CudaWorkspace {
   int max_rows = 0;
   StepInputs inputs;
   DeviceBuffer<double> frequencies;     // [rope_dims / 2]
+  DeviceBuffer<float2> turns;           // [max_rows][rope_dims / 2] of this step's positions
   DeviceBuffer<float> residual;         // [max_rows][d_model]
   DeviceBuffer<float> q;                // [max_rows][heads][key_length]
   DeviceBuffer<float> k;                // [max_rows][kv_heads][key_length]

@@ -57,6 +57,13 @@ absl::Status EnqueueSetResidual(CudaWorkspace& ws, cudaStream_t stream) {
   return absl::OkStatus();
 }
 
+absl::Status EnqueueTurns(CudaWorkspace& ws, cudaStream_t stream) {
+  STAGECOACH_RETURN_IF_CUDA_ERROR(ComputeTurns(ws.frequencies.data(), ws.params.rope_dims / 2,
+                                               ws.inputs.table().positions, ws.rows,
+                                               ws.turns.data(), stream));
+  return absl::OkStatus();
+}
+
 absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayout& kv,
                           cudaStream_t stream) {
   const ModelParams& params = ws.params;
@@ -71,7 +78,7 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
       Term(w.matrix(TensorRole::kAttnV), ws.v.data(), w.vector(TensorRole::kAttnVBias))};
   STAGECOACH_RETURN_IF_ERROR(
       Project(ws, qkv, ws.rows, /*precise=*/false, stream, norm(TensorRole::kAttnNorm)));
-  STAGECOACH_RETURN_IF_CUDA_ERROR(RopeAndStore(ws.frequencies.data(), params.rope_dims / 2,
+  STAGECOACH_RETURN_IF_CUDA_ERROR(RopeAndStore(ws.turns.data(), params.rope_dims / 2,
                                                ws.inputs.table(), ws.rows, params.heads,
                                                ws.q.data(), ws.k.data(), ws.v.data(), kv, stream));
   STAGECOACH_RETURN_IF_CUDA_ERROR(Attend(ws.plan, ws.inputs.table(), ws.q.data(), kv,

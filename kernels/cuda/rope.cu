@@ -9,87 +9,83 @@
 namespace stagecoach::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kTurnThreads = 64;
+constexpr int kHeadThreads = 64;  // of a head: two dims each
 
-__device__ void StoreElement(float value, float* out) { *out = value; }
-__device__ void StoreElement(float value, uint16_t* out) { *out = FloatToHalf(value); }
-
-// Cosine and sine of each pair at one position, in shared memory.
-struct Turns {
-  float cosine[kMaxHeadLength / 2];
-  float sine[kMaxHeadLength / 2];
-
-  // By all threads of the block, which are synchronised afterwards.
-  __device__ void Compute(const double* frequencies, int pairs, int position) {
-    for (int i = threadIdx.x; i < pairs; i += kThreads) {
-      double s, c;
-      sincos(position * frequencies[i], &s, &c);
-      cosine[i] = static_cast<float>(c);
-      sine[i] = static_cast<float>(s);
-    }
-    __syncthreads();
-  }
-
-  // The rotated value of dim `d` of a head.
-  __device__ float Rotated(const float* head, int d, int pairs) const {
-    const int i = d / 2;
-    if (i >= pairs) return head[d];
-    const float even = head[2 * i], odd = head[2 * i + 1];
-    return d % 2 == 0 ? even * cosine[i] - odd * sine[i] : even * sine[i] + odd * cosine[i];
-  }
-
-  // By all threads of the block: `heads` heads of head_dim values in place.
-  __device__ void RotateHeads(float* x, int heads, int head_dim, int pairs) const {
-    for (int j = threadIdx.x; j < heads * pairs; j += kThreads) {
-      float* pair = x + static_cast<size_t>(j / pairs) * head_dim + j % pairs * 2;
-      const float even = pair[0], odd = pair[1];
-      const int i = j % pairs;
-      pair[0] = even * cosine[i] - odd * sine[i];
-      pair[1] = even * sine[i] + odd * cosine[i];
-    }
-  }
-};
-
-__global__ void RopeKernel(const double* frequencies, int pairs, const int32_t* positions,
-                           int heads, int head_dim, float* x) {
-  __shared__ Turns turns;
+// Grid: x = rows.
+__global__ void TurnsKernel(const double* frequencies, int pairs, const int32_t* positions,
+                            float2* turns) {
   LetNextKernelStart();
-  const size_t row = blockIdx.x;
-  turns.Compute(frequencies, pairs, positions[row]);
   WaitForPreviousKernel();
-  turns.RotateHeads(x + row * heads * head_dim, heads, head_dim, pairs);
+  const size_t row = blockIdx.x;
+  for (int i = threadIdx.x; i < pairs; i += kTurnThreads) {
+    double sine, cosine;
+    sincos(positions[row] * frequencies[i], &sine, &cosine);
+    turns[row * pairs + i] = make_float2(static_cast<float>(cosine), static_cast<float>(sine));
+  }
 }
 
-template <typename Element>
-__global__ void RopeAndStoreKernel(const double* frequencies, int pairs, RowTable table, int heads,
-                                   float* q, const float* k, const float* v, KvLayout kv) {
-  __shared__ Turns turns;
+// Dims 2i and 2i + 1 of a head of `length` dims, turned if they are among the first `pairs`; zero
+// beyond the head.
+__device__ float2 TurnedPair(const float* head, int i, int length, const float2* turns, int pairs) {
+  const float even = 2 * i < length ? head[2 * i] : 0.0f;
+  const float odd = 2 * i + 1 < length ? head[2 * i + 1] : 0.0f;
+  if (i >= pairs) return make_float2(even, odd);
+  const float2 turn = turns[i];
+  return make_float2(even * turn.x - odd * turn.y, even * turn.y + odd * turn.x);
+}
+
+// In place, by all threads of the block.
+__device__ void RotateHead(float* head, int length, const float2* turns, int pairs) {
+  for (int i = threadIdx.x; i < pairs; i += kHeadThreads) {
+    const float2 turned = TurnedPair(head, i, length, turns, pairs);
+    head[2 * i] = turned.x, head[2 * i + 1] = turned.y;
+  }
+}
+
+__device__ void StorePair(float2 pair, float* out) { *reinterpret_cast<float2*>(out) = pair; }
+__device__ void StorePair(float2 pair, uint16_t* out) {
+  *reinterpret_cast<ushort2*>(out) = make_ushort2(FloatToHalf(pair.x), FloatToHalf(pair.y));
+}
+
+// Grid: x = heads, y = rows.
+__global__ void RopeKernel(const float2* turns, int pairs, int head_dim, float* x) {
   LetNextKernelStart();
-  const size_t row = blockIdx.x;
-  const int position = table.positions[row];
-  turns.Compute(frequencies, pairs, position);
   WaitForPreviousKernel();
-  if (pairs > 0) {
-    turns.RotateHeads(q + row * heads * kv.key_length, heads, kv.key_length, pairs);
+  const size_t row = blockIdx.y, head = row * gridDim.x + blockIdx.x;
+  RotateHead(x + head * head_dim, head_dim, turns + row * pairs, pairs);
+}
+
+// Grid: x = heads of q, then of k, then of v, y = rows.
+template <typename Element>
+__global__ void RopeAndStoreKernel(const float2* turns, int pairs, RowTable table, int heads,
+                                   float* q, const float* k, const float* v, KvLayout kv) {
+  LetNextKernelStart();
+  WaitForPreviousKernel();
+  const size_t row = blockIdx.y;
+  turns += row * pairs;
+  if (blockIdx.x < heads) {
+    RotateHead(q + (row * heads + blockIdx.x) * kv.key_length, kv.key_length, turns, pairs);
+    return;
   }
-  const int place = position % kKvBlockPositions;
-  const int32_t block = table.blocks[table.first[row] + position / kKvBlockPositions];
-  Element* out = reinterpret_cast<Element*>(kv.data) +
-                 static_cast<size_t>(block) * kv.kv_heads * kv.head_elements();
-  const int keys = kv.padded_keys(), values = kv.padded_values();
-  k += row * kv.kv_heads * kv.key_length;
-  v += row * kv.kv_heads * kv.value_length;
-  for (int j = threadIdx.x; j < kv.kv_heads * keys; j += kThreads) {
-    const int head = j / keys, d = j % keys;
-    const float value =
-        d < kv.key_length ? turns.Rotated(k + head * kv.key_length, d, pairs) : 0.0f;
-    StoreElement(value,
-                 out + head * kv.head_elements() + (d / 8 * kKvBlockPositions + place) * 8 + d % 8);
-  }
-  for (int j = threadIdx.x; j < kv.kv_heads * values; j += kThreads) {
-    const int head = j / values, d = j % values;
-    StoreElement(d < kv.value_length ? v[head * kv.value_length + d] : 0.0f,
-                 out + head * kv.head_elements() + keys * kKvBlockPositions + place * values + d);
+  const bool is_key = blockIdx.x < heads + kv.kv_heads;
+  const int head = blockIdx.x - heads - (is_key ? 0 : kv.kv_heads);
+  const int position = table.positions[row], place = position % kKvBlockPositions;
+  const size_t block = table.blocks[table.first[row] + position / kKvBlockPositions];
+  Element* out =
+      reinterpret_cast<Element*>(kv.data) + (block * kv.kv_heads + head) * kv.head_elements();
+  if (is_key) {
+    k += (row * kv.kv_heads + head) * kv.key_length;
+    for (int i = threadIdx.x; i < kv.padded_keys() / 2; i += kHeadThreads) {
+      StorePair(TurnedPair(k, i, kv.key_length, turns, pairs),
+                out + (i / 4 * kKvBlockPositions + place) * 8 + i % 4 * 2);
+    }
+  } else {
+    v += (row * kv.kv_heads + head) * kv.value_length;
+    out += kv.padded_keys() * kKvBlockPositions + place * kv.padded_values();
+    for (int i = threadIdx.x; i < kv.padded_values() / 2; i += kHeadThreads) {
+      StorePair(TurnedPair(v, i, kv.value_length, nullptr, /*pairs=*/0), out + 2 * i);
+    }
   }
 }
 
@@ -106,18 +102,24 @@ std::vector<double> RopeFrequencies(const ModelParams& params) {
   return frequencies;
 }
 
-cudaError_t Rope(const double* frequencies, int pairs, const int32_t* positions, int rows,
-                 int heads, int head_dim, float* x, cudaStream_t stream) {
-  const LaunchShape shape = {.grid = dim3(rows), .threads = kThreads};
-  return LaunchKernel(RopeKernel, shape, stream, frequencies, pairs, positions, heads, head_dim, x);
+cudaError_t ComputeTurns(const double* frequencies, int pairs, const int32_t* positions, int rows,
+                         float2* turns, cudaStream_t stream) {
+  const LaunchShape shape = {.grid = dim3(rows), .threads = kTurnThreads};
+  return LaunchKernel(TurnsKernel, shape, stream, frequencies, pairs, positions, turns);
 }
 
-cudaError_t RopeAndStore(const double* frequencies, int pairs, const RowTable& table, int rows,
-                         int heads, float* q, const float* k, const float* v, const KvLayout& kv,
+cudaError_t Rope(const float2* turns, int pairs, int rows, int heads, int head_dim, float* x,
+                 cudaStream_t stream) {
+  const LaunchShape shape = {.grid = dim3(heads, rows), .threads = kHeadThreads};
+  return LaunchKernel(RopeKernel, shape, stream, turns, pairs, head_dim, x);
+}
+
+cudaError_t RopeAndStore(const float2* turns, int pairs, const RowTable& table, int rows, int heads,
+                         float* q, const float* k, const float* v, const KvLayout& kv,
                          cudaStream_t stream) {
   const auto kernel = kv.half ? RopeAndStoreKernel<uint16_t> : RopeAndStoreKernel<float>;
-  const LaunchShape shape = {.grid = dim3(rows), .threads = kThreads};
-  return LaunchKernel(kernel, shape, stream, frequencies, pairs, table, heads, q, k, v, kv);
+  const LaunchShape shape = {.grid = dim3(heads + 2 * kv.kv_heads, rows), .threads = kHeadThreads};
+  return LaunchKernel(kernel, shape, stream, turns, pairs, table, heads, q, k, v, kv);
 }
 
 }  // namespace stagecoach::cuda

@@ -24,16 +24,20 @@ struct RowTable {
   const int32_t* blocks;     // KV blocks of all sequences
 };
 
-// Pairs (2i, 2i + 1) of each head's first 2 * pairs dims turn by position * frequencies[i]; angles
-// in double. x: [rows][heads][head_dim], in place. At most kMaxHeadLength / 2 pairs.
-cudaError_t Rope(const double* frequencies, int pairs, const int32_t* positions, int rows,
-                 int heads, int head_dim, float* x, cudaStream_t stream);
+// turns[rows][pairs]: cosine and sine of positions[row] * frequencies[pair], computed in double.
+// Once per step: all layers turn alike.
+cudaError_t ComputeTurns(const double* frequencies, int pairs, const int32_t* positions, int rows,
+                         float2* turns, cudaStream_t stream);
 
-// Rotates q [rows][heads][key_length] in place, and stores the rotated k [rows][kv_heads]
-// [key_length] and v [rows][kv_heads][value_length] at the rows' positions. With pairs = 0 nothing
-// turns and q may be null.
-cudaError_t RopeAndStore(const double* frequencies, int pairs, const RowTable& table, int rows,
-                         int heads, float* q, const float* k, const float* v, const KvLayout& kv,
+// Turns the pairs (2i, 2i + 1) of each head's first 2 * pairs dims. x: [rows][heads][head_dim], in
+// place.
+cudaError_t Rope(const float2* turns, int pairs, int rows, int heads, int head_dim, float* x,
+                 cudaStream_t stream);
+
+// Turns q [rows][heads][key_length] in place, and stores the turned k [rows][kv_heads][key_length]
+// and v [rows][kv_heads][value_length] at the rows' positions. With pairs = 0 nothing turns.
+cudaError_t RopeAndStore(const float2* turns, int pairs, const RowTable& table, int rows, int heads,
+                         float* q, const float* k, const float* v, const KvLayout& kv,
                          cudaStream_t stream);
 
 }  // namespace stagecoach::cuda

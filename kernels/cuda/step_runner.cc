@@ -86,6 +86,7 @@ absl::Status StepRunner::SetBatch(const StepBatch& batch) {
   workspace_.plan =
       PlanAttention(batch.rows, params.heads, params.kv_heads, params.value_length, last_position,
                     device_.multiprocessors(), workspace_.partials.size());
+  STAGECOACH_RETURN_IF_ERROR(EnqueueTurns(workspace_, device_.compute()));
   if (!graphs_ || batch.rows > kMaxGraphRows) return LaunchWaiting();
   if (entries_.size() >= kMaxShapes) DropGraphs();
   entry_ = &entries_[{batch.rows, workspace_.plan.chunks, workspace_.plan.split}];
