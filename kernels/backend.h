@@ -18,6 +18,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/sampling.h"
 #include "model/model_file.h"
 
 namespace stagecoach {
@@ -118,6 +119,12 @@ class Backend {
   // logits: [rows.size()][vocab], for the residual rows named in `rows`.
   virtual absl::Status Head(Workspace& workspace, const UnitWeights& head,
                             std::span<const int32_t> rows, std::span<float> logits) = 0;
+  // Optional, for devices from which all logits are dear: the `count` best of each row instead, 1
+  // to MaxTopLogits() of them (0: not offered), at most the vocabulary. top: [rows.size()][count],
+  // as SampleFromTop wants them.
+  virtual int MaxTopLogits() const { return 0; }
+  virtual absl::Status HeadTop(Workspace& workspace, const UnitWeights& head,
+                               std::span<const int32_t> rows, int count, std::span<TopLogit> top);
 
   // --- Single operations, for the conformance suite and `bench kernels`. Host memory in and out.
   // y[rows][n] = x[rows][k] * w[n][k]^T.

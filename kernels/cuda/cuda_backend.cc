@@ -89,6 +89,10 @@ class CudaBackend final : public Backend {
   absl::Status Head(Workspace& workspace, const UnitWeights& head, std::span<const int32_t> rows,
                     std::span<float> logits) override;
 
+  int MaxTopLogits() const override { return kMostTopLogits; }
+  absl::Status HeadTop(Workspace& workspace, const UnitWeights& head, std::span<const int32_t> rows,
+                       int count, std::span<TopLogit> top) override;
+
   absl::Status MatMul(const TensorInfo& tensor, std::span<const std::byte> raw,
                       std::span<const float> x, int rows, std::span<float> y) override;
   absl::Status RmsNorm(std::span<const float> x, int rows, std::span<const float> weight,
@@ -104,6 +108,9 @@ class CudaBackend final : public Backend {
   absl::StatusOr<double> MeasureReadBandwidth();
 
  private:
+  template <typename Consume>
+  absl::Status RunHead(StageWorkspace& own, const UnitWeights& head, std::span<const int32_t> rows,
+                       const Consume& consume);
   // For single operations: copies to and from pageable memory, in the order of the compute stream.
   template <typename T>
   absl::StatusOr<DeviceBuffer<T>> ToDevice(std::span<const T> values);
@@ -146,27 +153,58 @@ absl::Status CudaBackend::GetResidual(Workspace& workspace, std::span<float> res
   return absl::OkStatus();
 }
 
-absl::Status CudaBackend::Head(Workspace& workspace, const UnitWeights& head,
-                               std::span<const int32_t> rows, std::span<float> logits) {
+// Leaves the logits of a few rows at a time in the workspace; consume(first, count) takes those of
+// rows [first, first + count) from there.
+template <typename Consume>
+absl::Status CudaBackend::RunHead(StageWorkspace& own, const UnitWeights& head,
+                                  std::span<const int32_t> rows, const Consume& consume) {
   STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
-  StageWorkspace& own = Own(workspace);
-  CudaWorkspace& buffers = *own.buffers;
   STAGECOACH_RETURN_IF_ERROR(own.runner.Flush());
   STAGECOACH_RETURN_IF_ERROR(Own(head)->AwaitUpload());
-  const size_t vocab = buffers.params.vocab_size;
+  CudaWorkspace& buffers = *own.buffers;
   const size_t most = std::min(kHeadRows, buffers.max_rows);
   for (size_t first = 0; first < rows.size(); first += most) {
     const size_t count = std::min(most, rows.size() - first);
     STAGECOACH_RETURN_IF_ERROR(buffers.inputs.SetHeadRows(rows.subspan(first, count)));
     STAGECOACH_RETURN_IF_ERROR(
         EnqueueHead(buffers, *Own(head), static_cast<int>(count), device_->compute()));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(buffers.out.data(), buffers.logits.data(),
-                                                    count * vocab * sizeof(float),
-                                                    cudaMemcpyDeviceToHost, device_->compute()));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(device_->compute()));
-    std::memcpy(logits.data() + first * vocab, buffers.out.data(), count * vocab * sizeof(float));
+    STAGECOACH_RETURN_IF_ERROR(consume(first, count));
   }
   return absl::OkStatus();
+}
+
+absl::Status CudaBackend::Head(Workspace& workspace, const UnitWeights& head,
+                               std::span<const int32_t> rows, std::span<float> logits) {
+  CudaWorkspace& buffers = *Own(workspace).buffers;
+  const size_t vocab = buffers.params.vocab_size;
+  return RunHead(Own(workspace), head, rows, [&](size_t first, size_t count) -> absl::Status {
+    const size_t bytes = count * vocab * sizeof(float);
+    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(buffers.out.data(), buffers.logits.data(),
+                                                    bytes, cudaMemcpyDeviceToHost,
+                                                    device_->compute()));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(device_->compute()));
+    std::memcpy(logits.data() + first * vocab, buffers.out.data(), bytes);
+    return absl::OkStatus();
+  });
+}
+
+absl::Status CudaBackend::HeadTop(Workspace& workspace, const UnitWeights& head,
+                                  std::span<const int32_t> rows, int count,
+                                  std::span<TopLogit> top) {
+  CudaWorkspace& buffers = *Own(workspace).buffers;
+  return RunHead(Own(workspace), head, rows, [&](size_t first, size_t row_count) -> absl::Status {
+    const size_t keys = row_count * count;
+    STAGECOACH_RETURN_IF_CUDA_ERROR(
+        FindTop(buffers.logits.data(), static_cast<int>(row_count), buffers.params.vocab_size,
+                count, buffers.top_scratch.data(), buffers.top.data(), device_->compute()));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(buffers.top_out.data(), buffers.top.data(),
+                                                    keys * sizeof(TopKey), cudaMemcpyDeviceToHost,
+                                                    device_->compute()));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(device_->compute()));
+    std::transform(buffers.top_out.data(), buffers.top_out.data() + keys,
+                   top.begin() + first * count, FromTopKey);
+    return absl::OkStatus();
+  });
 }
 
 template <typename T>

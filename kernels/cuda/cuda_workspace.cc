@@ -131,6 +131,12 @@ absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaD
       workspace->activations,
       device.NewBuffer<std::byte>(std::max(ActivationBytes(max_rows, widest, /*precise=*/false),
                                            ActivationBytes(kHeadRows, params.d_model, true))));
+  const size_t tops = size_t{kHeadRows} * kMostTopLogits;
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->top, device.NewBuffer<TopKey>(tops));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->top_out, device.NewPinnedBuffer<TopKey>(tops));
+  STAGECOACH_ASSIGN_OR_RETURN(
+      workspace->top_scratch,
+      device.NewBuffer<TopKey>(TopScratchKeys(kHeadRows, params.vocab_size, kMostTopLogits)));
   const size_t residuals = static_cast<size_t>(max_rows) * params.d_model;
   STAGECOACH_ASSIGN_OR_RETURN(workspace->residual_in, device.NewPinnedBuffer<float>(residuals));
   STAGECOACH_ASSIGN_OR_RETURN(

@@ -13,6 +13,7 @@
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/cuda_device.h"
 #include "kernels/cuda/rope.h"
+#include "kernels/cuda/top_logits.h"
 #include "model/model_file.h"
 
 namespace stagecoach::cuda {
@@ -82,6 +83,9 @@ struct CudaWorkspace {
   DeviceBuffer<std::byte> activations;  // what the next matrices read, in any form
   DeviceBuffer<float> head_input;       // [kHeadRows][d_model]
   DeviceBuffer<float> logits;           // [kHeadRows][vocab]
+  DeviceBuffer<TopKey> top_scratch;     // for kMostTopLogits of kHeadRows rows
+  DeviceBuffer<TopKey> top;             // [kHeadRows][kMostTopLogits]
+  PinnedBuffer<TopKey> top_out;         // [kHeadRows][kMostTopLogits]
   PinnedBuffer<float> residual_in;      // [max_rows][d_model]
   PinnedBuffer<float> out;              // [max_rows][d_model] or [kHeadRows][vocab]
   Event residual_sent;                  // the device has taken residual_in
