@@ -1,37 +1,54 @@
 // Causal attention over paged keys and values.
 //
-// The context is walked in tiles of 32 positions, each with its own maximum, sum and weighted
-// values. Eight tiles make a chunk and are merged in order; chunks are merged in order. So a row's
-// bits depend on its position alone, whether one thread block walks all its chunks (many rows) or
-// each chunk has a block of its own (few rows, long contexts).
+// The context is walked in chunks of a fixed number of positions. Each starts fresh, with its own
+// maximum, sum and weighted values; chunks are merged in order. So a row's bits depend on its
+// position alone, whether one warp or block walks all its chunks (many rows) or they are spread
+// over the GPU and merged afterwards (few rows, long contexts).
+//
+// Two kernels: halves of 64 or 128 values per head go through tensor cores (keys and values as they
+// are, queries and weights rounded to half), everything else through a general one. Which of them
+// runs depends on the KV cache's shape alone.
 #ifndef STAGECOACH_KERNELS_CUDA_ATTENTION_H_
 #define STAGECOACH_KERNELS_CUDA_ATTENTION_H_
 
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 
 #include "kernels/cuda/cuda_kv_cache.h"
 #include "kernels/cuda/rope.h"
 
 namespace stagecoach::cuda {
 
-inline constexpr int kTilesPerChunk = 8;
-inline constexpr int kChunkPositions = kTilesPerChunk * kKvBlockPositions;
-
 // What one launch is made for; anything that needs less may run in it, too.
 struct AttentionPlan {
+  // Who merges a row's chunks.
+  enum class Merge {
+    kWalker,   // who walks them all
+    kBlock,    // the thread block, whose warps have a chunk each
+    kScratch,  // another kernel, from PartialFloats(...) of scratch
+  };
   int rows = 0;
-  int heads = 0;       // a multiple of the KV heads
-  int chunks = 1;      // at least as many as the longest row has
-  bool split = false;  // a thread block per chunk; needs PartialFloats(...) of scratch
+  int heads = 0;   // a multiple of the KV heads
+  int tiles = 0;   // of queries (RowTable)
+  int chunks = 1;  // at least as many as the longest row has
+  Merge merge = Merge::kWalker;
 };
 
-// Floats of scratch for the partial results of a split.
+// Queries of one sequence that attention takes together: as many rows of `group` query heads per KV
+// head as make up to kQueryTile, at least one.
+inline constexpr int kQueryTile = 16;
+int RowsPerQueryTile(int group);
+inline int32_t PackQueryTile(int first_row, int rows) {
+  return first_row * (kQueryTile + 1) + rows;
+}
+
+// Floats of scratch for the partial results of every chunk.
 size_t PartialFloats(int rows, int heads, int chunks, int value_length);
 
-// Chooses chunks and split for rows whose last position is at most `last_position`.
-AttentionPlan PlanAttention(int rows, int heads, int kv_heads, int value_length, int last_position,
+// For rows whose last position is at most `last_position`.
+AttentionPlan PlanAttention(int rows, int tiles, int heads, const KvLayout& kv, int last_position,
                             int multiprocessors, size_t scratch_floats);
 
 // out [rows][heads][value_length] of q [rows][heads][key_length] at table.positions, whose keys and

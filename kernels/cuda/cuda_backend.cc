@@ -300,7 +300,10 @@ absl::Status CudaBackend::Attention(const ModelParams& params, std::span<const f
     blocks += sequence.blocks.size();
     last_position = std::max(last_position, sequence.start_position + sequence.row_count - 1);
   }
-  STAGECOACH_ASSIGN_OR_RETURN(StepInputs inputs, StepInputs::Create(*device_, batch.rows, blocks));
+  STAGECOACH_ASSIGN_OR_RETURN(
+      StepInputs inputs,
+      StepInputs::Create(*device_, batch.rows, RowsPerQueryTile(params.heads / params.kv_heads),
+                         blocks));
   bool moved = false;
   STAGECOACH_RETURN_IF_ERROR(inputs.SetBatch(batch, &moved));
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> queries, ToDevice(q));
@@ -312,12 +315,14 @@ absl::Status CudaBackend::Attention(const ModelParams& params, std::span<const f
                                                params.heads, queries.data(), keys.data(),
                                                values.data(), layout, device_->compute()));
   const AttentionPlan plan =
-      PlanAttention(batch.rows, params.heads, params.kv_heads, params.value_length, last_position,
+      PlanAttention(batch.rows, inputs.tiles(), params.heads, layout, last_position,
                     device_->multiprocessors(), /*scratch_floats=*/SIZE_MAX);
+  const bool needs_scratch = plan.merge == AttentionPlan::Merge::kScratch;
   STAGECOACH_ASSIGN_OR_RETURN(
       const DeviceBuffer<float> scratch,
       device_->NewBuffer<float>(
-          plan.split ? PartialFloats(plan.rows, plan.heads, plan.chunks, params.value_length) : 0));
+          needs_scratch ? PartialFloats(plan.rows, plan.heads, plan.chunks, params.value_length)
+                        : 0));
   STAGECOACH_RETURN_IF_CUDA_ERROR(Attend(plan, inputs.table(), queries.data(), layout,
                                          scratch.data(), result.data(), device_->compute()));
   return ToHost(result, out);

@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "fmt/format.h"
+#include "kernels/cuda/cuda_status.h"
 #include "model/checked_math.h"
 #include "model/status_macros.h"
 
@@ -34,6 +35,8 @@ absl::StatusOr<std::unique_ptr<CudaKvCache>> CudaKvCache::Create(const CudaDevic
   }
   if (!bytes) return absl::ResourceExhaustedError("size of the KV cache overflows");
   STAGECOACH_ASSIGN_OR_RETURN(cache->memory_, device.NewBuffer<std::byte>(*bytes));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      cudaMemsetAsync(cache->memory_.data(), 0, *bytes, device.compute()));
   return cache;
 }
 

@@ -27,6 +27,10 @@ struct KvLayout {
   int key_length;
   int value_length;
 
+  // Whether the attention with tensor cores takes it.
+  __host__ __device__ bool tensor_cores() const {
+    return half && key_length == value_length && (key_length == 64 || key_length == 128);
+  }
   __host__ __device__ int padded_keys() const { return (key_length + 7) / 8 * 8; }
   __host__ __device__ int padded_values() const { return (value_length + 7) / 8 * 8; }
   // Elements of one head of one block.

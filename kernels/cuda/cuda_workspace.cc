@@ -18,7 +18,7 @@ constexpr size_t kPartialFloats = size_t{8} << 20;
 // Blocks of a step that there is room for from the start.
 constexpr size_t kInitialBlocks = 16384;
 
-size_t FixedInputs(int max_rows) { return 4 * static_cast<size_t>(max_rows); }
+size_t FixedInputs(int max_rows) { return 5 * static_cast<size_t>(max_rows); }
 
 int BlocksOf(const BatchSequence& sequence) {
   return (sequence.start_position + sequence.row_count + kKvBlockPositions - 1) / kKvBlockPositions;
@@ -27,10 +27,11 @@ int BlocksOf(const BatchSequence& sequence) {
 }  // namespace
 
 absl::StatusOr<StepInputs> StepInputs::Create(const CudaDevice& device, int max_rows,
-                                              size_t max_blocks) {
+                                              int rows_per_tile, size_t max_blocks) {
   StepInputs inputs;
   inputs.device_ = &device;
   inputs.max_rows_ = max_rows;
+  inputs.rows_per_tile_ = rows_per_tile;
   const size_t size = FixedInputs(max_rows) + max_blocks;
   STAGECOACH_ASSIGN_OR_RETURN(inputs.host_, device.NewPinnedBuffer<int32_t>(size));
   STAGECOACH_ASSIGN_OR_RETURN(inputs.device_array_, device.NewBuffer<int32_t>(size));
@@ -69,7 +70,8 @@ absl::Status StepInputs::SetHeadRows(std::span<const int32_t> rows) {
 
 absl::Status StepInputs::MakeRoom(size_t blocks) {
   STAGECOACH_RETURN_IF_ERROR(AwaitSent(tokens_));
-  STAGECOACH_ASSIGN_OR_RETURN(StepInputs larger, Create(*device_, max_rows_, 2 * blocks));
+  STAGECOACH_ASSIGN_OR_RETURN(StepInputs larger,
+                              Create(*device_, max_rows_, rows_per_tile_, 2 * blocks));
   std::memcpy(larger.host_.data(), host_.data(), max_rows_ * sizeof(int32_t));
   *this = std::move(larger);
   return Send(tokens_, max_rows_);
@@ -83,17 +85,23 @@ absl::Status StepInputs::SetBatch(const StepBatch& batch, bool* moved) {
   if (*moved) STAGECOACH_RETURN_IF_ERROR(MakeRoom(blocks));
   int32_t* const positions = host_.data() + batch_.first;
   int32_t* const first = positions + max_rows_;
-  int32_t* const table = first + max_rows_;
+  int32_t* const tiles = first + max_rows_;
+  int32_t* const table = tiles + max_rows_;
   int32_t used = 0;
+  tile_count_ = 0;
   for (const BatchSequence& sequence : batch.sequences) {
     for (int i = 0; i < sequence.row_count; ++i) {
       positions[sequence.first_row + i] = sequence.start_position + i;
       first[sequence.first_row + i] = used;
     }
+    for (int i = 0; i < sequence.row_count; i += rows_per_tile_) {
+      tiles[tile_count_++] =
+          PackQueryTile(sequence.first_row + i, std::min(rows_per_tile_, sequence.row_count - i));
+    }
     std::ranges::copy(sequence.blocks.first(BlocksOf(sequence)), table + used);
     used += BlocksOf(sequence);
   }
-  return Send(batch_, 2 * static_cast<size_t>(max_rows_) + used);
+  return Send(batch_, 3 * static_cast<size_t>(max_rows_) + used);
 }
 
 absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaDevice& device,
@@ -105,8 +113,10 @@ absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaD
   }
   auto workspace = std::make_unique<CudaWorkspace>(params);
   workspace->max_rows = max_rows;
-  STAGECOACH_ASSIGN_OR_RETURN(workspace->inputs,
-                              StepInputs::Create(device, max_rows, kInitialBlocks));
+  STAGECOACH_ASSIGN_OR_RETURN(
+      workspace->inputs,
+      StepInputs::Create(device, max_rows, RowsPerQueryTile(params.heads / params.kv_heads),
+                         kInitialBlocks));
   const size_t attended = static_cast<size_t>(params.heads) * params.value_length;
   const struct {
     DeviceBuffer<float>* array;

@@ -26,15 +26,20 @@ inline constexpr int kMaxWorkspaceRows = 65535;  // a dimension of a launch
 class StepInputs {
  public:
   // max_blocks: of all sequences of a step together; more are made room for when they come.
+  // rows_per_tile: see RowsPerQueryTile.
   static absl::StatusOr<StepInputs> Create(const CudaDevice& device, int max_rows,
-                                           size_t max_blocks);
+                                           int rows_per_tile, size_t max_blocks);
 
+  int tiles() const { return tile_count_; }  // of the latest batch
   // What the device will read, once the uploads below have been ordered before it.
   const int32_t* tokens() const { return device_array_.data(); }
   const int32_t* head_rows() const { return device_array_.data() + head_rows_.first; }
   RowTable table() const {
     const int32_t* rows = device_array_.data() + batch_.first;
-    return {.positions = rows, .first = rows + max_rows_, .blocks = rows + 2 * max_rows_};
+    return {.positions = rows,
+            .first = rows + max_rows_,
+            .tiles = rows + 2 * max_rows_,
+            .blocks = rows + 3 * max_rows_};
   }
 
   // Each goes out on the compute stream, after the same part of an earlier step has.
@@ -55,7 +60,9 @@ class StepInputs {
 
   const CudaDevice* device_ = nullptr;
   int max_rows_ = 0;
-  PinnedBuffer<int32_t> host_;          // tokens, head rows, positions, first, blocks
+  int rows_per_tile_ = 1;
+  int tile_count_ = 0;
+  PinnedBuffer<int32_t> host_;          // tokens, head rows, batch: positions ... blocks
   DeviceBuffer<int32_t> device_array_;  // the same
   Part tokens_, head_rows_, batch_;
 };

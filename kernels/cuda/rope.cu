@@ -56,7 +56,32 @@ __global__ void RopeKernel(const float2* turns, int pairs, int head_dim, float* 
   RotateHead(x + head * head_dim, head_dim, turns + row * pairs, pairs);
 }
 
-// Grid: x = heads of q, then of k, then of v, y = rows.
+// The place of one head at one position in the KV cache.
+template <typename Element>
+struct KvPlace {
+  Element* keys;
+  Element* values;
+  int place;  // in the block
+
+  __device__ void StoreKeys(int i, float2 pair) const {
+    StorePair(pair, keys + (i / 4 * kKvBlockPositions + place) * 8 + i % 4 * 2);
+  }
+};
+
+// By all threads of the block. Returns whether a value was not finite (and is stored as zero).
+__device__ bool StoreTransposed(const float* v, int length, const KvPlace<uint16_t>& to) {
+  bool finite = true;
+  for (int d = threadIdx.x; d < length; d += kHeadThreads) {
+    finite = finite && HalfIsFinite(FloatToHalf(v[d]));
+  }
+  const bool broken = __syncthreads_or(!finite);
+  for (int d = threadIdx.x; d < length; d += kHeadThreads) {
+    to.values[d * kKvBlockPositions + to.place] = broken ? 0 : FloatToHalf(v[d]);
+  }
+  return broken;
+}
+
+// Grid: x = heads of q, then KV heads, y = rows.
 template <typename Element>
 __global__ void RopeAndStoreKernel(const float2* turns, int pairs, RowTable table, int heads,
                                    float* q, const float* k, const float* v, KvLayout kv) {
@@ -68,24 +93,27 @@ __global__ void RopeAndStoreKernel(const float2* turns, int pairs, RowTable tabl
     RotateHead(q + (row * heads + blockIdx.x) * kv.key_length, kv.key_length, turns, pairs);
     return;
   }
-  const bool is_key = blockIdx.x < heads + kv.kv_heads;
-  const int head = blockIdx.x - heads - (is_key ? 0 : kv.kv_heads);
-  const int position = table.positions[row], place = position % kKvBlockPositions;
+  const int head = blockIdx.x - heads, position = table.positions[row];
   const size_t block = table.blocks[table.first[row] + position / kKvBlockPositions];
-  Element* out =
+  Element* const keys =
       reinterpret_cast<Element*>(kv.data) + (block * kv.kv_heads + head) * kv.head_elements();
-  if (is_key) {
-    k += (row * kv.kv_heads + head) * kv.key_length;
-    for (int i = threadIdx.x; i < kv.padded_keys() / 2; i += kHeadThreads) {
-      StorePair(TurnedPair(k, i, kv.key_length, turns, pairs),
-                out + (i / 4 * kKvBlockPositions + place) * 8 + i % 4 * 2);
-    }
-  } else {
-    v += (row * kv.kv_heads + head) * kv.value_length;
-    out += kv.padded_keys() * kKvBlockPositions + place * kv.padded_values();
-    for (int i = threadIdx.x; i < kv.padded_values() / 2; i += kHeadThreads) {
-      StorePair(TurnedPair(v, i, kv.value_length, nullptr, /*pairs=*/0), out + 2 * i);
-    }
+  const KvPlace<Element> to = {keys, keys + kv.padded_keys() * kKvBlockPositions,
+                               position % kKvBlockPositions};
+  k += (row * kv.kv_heads + head) * kv.key_length;
+  v += (row * kv.kv_heads + head) * kv.value_length;
+  bool broken = false;
+  if constexpr (sizeof(Element) == sizeof(uint16_t)) {
+    if (kv.tensor_cores()) broken = StoreTransposed(v, kv.value_length, to);
+  }
+  for (int i = threadIdx.x; i < kv.padded_keys() / 2; i += kHeadThreads) {
+    float2 pair = TurnedPair(k, i, kv.key_length, turns, pairs);
+    if (broken) pair.x = NAN;
+    to.StoreKeys(i, pair);
+  }
+  if (kv.tensor_cores()) return;
+  for (int i = threadIdx.x; i < kv.padded_values() / 2; i += kHeadThreads) {
+    StorePair(TurnedPair(v, i, kv.value_length, nullptr, /*pairs=*/0),
+              to.values + to.place * kv.padded_values() + 2 * i);
   }
 }
 
@@ -118,7 +146,7 @@ cudaError_t RopeAndStore(const float2* turns, int pairs, const RowTable& table, 
                          float* q, const float* k, const float* v, const KvLayout& kv,
                          cudaStream_t stream) {
   const auto kernel = kv.half ? RopeAndStoreKernel<uint16_t> : RopeAndStoreKernel<float>;
-  const LaunchShape shape = {.grid = dim3(heads + 2 * kv.kv_heads, rows), .threads = kHeadThreads};
+  const LaunchShape shape = {.grid = dim3(heads + kv.kv_heads, rows), .threads = kHeadThreads};
   return LaunchKernel(kernel, shape, stream, turns, pairs, table, heads, q, k, v, kv);
 }
 

@@ -21,6 +21,7 @@ std::vector<double> RopeFrequencies(const ModelParams& params);
 struct RowTable {
   const int32_t* positions;  // [rows]
   const int32_t* first;      // [rows] where the row's sequence begins in `blocks`
+  const int32_t* tiles;      // of queries: PackQueryTile
   const int32_t* blocks;     // KV blocks of all sequences
 };
 

@@ -68,12 +68,12 @@ void StepRunner::Begin(Pending first) {
 
 absl::Status StepRunner::RunLayer(std::shared_ptr<const UnitStorage> layer, const KvLayout& kv,
                                   const StepBatch& batch) {
-  if (!batch_set_) STAGECOACH_RETURN_IF_ERROR(SetBatch(batch));
+  if (!batch_set_) STAGECOACH_RETURN_IF_ERROR(SetBatch(batch, kv));
   assert(batch.rows == workspace_.rows);
   return Add({.weights = std::move(layer), .kv = kv});
 }
 
-absl::Status StepRunner::SetBatch(const StepBatch& batch) {
+absl::Status StepRunner::SetBatch(const StepBatch& batch, const KvLayout& kv) {
   bool moved = false;
   STAGECOACH_RETURN_IF_ERROR(workspace_.inputs.SetBatch(batch, &moved));
   if (moved) DropGraphs();
@@ -82,14 +82,14 @@ absl::Status StepRunner::SetBatch(const StepBatch& batch) {
   for (const BatchSequence& sequence : batch.sequences) {
     last_position = std::max(last_position, sequence.start_position + sequence.row_count - 1);
   }
-  const ModelParams& params = workspace_.params;
   workspace_.plan =
-      PlanAttention(batch.rows, params.heads, params.kv_heads, params.value_length, last_position,
-                    device_.multiprocessors(), workspace_.partials.size());
+      PlanAttention(batch.rows, workspace_.inputs.tiles(), workspace_.params.heads, kv,
+                    last_position, device_.multiprocessors(), workspace_.partials.size());
   STAGECOACH_RETURN_IF_ERROR(EnqueueTurns(workspace_, device_.compute()));
   if (!graphs_ || batch.rows > kMaxGraphRows) return LaunchWaiting();
   if (entries_.size() >= kMaxShapes) DropGraphs();
-  entry_ = &entries_[{batch.rows, workspace_.plan.chunks, workspace_.plan.split}];
+  const AttentionPlan& plan = workspace_.plan;
+  entry_ = &entries_[{plan.rows, plan.tiles, plan.chunks, plan.merge}];
   following_ = entry_->graph != nullptr;
   for (size_t i = 0; i < waiting_.size() && following_; ++i) {
     following_ = FollowsGraph(waiting_[i], i);

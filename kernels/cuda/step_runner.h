@@ -60,8 +60,9 @@ class StepRunner {
   // What else the launches of a step depend on.
   struct Shape {
     int rows;
+    int tiles;
     int chunks;
-    bool split;
+    AttentionPlan::Merge merge;
     friend auto operator<=>(const Shape&, const Shape&) = default;
   };
   struct Entry {
@@ -70,7 +71,7 @@ class StepRunner {
   };
 
   void Begin(Pending first);
-  absl::Status SetBatch(const StepBatch& batch);
+  absl::Status SetBatch(const StepBatch& batch, const KvLayout& kv);
   absl::Status Add(Pending operation);
   bool FollowsGraph(const Pending& operation, size_t index) const;
   absl::Status Enqueue(const UnitStorage* weights, const KvLayout& kv, cudaStream_t stream);
