@@ -32,7 +32,9 @@ struct BackendInfo {
   uint64_t memory_bytes = 0;    // usable for weights, KV and workspace together
 };
 
-enum class KvType { kF16, kF32 };
+// kQ8_0: runs of 32 values of one head at one position (the last run may be shorter) as int8 with a
+// half scale each: value = scale * quant.
+enum class KvType { kF16, kF32, kQ8_0 };
 
 // The KV of one stage: `blocks` blocks of kKvBlockPositions positions in each of `layers` layers.
 struct KvShape {
@@ -44,6 +46,13 @@ struct KvShape {
   KvType type = KvType::kF16;
 };
 uint64_t KvBytes(const KvShape& shape);  // checked: saturates at UINT64_MAX
+// Keys and values of one position in one layer.
+uint64_t KvPositionBytes(KvType type, int kv_heads, int key_length, int value_length);
+
+struct KvBlockCopy {
+  int32_t from = 0;
+  int32_t to = 0;
+};
 
 class KvCache {
  public:
@@ -75,7 +84,9 @@ struct BatchSequence {
   int first_row = 0;       // rows [first_row, first_row + row_count) of the activation matrix
   int row_count = 0;       // >= 1
   int start_position = 0;  // position of the first row = positions already in the KV
-  std::span<const int32_t> blocks;  // KV block of positions 32*i ..; covers all rows
+  // KV block of positions 32*i ..; covers all rows. Sequences may share blocks that none of them
+  // writes in this step.
+  std::span<const int32_t> blocks;
 };
 
 struct StepBatch {
@@ -118,6 +129,13 @@ class Backend {
   // logits: [rows.size()][vocab], for the residual rows named in `rows`.
   virtual absl::Status Head(Workspace& workspace, const UnitWeights& head,
                             std::span<const int32_t> rows, std::span<float> logits) = 0;
+
+  // --- KV between steps, all layers of the cache, ordered with the steps around them.
+  // Keys and values of each `from` to its `to`, bit for bit. No `to` occurs twice or as a `from`.
+  virtual absl::Status CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) = 0;
+  // All keys and values of the blocks become zero: what is not finite must not stay, for kernels
+  // may read a tile's unused positions and multiply them by zero.
+  virtual absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) = 0;
 
   // --- Single operations, for the conformance suite and `bench kernels`. Host memory in and out.
   // y[rows][n] = x[rows][k] * w[n][k]^T.
