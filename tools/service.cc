@@ -50,7 +50,7 @@ LocalClusterOptions ToClusterOptions(const ServiceFlags& flags) {
   options.threads = flags.threads;
   options.max_slots = flags.max_slots;
   options.context = flags.context;
-  options.worker_flags = {"--kv-type", flags.kv_type, "--prefetch", flags.prefetch};
+  options.worker_flags = {"--prefetch", flags.prefetch};
   if (!flags.weight_budget.empty()) {
     options.worker_flags.insert(options.worker_flags.end(),
                                 {"--weight-budget", flags.weight_budget});
