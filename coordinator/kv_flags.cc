@@ -1,8 +1,6 @@
 #include "coordinator/kv_flags.h"
 
 #include <limits>
-#include <map>
-#include <string>
 
 namespace stagecoach {
 namespace {
@@ -26,14 +24,19 @@ void SetKvMemory(std::string text, KvOptions& options) {
 
 }  // namespace
 
-void AddKvFlags(CLI::App& command, KvOptions& options) {
-  static const std::map<std::string, KvType> types = {
+const std::map<std::string, KvType>& KvTypeNames() {
+  static const auto& names = *new std::map<std::string, KvType>{
       {"f16", KvType::kF16}, {"f32", KvType::kF32}, {"q8_0", KvType::kQ8_0}};
+  return names;
+}
+
+void AddKvFlags(CLI::App& command, KvOptions& options) {
   command
       .add_option_function<std::string>(
-          "--kv-type", [&options](const std::string& name) { options.type = types.at(name); },
+          "--kv-type",
+          [&options](const std::string& name) { options.type = KvTypeNames().at(name); },
           "Type of cached keys and values")
-      ->check(CLI::IsMember({"f16", "f32", "q8_0"}))
+      ->check(CLI::IsMember(KvTypeNames()))
       ->default_str("f16");
   CLI::Option* const blocks =
       command

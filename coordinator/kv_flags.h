@@ -3,10 +3,15 @@
 #define STAGECOACH_COORDINATOR_KV_FLAGS_H_
 
 #include <CLI/CLI.hpp>
+#include <map>
+#include <string>
 
 #include "coordinator/planner.h"
 
 namespace stagecoach {
+
+// "f16", "f32", "q8_0".
+const std::map<std::string, KvType>& KvTypeNames();
 
 // Declares --kv-type, --kv-blocks and --kv-memory. `options` must outlive the parse.
 void AddKvFlags(CLI::App& command, KvOptions& options);

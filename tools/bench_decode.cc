@@ -47,11 +47,10 @@ class InProcessContender : public Contender {
  public:
   static absl::StatusOr<std::unique_ptr<Contender>> Start(
       const std::shared_ptr<const ModelFile>& model, const ServiceFlags& flags, int context) {
-    auto stages = LocalStages::Create(
-        model, {.threads = flags.threads,
-                .max_context = context,
-                .max_step_tokens = context,
-                .kv_type = flags.kv_type == "f32" ? KvType::kF32 : KvType::kF16});
+    auto stages = LocalStages::Create(model, {.threads = flags.threads,
+                                              .max_context = context,
+                                              .max_step_tokens = context,
+                                              .kv_type = KvTypeNames().at(flags.kv_type)});
     if (!stages.ok()) return stages.status();
     auto contender = std::make_unique<InProcessContender>();
     contender->stages_ = *std::move(stages);
