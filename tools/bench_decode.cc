@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/time/clock.h"
+#include "coordinator/kv_flags.h"
 #include "kernels/cpu/read_bandwidth.h"
 #include "model/model_file.h"
 #include "tools/bench.h"
