@@ -48,6 +48,18 @@ bool HasRoomOf(const WorkerCapacity& worker, const WorkerCapacity& other) {
          no_less(worker.weight_budget_percent, other.weight_budget_percent);
 }
 
+v1::KvType ToWire(KvType type) {
+  switch (type) {
+    case KvType::kF16:
+      return v1::KV_TYPE_F16;
+    case KvType::kF32:
+      return v1::KV_TYPE_F32;
+    case KvType::kQ8_0:
+      return v1::KV_TYPE_Q8_0;
+  }
+  return v1::KV_TYPE_F16;
+}
+
 // Failures of an assignment that say nothing against the worker itself.
 bool IsTransient(uint32_t code) {
   switch (static_cast<absl::StatusCode>(code)) {
@@ -390,7 +402,8 @@ void Registry::BeginEpoch(MonotonicTime now) {
   phase_ = Phase::kLinking;
   linking_since_ = now;
   const int stages = static_cast<int>(seats_.size());
-  actions_.push_back(ExpectResults{.epoch = epoch_, .stages = stages});
+  actions_.push_back(
+      ExpectResults{.epoch = epoch_, .stages = stages, .kv_blocks = plan_->kv_blocks});
   for (int i = 0; i < stages; ++i) {
     SendToWorker send{.stream = workers_.at(seats_[i]).stream};
     v1::Assignment& assignment = *send.message.mutable_assignment();
@@ -404,6 +417,8 @@ void Registry::BeginEpoch(MonotonicTime now) {
     assignment.set_max_slots(options_.limits.max_slots);
     assignment.set_max_context(options_.limits.max_context);
     assignment.set_max_step_tokens(options_.limits.max_step_tokens);
+    assignment.set_kv_blocks(plan_->kv_blocks);
+    assignment.set_kv_type(ToWire(options_.limits.kv.type));
     actions_.push_back(std::move(send));
   }
 }

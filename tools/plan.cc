@@ -8,6 +8,7 @@
 #include <system_error>
 #include <vector>
 
+#include "coordinator/kv_flags.h"
 #include "coordinator/planner.h"
 #include "model/model_file.h"
 #include "tools/commands.h"
@@ -23,9 +24,10 @@ struct PlanFlags {
   std::string memory = "1TB";
   std::string weight_budget;
   std::string load_rate;
-  int max_slots = 8;
+  int max_slots = 64;
   int context = 4096;
   int step_tokens = 256;
+  KvOptions kv;
   bool json = false;
 };
 
@@ -94,7 +96,9 @@ absl::StatusOr<std::vector<WorkerCapacity>> Workers(const PlanFlags& flags) {
 }
 
 nlohmann::json ToJson(const ModelFile& model, const Plan& plan) {
-  nlohmann::json out = {{"model_hash", model.hash()}, {"layers", model.params().layers}};
+  nlohmann::json out = {{"model_hash", model.hash()},
+                        {"layers", model.params().layers},
+                        {"kv_blocks", plan.kv_blocks}};
   for (const PlanStage& stage : plan.stages) {
     out["stages"].push_back({{"worker", stage.worker},
                              {"first_layer", stage.first_layer},
@@ -114,7 +118,7 @@ absl::Status RunPlan(const PlanFlags& flags) {
   if (!model.ok()) return model.status();
   const PlanLimits limits = {flags.max_slots,
                              std::min(flags.context, (*model)->params().context_length),
-                             flags.step_tokens};
+                             flags.step_tokens, flags.kv};
   auto plan = MakePlan(**model, *workers, limits);
   if (!plan.ok()) return plan.status();
   if (flags.json) {
@@ -144,6 +148,7 @@ void AddPlanCommand(CLI::App& app, Command& run) {
   command->add_option("--context", flags->context, "Positions per sequence, at most the model's")
       ->capture_default_str();
   command->add_option("--step-tokens", flags->step_tokens, "Rows per step")->capture_default_str();
+  AddKvFlags(*command, flags->kv);
   command->add_flag("--json", flags->json, "Machine-readable output");
   command->callback([flags, &run] { run = [flags] { return RunPlan(*flags); }; });
 }

@@ -28,9 +28,11 @@ void AddPipelineFlags(CLI::App& command, ServiceFlags& flags) {
       ->capture_default_str();
   command.add_option("--context", flags.context, "Positions per sequence; 0 = default")
       ->check(CLI::NonNegativeNumber);
-  command.add_option("--kv-type", flags.kv_type, "KV cache elements")
-      ->check(CLI::IsMember({"f16", "f32"}))
+  command.add_option("--kv-type", flags.kv_type, "Type of cached keys and values")
+      ->check(CLI::IsMember({"f16", "f32", "q8_0"}))
       ->capture_default_str();
+  command.add_option("--kv-memory", flags.kv_memory,
+                     "Memory for KV of each worker, e.g. 8GB or 25%");
   command.add_option("--prefetch", flags.prefetch, "Load layers ahead, or when first needed")
       ->check(CLI::IsMember({"async", "off"}))
       ->capture_default_str();
@@ -52,8 +54,12 @@ LocalClusterOptions ToClusterOptions(const ServiceFlags& flags) {
   options.threads = flags.threads;
   options.max_slots = flags.max_slots;
   options.context = flags.context;
-  options.worker_flags = {"--device",    flags.device, "--kv-type",
-                          flags.kv_type, "--prefetch", flags.prefetch};
+  options.coordinator_flags = {"--kv-type", flags.kv_type};
+  if (!flags.kv_memory.empty()) {
+    options.coordinator_flags.insert(options.coordinator_flags.end(),
+                                     {"--kv-memory", flags.kv_memory});
+  }
+  options.worker_flags = {"--device", flags.device, "--prefetch", flags.prefetch};
   if (!flags.weight_budget.empty()) {
     options.worker_flags.insert(options.worker_flags.end(),
                                 {"--weight-budget", flags.weight_budget});

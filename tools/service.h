@@ -22,15 +22,17 @@ struct ServiceFlags {
   int workers = 1;
   std::string device = "cpu";  // of each worker
   int threads = 0;
-  int max_slots = 8;
+  int max_slots = 64;
   int context = 0;
   std::string prefetch = "async";
   std::string kv_type = "f16";
+  std::string kv_memory;      // empty = the coordinator's default
   std::string weight_budget;  // of each worker; empty = none
   bool verbose = false;
 };
 
-// Declares --server, --model, --workers, --device, --threads, --context, --kv-type, --prefetch,
+// Declares --server, --model, --workers, --device, --threads, --context, --kv-type, --kv-memory,
+// --prefetch,
 // --verbose.
 void AddServiceFlags(CLI::App& command, ServiceFlags& flags);
 // Those of them that a private service needs, without --server and --model.

@@ -49,7 +49,6 @@ struct Flags {
   std::string manifest;
   LayerStoreOptions store;  // what no flag above names
   std::string host_cache_codec = "none";
-  std::string kv_type = "f16";
   std::string log_level = "info";
   bool die_with_parent = false;
 };
@@ -117,9 +116,6 @@ void AddOptions(CLI::App& app, Flags& flags) {
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
   app.add_option("--host-cache-codec", flags.host_cache_codec, "Compression of the host cache")
       ->check(CLI::IsMember({"none", "lz4", "zstd"}))
-      ->capture_default_str();
-  app.add_option("--kv-type", flags.kv_type, "Type of cached keys and values")
-      ->check(CLI::IsMember({"f16", "f32"}))
       ->capture_default_str();
   app.add_option("--log-level", flags.log_level, "Least level to log")
       ->check(CLI::IsMember({"debug", "info", "warn", "error", "off"}))
@@ -190,10 +186,7 @@ absl::Status Serve(const Flags& flags, Backend* backend, std::shared_ptr<const M
                    const sigset_t& signals) {
   const std::unique_ptr<LinkDialer> dialer =
       MakeGrpcLinkDialer(MaxMessageBytes(model->params(), model->params().vocab_size));
-  WorkerNode node(backend, model, dialer.get(),
-                  {.name = flags.name,
-                   .store = StoreOptions(flags),
-                   .kv_type = flags.kv_type == "f32" ? KvType::kF32 : KvType::kF16});
+  WorkerNode node(backend, model, dialer.get(), {.name = flags.name, .store = StoreOptions(flags)});
   GrpcLinkService links(&node, MaxMessageBytes(model->params(), 0));
   grpc::ServerBuilder builder;
   int port = 0;

@@ -57,7 +57,7 @@ absl::Status StepOutput::Run(const UnitWeights& head, const v1::StepHeader& step
     v1::SequenceResult& sequence = *result.add_sequences();
     sequence.set_slot(rows.slot());
     sequence.set_sequence_id(rows.sequence_id());
-    if (slots.next(rows.slot()).poisoned) {
+    if (slots.next(rows.slot()).poisoned()) {
       Fail(absl::DataLossError("non-finite activations"), vocab_size_, sequence, payload);
     } else if (rows.logits()) {
       logits_rows += rows.row_count();
@@ -89,7 +89,8 @@ absl::Status StepOutput::RunFull(const UnitWeights& head, const v1::StepHeader& 
     const absl::Status status = Consume(
         rows, row.index, logits.subspan(i * vocab_size_, vocab_size_), slots, sequence, payload);
     if (status.ok()) continue;
-    slots.next(rows.slot()).poisoned = true;
+    SlotState& slot = slots.next(rows.slot());
+    slot.Poison(KvBlocksFor(slot.length) * kKvBlockPositions);  // its KV is finite
     Fail(status, vocab_size_, sequence, payload);
   }
   return absl::OkStatus();
@@ -117,7 +118,7 @@ absl::Status StepOutput::RunTop(const UnitWeights& head, const v1::StepHeader& s
       sequence.set_token_id(*token);
       continue;
     }
-    slot.poisoned = true;
+    slot.Poison(KvBlocksFor(slot.length) * kKvBlockPositions);  // its KV is finite
     Fail(token.status(), vocab_size_, sequence, payload);
   }
   return absl::OkStatus();
@@ -138,7 +139,7 @@ void StepOutput::ListRows(const v1::StepHeader& step, const KvSlots& slots) {
     for (int sequence = 0; sequence < step.rows_size(); ++sequence) {
       const v1::SequenceRows& rows = step.rows(sequence);
       const int count = static_cast<int>(rows.row_count());
-      for (int index = 0; index < count && !slots.next(rows.slot()).poisoned; ++index) {
+      for (int index = 0; index < count && !slots.next(rows.slot()).poisoned(); ++index) {
         if (!Wanted(rows, index)) continue;
         const int top_logits = TopLogits(rows, index, slots);
         if ((top_logits == 0) != full) continue;

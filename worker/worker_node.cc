@@ -79,7 +79,6 @@ class WorkerNode::Impl {
                  .model = model_,
                  .store = &store_,
                  .dialer = dialer,
-                 .kv_type = options.kv_type,
                  .counters = &counters_,
                  .on_failed = [](const v1::AssignmentFailed&) {},
                  .on_changed = [] {}} {}

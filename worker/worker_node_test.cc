@@ -10,6 +10,7 @@
 #include "fmt/format.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "worker/kv_slots.h"
 #include "worker/link/in_process_link.h"
 
 namespace stagecoach {
@@ -116,6 +117,7 @@ class WorkerNodeTest : public testing::Test {
     assignment.set_next_hop(stage + 1 < stages ? Address(stage + 1) : kCoordinator);
     assignment.set_max_slots(2);
     assignment.set_max_context(64);
+    assignment.set_kv_blocks(4);
     assignment.set_max_step_tokens(32);
     return assignment;
   }
@@ -166,6 +168,10 @@ class WorkerNodeTest : public testing::Test {
     rows.set_start_position(start);
     rows.set_row_count(static_cast<uint32_t>(tokens.size()));
     rows.set_sample(true);
+    const int end = start + static_cast<int>(tokens.size());
+    for (int block = KvBlocksFor(start); block < KvBlocksFor(end); ++block) {
+      rows.add_new_blocks(block);
+    }
     for (int32_t token : tokens) header.add_token_ids(token);
     return frame;
   }
@@ -370,8 +376,7 @@ TEST_F(WorkerNodeTest, AnImpossibleAssignmentIsReportedOnce) {
   nodes_[0]->Assign(assignment);
   EXPECT_EQ(failures_[0].Await().code(), absl::StatusCode::kInvalidArgument);
   assignment = MakeAssignment(4, 0, 1);
-  assignment.set_max_context(1 << 22);
-  assignment.set_max_slots(1024);  // 4 TiB of KV
+  assignment.set_kv_blocks(UINT32_MAX);
   nodes_[1]->Assign(assignment);
   EXPECT_EQ(failures_[1].Await().code(), absl::StatusCode::kResourceExhausted);
 }

@@ -93,6 +93,9 @@ class CudaBackend final : public Backend {
   absl::Status HeadTop(Workspace& workspace, const UnitWeights& head, std::span<const int32_t> rows,
                        int count, std::span<TopLogit> top) override;
 
+  absl::Status CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) override;
+  absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) override;
+
   absl::Status MatMul(const TensorInfo& tensor, std::span<const std::byte> raw,
                       std::span<const float> x, int rows, std::span<float> y) override;
   absl::Status RmsNorm(std::span<const float> x, int rows, std::span<const float> weight,
@@ -205,6 +208,22 @@ absl::Status CudaBackend::HeadTop(Workspace& workspace, const UnitWeights& head,
                    top.begin() + first * count, FromTopKey);
     return absl::OkStatus();
   });
+}
+
+absl::Status CudaBackend::CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  for (const KvBlockCopy& copy : copies) {
+    STAGECOACH_RETURN_IF_CUDA_ERROR(Own(kv).CopyBlock(copy.from, copy.to, device_->compute()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaBackend::ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  for (const int32_t block : blocks) {
+    STAGECOACH_RETURN_IF_CUDA_ERROR(Own(kv).ClearBlock(block, device_->compute()));
+  }
+  return absl::OkStatus();
 }
 
 template <typename T>

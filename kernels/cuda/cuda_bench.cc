@@ -1,6 +1,6 @@
 // Speed of whole models of random weights on one GPU: decode steps of several sequences and
-// prompts, next to the read bandwidth measured in the same run. A step ends with the logits on the
-// host, or ("layers") with the residual stream there.
+// prompts, next to the read bandwidth measured in the same run. A step ends with the best token of
+// each sequence on the host, or ("layers") with the residual stream there.
 //
 //   cuda_bench [--shape llama3-8b] [--type Q4_K] [--rows 1,8,32] [--prior 128] [--prompts 512,2048]
 #include <fmt/format.h>
@@ -59,7 +59,7 @@ const std::map<std::string, ModelParams>& Shapes() {
 }
 
 // `rows` rows of each of some sequences, which have `prior` positions already. It ends with the
-// logits of each sequence's last row, or with the residual stream.
+// best logit of each sequence's last row, or with the residual stream.
 struct Step {
   int sequences = 1;
   int rows = 1;
@@ -99,7 +99,8 @@ class Bench {
   std::vector<std::unique_ptr<UnitWeights>> layers_;
   std::unique_ptr<KvCache> kv_;
   std::unique_ptr<Workspace> workspace_;
-  std::vector<float> residual_, logits_;
+  std::vector<float> residual_;
+  std::vector<TopLogit> top_;
 };
 
 absl::StatusOr<std::unique_ptr<Bench>> Bench::Open(const BenchFlags& flags, TensorType type) {
@@ -123,7 +124,7 @@ absl::StatusOr<std::unique_ptr<Bench>> Bench::Open(const BenchFlags& flags, Tens
   STAGECOACH_ASSIGN_OR_RETURN(bench->workspace_,
                               bench->backend_->NewWorkspace(params, workspace_rows));
   bench->residual_.resize(static_cast<size_t>(workspace_rows) * params.d_model);
-  bench->logits_.resize(static_cast<size_t>(most_rows) * params.vocab_size);
+  bench->top_.resize(most_rows);
   for (int i = 0; i < most_rows; ++i) {  // no sequence attends to memory that nothing wrote
     STAGECOACH_RETURN_IF_ERROR(
         bench->Run({.rows = i == 0 ? longest : flags.prior, .head = false, .first_sequence = i}));
@@ -172,8 +173,8 @@ absl::Status Bench::Run(const Step& step) {
     return backend_->GetResidual(*workspace_,
                                  std::span(residual_).first(tokens.size() * params_.d_model));
   }
-  return backend_->Head(*workspace_, *head_, last_rows,
-                        std::span(logits_).first(last_rows.size() * params_.vocab_size));
+  return backend_->HeadTop(*workspace_, *head_, last_rows, /*count=*/1,
+                           std::span(top_).first(last_rows.size()));
 }
 
 absl::StatusOr<double> Bench::MedianSeconds(const Step& step) {

@@ -28,7 +28,10 @@ absl::StatusOr<std::unique_ptr<CudaKvCache>> CudaKvCache::Create(const CudaDevic
   const KvLayout layout = cache->layer(0);
   const size_t element = shape.type == KvType::kF16 ? sizeof(uint16_t) : sizeof(float);
   std::optional<uint64_t> bytes = CheckedMul(layout.head_elements() * element, shape.kv_heads);
-  if (bytes) bytes = CheckedMul(*bytes, shape.blocks);
+  if (bytes) {
+    cache->block_bytes_ = *bytes;
+    bytes = CheckedMul(*bytes, shape.blocks);
+  }
   if (bytes) {
     cache->layer_bytes_ = *bytes;
     bytes = CheckedMul(*bytes, shape.layers);
@@ -46,6 +49,15 @@ KvLayout CudaKvCache::layer(int kv_layer) const {
           .kv_heads = shape_.kv_heads,
           .key_length = shape_.key_length,
           .value_length = shape_.value_length};
+}
+
+cudaError_t CudaKvCache::CopyBlock(int from, int to, cudaStream_t stream) const {
+  return cudaMemcpy2DAsync(block(to), layer_bytes_, block(from), layer_bytes_, block_bytes_,
+                           shape_.layers, cudaMemcpyDeviceToDevice, stream);
+}
+
+cudaError_t CudaKvCache::ClearBlock(int index, cudaStream_t stream) const {
+  return cudaMemset2DAsync(block(index), layer_bytes_, 0, block_bytes_, shape_.layers, stream);
 }
 
 }  // namespace stagecoach::cuda

@@ -2,6 +2,8 @@
 #ifndef STAGECOACH_KERNELS_CUDA_CUDA_KV_CACHE_H_
 #define STAGECOACH_KERNELS_CUDA_CUDA_KV_CACHE_H_
 
+#include <cuda_runtime.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -48,8 +50,15 @@ class CudaKvCache : public KvCache {
   const KvShape& shape() const { return shape_; }
   KvLayout layer(int kv_layer) const;
 
+  // All layers of a block, in the order of `stream`.
+  cudaError_t CopyBlock(int from, int to, cudaStream_t stream) const;
+  cudaError_t ClearBlock(int block, cudaStream_t stream) const;
+
  private:
+  std::byte* block(int index) const { return memory_.data() + block_bytes_ * index; }
+
   KvShape shape_;
+  size_t block_bytes_ = 0;  // in one layer
   size_t layer_bytes_ = 0;
   DeviceBuffer<std::byte> memory_;
 };

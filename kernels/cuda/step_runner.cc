@@ -40,7 +40,6 @@ void StepRunner::DropGraphs() {
 
 absl::Status StepRunner::Embed(std::shared_ptr<const UnitStorage> embedding,
                                std::span<const int32_t> token_ids) {
-  STAGECOACH_RETURN_IF_ERROR(Flush());
   workspace_.rows = static_cast<int>(token_ids.size());
   STAGECOACH_RETURN_IF_ERROR(workspace_.inputs.SetTokens(token_ids));
   Begin({.weights = std::move(embedding)});
@@ -48,7 +47,6 @@ absl::Status StepRunner::Embed(std::shared_ptr<const UnitStorage> embedding,
 }
 
 absl::Status StepRunner::SetResidual(std::span<const float> residual) {
-  STAGECOACH_RETURN_IF_ERROR(Flush());
   workspace_.rows = static_cast<int>(residual.size()) / workspace_.params.d_model;
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(workspace_.residual_sent.get()));
   std::ranges::copy(residual, workspace_.residual_in.data());
@@ -56,8 +54,10 @@ absl::Status StepRunner::SetResidual(std::span<const float> residual) {
   return absl::OkStatus();
 }
 
-// The first operation waits in any case: the first layer tells whether there is a graph.
+// The first operation waits in any case: the first layer tells whether there is a graph. What waits
+// still is of a step that was given up.
 void StepRunner::Begin(Pending first) {
+  waiting_.clear();
   batch_set_ = false;
   entry_ = nullptr;
   following_ = false;
