@@ -10,7 +10,7 @@
 // blocks have one order, whichever kernel runs. With S = ceil(k / 256) superblocks:
 //
 //   partial[j] = blocks of the superblocks [j * S / 8, (j + 1) * S / 8), in order, one fma each
-//   y          = (((partial[0] + partial[1]) + ...) + partial[7]) (+ bias) (then y_old + that)
+//   y          = (((0 + partial[0]) + partial[1]) + ...) + partial[7] (+ bias) (then y_old + that)
 //
 // Overlap: every kernel is launched with programmatic stream serialisation. It may start, and read
 // packed weights, while the kernel before it in the stream still runs; it reads anything else, and
@@ -25,6 +25,7 @@
 #include <cstdint>
 #include <span>
 
+#include "model/half.h"  // STAGECOACH_HOST_DEVICE
 #include "model/tensor_type.h"
 
 namespace stagecoach::cuda {
@@ -61,8 +62,9 @@ enum class ActivationForm {
 ActivationForm FormFor(TensorType type);
 
 // x[rows][k] in the form that matmuls read. Does not own its arrays. With `precise`, a quantised
-// row is kept as two rows, its quants and the quants of what they left over (some 15 bits in all),
-// at the cost of twice the rows: for the output head, whose errors nothing after it evens out.
+// row r is kept as two, 2r and 2r + 1: its quants and those of what they left over (some 15 bits in
+// all), at the cost of twice the rows: for the output head, whose errors nothing after it evens
+// out. Each of the two is summed as above, then they are added.
 struct Activations {
   ActivationForm form = ActivationForm::kFloat;
   bool precise = false;
@@ -72,10 +74,13 @@ struct Activations {
   int8_t* quants = nullptr;  // [QuantRows()][PaddedColumns()], in each 32 columns: 0-3, 16-19, 4-7,
                              // 20-23, 8-11, 24-27, 12-15, 28-31 (what a lane of an mma reads)
   int16_t* sums = nullptr;   // [QuantRows()][PaddedColumns() / 32]: sums of quants
-  float* scales = nullptr;   // [QuantRows()][PaddedColumns() / 32 or / 256]; x ~ scale * quant
+  float* scales = nullptr;   // [PaddedColumns() / 32 or / 256][ScaleStride()]; x ~ scale * quant
 
-  int QuantRows() const { return precise ? 2 * rows : rows; }
-  int PaddedColumns() const { return (k + kSuperblock - 1) / kSuperblock * kSuperblock; }
+  STAGECOACH_HOST_DEVICE int QuantRows() const { return precise ? 2 * rows : rows; }
+  STAGECOACH_HOST_DEVICE int ScaleStride() const { return (QuantRows() + 3) / 4 * 4; }
+  STAGECOACH_HOST_DEVICE int PaddedColumns() const {
+    return (k + kSuperblock - 1) / kSuperblock * kSuperblock;
+  }
 };
 
 // Bytes for any form of activations of up to rows x k; `precise` counts twice the rows.

@@ -1,0 +1,78 @@
+// Which kernel runs a product of one quantised type. Each type is instantiated in a file of its
+// own, quant_matmul_*.cu, so that they compile side by side.
+#ifndef STAGECOACH_KERNELS_CUDA_TYPED_MATMUL_CUH_
+#define STAGECOACH_KERNELS_CUDA_TYPED_MATMUL_CUH_
+
+#include <algorithm>
+
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/stream_kernel.cuh"
+#include "kernels/cuda/tile_kernel.cuh"
+
+namespace stagecoach::cuda {
+
+inline constexpr size_t kReservedSharedBytes = 1024;  // per block, by the system
+
+template <typename Tile, int kColumns>
+bool StreamFits(const MatmulParameters& p, const DeviceLimits& limits) {
+  return StreamLayout<Tile, kColumns>::SharedBytes(1, p.superblocks) <=
+         limits.shared_bytes_per_block;
+}
+
+template <typename Tile, int kColumns>
+cudaError_t LaunchStream(const MatmulParameters& p, const DeviceLimits& limits,
+                         cudaStream_t stream) {
+  using Layout = StreamLayout<Tile, kColumns>;
+  int teams = 1, blocks_per_multiprocessor = 2;
+  const size_t one_team = Layout::SharedBytes(1, p.superblocks);
+  if (2 * (one_team + kReservedSharedBytes) > limits.shared_bytes_per_multiprocessor) {
+    blocks_per_multiprocessor = 1;
+    if (Layout::SharedBytes(kMaxTeams, p.superblocks) <= limits.shared_bytes_per_block) {
+      teams = kMaxTeams;
+    }
+  }
+  LaunchShape shape;
+  shape.grid = dim3(std::min((p.tile_rows + teams - 1) / teams,
+                             limits.multiprocessors * blocks_per_multiprocessor));
+  shape.threads = teams * kTeamThreads;
+  shape.shared_bytes = Layout::SharedBytes(teams, p.superblocks);
+  const cudaError_t status =
+      AllowSharedMemory(StreamKernel<Tile, kColumns>, limits.shared_bytes_per_block);
+  if (status != cudaSuccess) return status;
+  return LaunchKernel(StreamKernel<Tile, kColumns>, shape, stream, p);
+}
+
+template <typename Tile, int kColumns>
+cudaError_t LaunchTiles(const MatmulParameters& p, const DeviceLimits& limits,
+                        cudaStream_t stream) {
+  const int row_blocks = (p.quant_rows + kColumns - 1) / kColumns;
+  const int output_blocks = (p.tile_rows + kTileWarps - 1) / kTileWarps;
+  const bool split_k = row_blocks * output_blocks < limits.multiprocessors * 3 / 2;
+  LaunchShape shape;
+  shape.grid = dim3(row_blocks * (split_k ? kSplits : 1), output_blocks);
+  shape.threads = kTileThreads;
+  shape.cluster = split_k ? kSplits : 1;
+  shape.shared_bytes = TileLayout<Tile, kColumns>::kSharedBytes;
+  const auto kernel =
+      split_k ? TileKernel<Tile, kColumns, true> : TileKernel<Tile, kColumns, false>;
+  const cudaError_t status = AllowSharedMemory(kernel, shape.shared_bytes);
+  if (status != cudaSuccess) return status;
+  return LaunchKernel(kernel, shape, stream, p);
+}
+
+template <TensorType type>
+cudaError_t LaunchTypedMatmul(const MatmulParameters& p, const DeviceLimits& limits,
+                              cudaStream_t stream) {
+  using Tile = TileOf<type>;
+  const int rows = p.quant_rows;
+  if (rows == 1 && StreamFits<Tile, 1>(p, limits)) return LaunchStream<Tile, 1>(p, limits, stream);
+  if (rows <= 2 && StreamFits<Tile, 2>(p, limits)) return LaunchStream<Tile, 2>(p, limits, stream);
+  if (rows <= 8 && StreamFits<Tile, 8>(p, limits)) return LaunchStream<Tile, 8>(p, limits, stream);
+  if (rows <= 16) return LaunchTiles<Tile, 16>(p, limits, stream);
+  if (rows <= 32) return LaunchTiles<Tile, 32>(p, limits, stream);
+  return LaunchTiles<Tile, 64>(p, limits, stream);
+}
+
+}  // namespace stagecoach::cuda
+
+#endif  // STAGECOACH_KERNELS_CUDA_TYPED_MATMUL_CUH_
