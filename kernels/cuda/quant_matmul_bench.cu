@@ -61,7 +61,29 @@ struct Bench {
   }
 };
 
-// Seconds of one replay of what `record` launches: the median.
+// The median of several runs of what `launch` launches.
+double MedianSeconds(cudaStream_t stream, const std::function<void()>& launch) {
+  constexpr int kWarmUp = 2, kRuns = 9;
+  cudaEvent_t begin, end;
+  CheckDevice(cudaEventCreate(&begin));
+  CheckDevice(cudaEventCreate(&end));
+  std::vector<float> times;
+  for (int i = 0; i < kWarmUp + kRuns; ++i) {
+    CheckDevice(cudaEventRecord(begin, stream));
+    launch();
+    CheckDevice(cudaEventRecord(end, stream));
+    CheckDevice(cudaStreamSynchronize(stream));
+    float ms = 0;
+    CheckDevice(cudaEventElapsedTime(&ms, begin, end));
+    if (i >= kWarmUp) times.push_back(ms);
+  }
+  CheckDevice(cudaEventDestroy(begin));
+  CheckDevice(cudaEventDestroy(end));
+  std::nth_element(times.begin(), times.begin() + kRuns / 2, times.end());
+  return times[kRuns / 2] * 1e-3;
+}
+
+// Seconds of one replay of what `record` launches.
 double Measure(Bench& bench, const std::function<void()>& record) {
   cudaGraph_t graph;
   cudaGraphExec_t replay;
@@ -69,25 +91,11 @@ double Measure(Bench& bench, const std::function<void()>& record) {
   record();
   CheckDevice(cudaStreamEndCapture(bench.stream, &graph));
   CheckDevice(cudaGraphInstantiate(&replay, graph, 0));
-  cudaEvent_t begin, end;
-  CheckDevice(cudaEventCreate(&begin));
-  CheckDevice(cudaEventCreate(&end));
-  std::vector<float> times;
-  for (int i = 0; i < 9; ++i) {
-    CheckDevice(cudaEventRecord(begin, bench.stream));
-    CheckDevice(cudaGraphLaunch(replay, bench.stream));
-    CheckDevice(cudaEventRecord(end, bench.stream));
-    CheckDevice(cudaStreamSynchronize(bench.stream));
-    float ms = 0;
-    CheckDevice(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= 2) times.push_back(ms);
-  }
-  CheckDevice(cudaEventDestroy(begin));
-  CheckDevice(cudaEventDestroy(end));
+  const double seconds =
+      MedianSeconds(bench.stream, [&] { CheckDevice(cudaGraphLaunch(replay, bench.stream)); });
   CheckDevice(cudaGraphExecDestroy(replay));
   CheckDevice(cudaGraphDestroy(graph));
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  return times[times.size() / 2] * 1e-3;
+  return seconds;
 }
 
 void Prepare(Bench& bench) {
@@ -102,7 +110,7 @@ void Prepare(Bench& bench) {
                                              bench.x.size());
   CheckDevice(cudaGetLastError());
   const size_t half = bench.pool.size() / 2;
-  const double seconds = Measure(bench, [&] {
+  const double seconds = MedianSeconds(bench.stream, [&] {
     CheckDevice(cudaMemcpyAsync(bench.pool.get(), bench.pool.get() + half, half,
                                 cudaMemcpyDeviceToDevice, bench.stream));
   });
