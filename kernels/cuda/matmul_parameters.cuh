@@ -81,7 +81,6 @@ __device__ inline void StoreResult(const MatmulParameters& p, int tile_row, int 
 struct DeviceLimits {
   int multiprocessors = 0;
   size_t shared_bytes_per_block = 0;
-  size_t shared_bytes_per_multiprocessor = 0;
 };
 
 // Chooses a kernel for one type; defined and instantiated for each in quant_matmul_*.cu.

@@ -7,17 +7,15 @@ namespace stagecoach::cuda {
 namespace {
 
 cudaError_t GetDeviceLimits(DeviceLimits* limits) {
-  int device = 0, multiprocessors = 0, per_block = 0, per_multiprocessor = 0;
+  int device = 0, multiprocessors = 0, per_block = 0;
   cudaError_t status = cudaGetDevice(&device);
   const auto get = [&](cudaDeviceAttr attribute, int* value) {
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(value, attribute, device);
   };
   get(cudaDevAttrMultiProcessorCount, &multiprocessors);
   get(cudaDevAttrMaxSharedMemoryPerBlockOptin, &per_block);
-  get(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &per_multiprocessor);
   limits->multiprocessors = multiprocessors;
   limits->shared_bytes_per_block = per_block;
-  limits->shared_bytes_per_multiprocessor = per_multiprocessor;
   return status;
 }
 

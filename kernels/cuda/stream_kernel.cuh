@@ -17,8 +17,9 @@ inline constexpr int kMaxTeams = 2;  // of a block
 template <typename Tile, int kColumns>
 struct StreamLayout {
   using Block = SuperblockActivations<Tile, kColumns>;
-  // Tiles of a warp's ring: about 7 KB, all but one of them under way.
-  static constexpr int kStages = Tile::kBytes > 3600 ? 2 : Tile::kBytes > 1800 ? 3 : 4;
+  // Tiles of a warp's ring, some 5 KB: with the ring of the next kernel's block, which fills its
+  // own while this one works, that is what a multiprocessor's shared memory holds.
+  static constexpr int kStages = Tile::kBytes > 1900 ? 2 : Tile::kBytes > 1600 ? 3 : 4;
   static constexpr int kRingBytes = kStages * Tile::kBytes;  // of a warp
   static constexpr int kPartials = kSplits * kTileRows * kColumns;
   static constexpr int kTeamBytes = kSplits * kRingBytes + 2 * kPartials * 4;
@@ -39,21 +40,26 @@ __device__ inline void FetchActivations(const MatmulParameters& p, uint8_t* shar
   using Block = typename Layout::Block;
   const int chunks = p.superblocks * 16;  // of 16 bytes, in a row of quants
   const int rows = p.quant_rows < kColumns ? p.quant_rows : kColumns;
-  for (int i = threadIdx.x; i < rows * chunks; i += blockDim.x) {
-    const int row = i / chunks, chunk = i % chunks;
-    const int superblock = chunk / 16, group = chunk / 2 % 8;
-    CopyAsync16(shared + superblock * Layout::kSuperblockBytes + (group * kColumns + row) * 32 +
-                    chunk % 2 * 16,
-                p.quants + (static_cast<size_t>(row) * chunks + chunk) * 16);
-  }
-  for (int i = threadIdx.x; i < rows * p.superblocks; i += blockDim.x) {
-    const int row = i / p.superblocks, superblock = i % p.superblocks;
-    CopyAsync16(shared + superblock * Layout::kSuperblockBytes + Block::kQuantBytes + row * 16,
-                p.sums + (static_cast<size_t>(row) * p.superblocks + superblock) * 8);
+  const int thread = threadIdx.x, threads = blockDim.x;
+  // Every block begins elsewhere, or all would ask the same slice of the cache at the same time.
+  const int turn = static_cast<int>(blockIdx.x) % p.superblocks * 16;
+  for (int row = 0; row < rows; ++row) {
+    const int8_t* quants = p.quants + static_cast<size_t>(row) * chunks * 16;
+    for (int j = thread; j < chunks; j += threads) {
+      const int i = j + turn < chunks ? j + turn : j + turn - chunks;
+      const int superblock = i / 16, group = i / 2 % 8, half = i % 2;
+      CopyAsync16(shared + superblock * Layout::kSuperblockBytes + (group * kColumns + row) * 32 +
+                      half * 16,
+                  quants + i * 16);
+    }
+    const int16_t* sums = p.sums + static_cast<size_t>(row) * p.superblocks * 8;
+    for (int i = thread; i < p.superblocks; i += threads) {
+      CopyAsync16(shared + i * Layout::kSuperblockBytes + Block::kQuantBytes + row * 16,
+                  sums + i * 8);
+    }
   }
   constexpr int kScaleChunks = Block::kScaleStride / 4;
-  for (int i = threadIdx.x; i < p.superblocks * Block::kScaleBlocks * kScaleChunks;
-       i += blockDim.x) {
+  for (int i = thread; i < p.superblocks * Block::kScaleBlocks * kScaleChunks; i += threads) {
     const int block = i / kScaleChunks, chunk = i % kScaleChunks;
     if (chunk * 4 >= p.scale_stride) continue;
     CopyAsync16(shared + block / Block::kScaleBlocks * Layout::kSuperblockBytes +
@@ -115,9 +121,11 @@ class TileFetcher {
   int stage_ = 0;
 };
 
-// kColumns: 1, 2 or 8, at least p.quant_rows. Blocks of 1 or kMaxTeams teams, any number of them.
+// kColumns: 1, 2, 4 or 8, at least p.quant_rows. Blocks of 1 or kMaxTeams teams, any number of
+// them. With few columns registers are capped so that the next kernel's block fits beside this
+// one's.
 template <typename Tile, int kColumns>
-__global__ void __launch_bounds__(kMaxTeams* kTeamThreads, 1)
+__global__ void __launch_bounds__(kMaxTeams* kTeamThreads, kColumns <= 4 ? 2 : 1)
     StreamKernel(const __grid_constant__ MatmulParameters p) {
   using Layout = StreamLayout<Tile, kColumns>;
   using Block = typename Layout::Block;
@@ -135,7 +143,7 @@ __global__ void __launch_bounds__(kMaxTeams* kTeamThreads, 1)
   int tile_row = blockIdx.x * teams + team;
   TileFetcher<Tile, Layout::kStages> fetcher(p, ring, lane, tile_row, step, first, last);
 #pragma unroll
-  for (int i = 0; i < Layout::kStages - 1; ++i) fetcher.Fetch();
+  for (int i = 0; i < Layout::kStages; ++i) fetcher.Fetch();
   LetNextKernelStart();
   WaitForPreviousKernel();
   FetchActivations<Tile, kColumns>(p, activations);
@@ -146,7 +154,6 @@ __global__ void __launch_bounds__(kMaxTeams* kTeamThreads, 1)
   for (; tile_row < p.tile_rows; tile_row += step) {
     float acc[1][4] = {};
     for (int s = first; s < last; ++s) {
-      fetcher.Fetch();
       WaitCopies<Layout::kStages - 1>();
       __syncwarp();
       const uint8_t* block = activations + s * Layout::kSuperblockBytes;
@@ -154,7 +161,8 @@ __global__ void __launch_bounds__(kMaxTeams* kTeamThreads, 1)
           block, block + Block::kQuantBytes,
           reinterpret_cast<const float*>(block + Block::kQuantBytes + Block::kSumBytes)};
       AddSuperblock<Tile, kColumns>(ring + stage * Tile::kBytes, x, lane, acc);
-      __syncwarp();  // all lanes are done with the tile before its place is filled again
+      __syncwarp();     // all lanes are done with the tile
+      fetcher.Fetch();  // in its place
       if (++stage == Layout::kStages) stage = 0;
     }
     // While some warps still add up one half, others may write the other; none is two ahead.

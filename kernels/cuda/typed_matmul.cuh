@@ -11,8 +11,6 @@
 
 namespace stagecoach::cuda {
 
-inline constexpr size_t kReservedSharedBytes = 1024;  // per block, by the system
-
 template <typename Tile, int kColumns>
 bool StreamFits(const MatmulParameters& p, const DeviceLimits& limits) {
   return StreamLayout<Tile, kColumns>::SharedBytes(1, p.superblocks) <=
@@ -23,17 +21,13 @@ template <typename Tile, int kColumns>
 cudaError_t LaunchStream(const MatmulParameters& p, const DeviceLimits& limits,
                          cudaStream_t stream) {
   using Layout = StreamLayout<Tile, kColumns>;
-  int teams = 1, blocks_per_multiprocessor = 2;
-  const size_t one_team = Layout::SharedBytes(1, p.superblocks);
-  if (2 * (one_team + kReservedSharedBytes) > limits.shared_bytes_per_multiprocessor) {
-    blocks_per_multiprocessor = 1;
-    if (Layout::SharedBytes(kMaxTeams, p.superblocks) <= limits.shared_bytes_per_block) {
-      teams = kMaxTeams;
-    }
-  }
+  // One block per multiprocessor, so that all have the same share although the next kernel's
+  // blocks come while this one's still run.
+  const bool two_teams =
+      Layout::SharedBytes(kMaxTeams, p.superblocks) <= limits.shared_bytes_per_block;
+  const int teams = two_teams ? kMaxTeams : 1;
   LaunchShape shape;
-  shape.grid = dim3(std::min((p.tile_rows + teams - 1) / teams,
-                             limits.multiprocessors * blocks_per_multiprocessor));
+  shape.grid = dim3(std::min((p.tile_rows + teams - 1) / teams, limits.multiprocessors));
   shape.threads = teams * kTeamThreads;
   shape.shared_bytes = Layout::SharedBytes(teams, p.superblocks);
   const cudaError_t status =
@@ -67,6 +61,7 @@ cudaError_t LaunchTypedMatmul(const MatmulParameters& p, const DeviceLimits& lim
   const int rows = p.quant_rows;
   if (rows == 1 && StreamFits<Tile, 1>(p, limits)) return LaunchStream<Tile, 1>(p, limits, stream);
   if (rows <= 2 && StreamFits<Tile, 2>(p, limits)) return LaunchStream<Tile, 2>(p, limits, stream);
+  if (rows <= 4 && StreamFits<Tile, 4>(p, limits)) return LaunchStream<Tile, 4>(p, limits, stream);
   if (rows <= 8 && StreamFits<Tile, 8>(p, limits)) return LaunchStream<Tile, 8>(p, limits, stream);
   if (rows <= 16) return LaunchTiles<Tile, 16>(p, limits, stream);
   if (rows <= 32) return LaunchTiles<Tile, 32>(p, limits, stream);
