@@ -38,29 +38,44 @@ size_t PartialFloats(int rows, int heads, int chunks, int value_length) {
   return static_cast<size_t>(rows) * heads * chunks * (value_length + 2);
 }
 
-AttentionPlan PlanAttention(int rows, int tiles, int heads, const KvLayout& kv, int last_position,
+AttentionPlan PlanAttention(const AttentionShape& shape, int heads, const KvLayout& kv,
                             int multiprocessors, size_t scratch_floats) {
-  AttentionPlan plan = {.rows = rows, .heads = heads, .tiles = tiles};
-  plan.chunks = static_cast<int>(std::bit_ceil(unsigned(last_position) / ChunkPositions(kv) + 1));
-  if (plan.chunks == 1) return plan;
-  // Warps, or blocks of the general kernel, that keep a multiprocessor busy.
-  const int enough = (kv.tensor_cores() ? kTensorWarps : 2) * multiprocessors;
-  if ((kv.tensor_cores() ? tiles : rows) * kv.kv_heads >= enough) return plan;
-  if (kv.tensor_cores() && plan.chunks <= kTensorWarps) {
-    plan.chunks = kTensorWarps;  // costs no more, and is one shape less
+  AttentionPlan plan = {.rows = shape.rows, .heads = heads, .tiles = shape.tiles};
+  plan.chunks =
+      static_cast<int>(std::bit_ceil(unsigned(shape.last_position) / ChunkPositions(kv) + 1));
+  if (!kv.tensor_cores()) {
+    constexpr int kEnoughBlocks = 2;  // per multiprocessor
+    if (plan.chunks > 1 && plan.rows * kv.kv_heads < kEnoughBlocks * multiprocessors &&
+        PartialFloats(plan.rows, heads, plan.chunks, kv.value_length) <= scratch_floats) {
+      plan.merge = AttentionPlan::Merge::kScratch;
+    }
+    return plan;
+  }
+  if (plan.tiles * kv.kv_heads >= kTensorWarps * multiprocessors) return plan;
+  if (plan.chunks <= kTensorWarps) {
+    plan.chunks = kTensorWarps;  // costs no more, and there are fewer shapes
     plan.merge = AttentionPlan::Merge::kBlock;
-  } else if (PartialFloats(rows, heads, plan.chunks, kv.value_length) <= scratch_floats) {
+  } else if (PartialFloats(plan.rows, heads, plan.chunks, kv.value_length) <= scratch_floats) {
     plan.merge = AttentionPlan::Merge::kScratch;
   }
+  plan.stores = plan.merge != AttentionPlan::Merge::kWalker && shape.sequences == shape.rows &&
+                heads / kv.kv_heads <= kQueryTile;
   return plan;
 }
 
-cudaError_t Attend(const AttentionPlan& plan, const RowTable& table, const float* q,
-                   const KvLayout& kv, float* scratch, float* out, cudaStream_t stream) {
+cudaError_t StoreAndAttend(const AttentionPlan& plan, const RowTable& table,
+                           const AttentionInputs& in, const KvLayout& kv, float* scratch,
+                           float* out, cudaStream_t stream) {
+  if (!plan.stores) {
+    const cudaError_t error = RopeAndStore(in.turns, in.pairs, table, plan.rows, plan.heads, in.q,
+                                           in.k, in.v, kv, stream);
+    if (error != cudaSuccess) return error;
+  }
   constexpr float kLog2E = 1.44269504f;
   const bool to_scratch = plan.merge == AttentionPlan::Merge::kScratch;
   const AttentionTask task = {.table = table,
-                              .q = q,
+                              .in = in,
+                              .store = plan.stores,
                               .out = out,
                               .partials = to_scratch ? scratch : nullptr,
                               .kv = kv,

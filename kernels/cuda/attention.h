@@ -34,6 +34,18 @@ struct AttentionPlan {
   int tiles = 0;   // of queries (RowTable)
   int chunks = 1;  // at least as many as the longest row has
   Merge merge = Merge::kWalker;
+  // The kernel itself turns queries and stores keys and values: for steps of one row per sequence,
+  // whose only new position is the row's own.
+  bool stores = false;
+};
+
+// Of all rows of a step, before they are turned and stored.
+struct AttentionInputs {
+  float* q = nullptr;             // [rows][heads][key_length]; afterwards turned, or not
+  const float* k = nullptr;       // [rows][kv_heads][key_length]
+  const float* v = nullptr;       // [rows][kv_heads][value_length]
+  const float2* turns = nullptr;  // [rows][pairs]
+  int pairs = 0;                  // 0: nothing turns
 };
 
 // Queries of one sequence that attention takes together: as many rows of `group` query heads per KV
@@ -47,14 +59,20 @@ inline int32_t PackQueryTile(int first_row, int rows) {
 // Floats of scratch for the partial results of every chunk.
 size_t PartialFloats(int rows, int heads, int chunks, int value_length);
 
-// For rows whose last position is at most `last_position`.
-AttentionPlan PlanAttention(int rows, int tiles, int heads, const KvLayout& kv, int last_position,
+struct AttentionShape {
+  int rows = 0;
+  int sequences = 0;
+  int tiles = 0;          // of queries
+  int last_position = 0;  // the largest, at most
+};
+AttentionPlan PlanAttention(const AttentionShape& shape, int heads, const KvLayout& kv,
                             int multiprocessors, size_t scratch_floats);
 
-// out [rows][heads][value_length] of q [rows][heads][key_length] at table.positions, whose keys and
-// values have been stored; scale 1 / sqrt(key_length).
-cudaError_t Attend(const AttentionPlan& plan, const RowTable& table, const float* q,
-                   const KvLayout& kv, float* scratch, float* out, cudaStream_t stream);
+// Turns, stores, and attends: out [rows][heads][value_length] of the rows at table.positions; scale
+// 1 / sqrt(key_length).
+cudaError_t StoreAndAttend(const AttentionPlan& plan, const RowTable& table,
+                           const AttentionInputs& in, const KvLayout& kv, float* scratch,
+                           float* out, cudaStream_t stream);
 
 }  // namespace stagecoach::cuda
 

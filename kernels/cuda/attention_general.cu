@@ -63,7 +63,7 @@ struct BlockState {
     const int length = task.kv.key_length;
     for (int j = threadIdx.x; j < kHeads * kMaxHeadLength; j += kThreads) {
       const int h = j / kMaxHeadLength, d = j % kMaxHeadLength;
-      q[h][d] = h < heads_here && d < length ? task.q[(first_head + h) * length + d] : 0.0f;
+      q[h][d] = h < heads_here && d < length ? task.in.q[(first_head + h) * length + d] : 0.0f;
     }
     __syncthreads();
   }

@@ -10,7 +10,8 @@ namespace stagecoach::cuda {
 
 struct AttentionTask {
   RowTable table;
-  const float* q;   // [rows][heads][key_length]
+  AttentionInputs in;
+  bool store;       // `in` has neither been turned nor stored
   float* out;       // [rows][heads][value_length]
   float* partials;  // kScratch: [rows][heads][chunks]{ values [value_length], maximum, sum }
   KvLayout kv;

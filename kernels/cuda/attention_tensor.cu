@@ -17,6 +17,7 @@
 
 #include "kernels/cuda/attention_task.cuh"
 #include "kernels/cuda/device_ops.cuh"
+#include "kernels/cuda/kv_store.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/warp.cuh"
 
@@ -98,11 +99,19 @@ struct Queries {
       const int m = i / kVectors, d = i % kVectors * 8;
       uint4 packed = make_uint4(0, 0, 0, 0);
       if (tile.Valid(m)) {
-        const float4* from =
-            reinterpret_cast<const float4*>(task.q + tile.Head(m, task.heads) * kDims + d);
-        const float4 low = from[0], high = from[1];
-        packed = make_uint4(PackHalves(low.x, low.y), PackHalves(low.z, low.w),
-                            PackHalves(high.x, high.y), PackHalves(high.z, high.w));
+        const float2* from =
+            reinterpret_cast<const float2*>(task.in.q + tile.Head(m, task.heads) * kDims + d);
+        const size_t row = tile.first_row + m / tile.heads;
+        uint32_t pairs[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float2 pair = from[j];
+          if (task.store && d / 2 + j < task.in.pairs) {
+            pair = TurnPair(pair.x, pair.y, task.in.turns[row * task.in.pairs + d / 2 + j]);
+          }
+          pairs[j] = PackHalves(pair.x, pair.y);
+        }
+        packed = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
       }
       values[m * kRow + i % kVectors] = packed;
     }
@@ -338,6 +347,13 @@ __global__ void __launch_bounds__(kThreads)
   const int slices = gridDim.y / task.kv.kv_heads, kv_head = blockIdx.y / slices;
   const int last_position = task.table.positions[tile.first_row + tile.rows - 1];
   const int warp = threadIdx.x / kWarpLanes, chunk = blockIdx.x * kTensorWarps + warp;
+  // The block that attends to the row's own position puts it there.
+  const bool has_last = last_position / kTensorChunkPositions / kTensorWarps == blockIdx.x;
+  if (task.store && has_last) {
+    const size_t row = tile.first_row;
+    StoreHead<uint16_t, kThreads>(task.kv, task.table, row, kv_head, task.in.k, task.in.v,
+                                  task.in.turns + row * task.in.pairs, task.in.pairs);
+  }
   if (warp == 0) queries.Load(task, tile);
   __syncthreads();
   const bool needed = chunk * kTensorChunkPositions <= last_position;

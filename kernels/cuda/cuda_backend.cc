@@ -330,20 +330,21 @@ absl::Status CudaBackend::Attention(const ModelParams& params, std::span<const f
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> values, ToDevice(v));
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> result,
                               device_->NewBuffer<float>(out.size()));
-  STAGECOACH_RETURN_IF_CUDA_ERROR(RopeAndStore(nullptr, /*pairs=*/0, inputs.table(), batch.rows,
-                                               params.heads, queries.data(), keys.data(),
-                                               values.data(), layout, device_->compute()));
   const AttentionPlan plan =
-      PlanAttention(batch.rows, inputs.tiles(), params.heads, layout, last_position,
-                    device_->multiprocessors(), /*scratch_floats=*/SIZE_MAX);
+      PlanAttention({.rows = batch.rows,
+                     .sequences = static_cast<int>(batch.sequences.size()),
+                     .tiles = inputs.tiles(),
+                     .last_position = last_position},
+                    params.heads, layout, device_->multiprocessors(), /*scratch_floats=*/SIZE_MAX);
   const bool needs_scratch = plan.merge == AttentionPlan::Merge::kScratch;
   STAGECOACH_ASSIGN_OR_RETURN(
       const DeviceBuffer<float> scratch,
       device_->NewBuffer<float>(
           needs_scratch ? PartialFloats(plan.rows, plan.heads, plan.chunks, params.value_length)
                         : 0));
-  STAGECOACH_RETURN_IF_CUDA_ERROR(Attend(plan, inputs.table(), queries.data(), layout,
-                                         scratch.data(), result.data(), device_->compute()));
+  const AttentionInputs in = {.q = queries.data(), .k = keys.data(), .v = values.data()};
+  STAGECOACH_RETURN_IF_CUDA_ERROR(StoreAndAttend(plan, inputs.table(), in, layout, scratch.data(),
+                                                 result.data(), device_->compute()));
   return ToHost(result, out);
 }
 

@@ -78,11 +78,13 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
       Term(w.matrix(TensorRole::kAttnV), ws.v.data(), w.vector(TensorRole::kAttnVBias))};
   STAGECOACH_RETURN_IF_ERROR(
       Project(ws, qkv, ws.rows, /*precise=*/false, stream, norm(TensorRole::kAttnNorm)));
-  STAGECOACH_RETURN_IF_CUDA_ERROR(RopeAndStore(ws.turns.data(), params.rope_dims / 2,
-                                               ws.inputs.table(), ws.rows, params.heads,
-                                               ws.q.data(), ws.k.data(), ws.v.data(), kv, stream));
-  STAGECOACH_RETURN_IF_CUDA_ERROR(Attend(ws.plan, ws.inputs.table(), ws.q.data(), kv,
-                                         ws.partials.data(), ws.attended.data(), stream));
+  const AttentionInputs inputs = {.q = ws.q.data(),
+                                  .k = ws.k.data(),
+                                  .v = ws.v.data(),
+                                  .turns = ws.turns.data(),
+                                  .pairs = params.rope_dims / 2};
+  STAGECOACH_RETURN_IF_CUDA_ERROR(StoreAndAttend(ws.plan, ws.inputs.table(), inputs, kv,
+                                                 ws.partials.data(), ws.attended.data(), stream));
   const MatmulTerm output[] = {Term(w.matrix(TensorRole::kAttnOutput), ws.residual.data(),
                                     w.vector(TensorRole::kAttnOutputBias), /*accumulate=*/true)};
   STAGECOACH_RETURN_IF_ERROR(

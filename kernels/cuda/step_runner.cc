@@ -82,14 +82,17 @@ absl::Status StepRunner::SetBatch(const StepBatch& batch, const KvLayout& kv) {
   for (const BatchSequence& sequence : batch.sequences) {
     last_position = std::max(last_position, sequence.start_position + sequence.row_count - 1);
   }
-  workspace_.plan =
-      PlanAttention(batch.rows, workspace_.inputs.tiles(), workspace_.params.heads, kv,
-                    last_position, device_.multiprocessors(), workspace_.partials.size());
+  workspace_.plan = PlanAttention({.rows = batch.rows,
+                                   .sequences = static_cast<int>(batch.sequences.size()),
+                                   .tiles = workspace_.inputs.tiles(),
+                                   .last_position = last_position},
+                                  workspace_.params.heads, kv, device_.multiprocessors(),
+                                  workspace_.partials.size());
   STAGECOACH_RETURN_IF_ERROR(EnqueueTurns(workspace_, device_.compute()));
   if (!graphs_ || batch.rows > kMaxGraphRows) return LaunchWaiting();
   if (entries_.size() >= kMaxShapes) DropGraphs();
   const AttentionPlan& plan = workspace_.plan;
-  entry_ = &entries_[{plan.rows, plan.tiles, plan.chunks, plan.merge}];
+  entry_ = &entries_[{plan.rows, plan.tiles, plan.chunks, plan.merge, plan.stores}];
   following_ = entry_->graph != nullptr;
   for (size_t i = 0; i < waiting_.size() && following_; ++i) {
     following_ = FollowsGraph(waiting_[i], i);

@@ -63,6 +63,7 @@ class StepRunner {
     int tiles;
     int chunks;
     AttentionPlan::Merge merge;
+    bool stores;
     friend auto operator<=>(const Shape&, const Shape&) = default;
   };
   struct Entry {
