@@ -19,19 +19,10 @@ struct LaunchShape {
   bool overlap = true;      // with the kernel before it (quant_matmul.h)
 };
 
+// The kernel must have been allowed its shared memory (AllowSharedMemory).
 template <typename... Parameters, typename... Arguments>
 cudaError_t LaunchKernel(void (*kernel)(Parameters...), const LaunchShape& shape,
                          cudaStream_t stream, Arguments... arguments) {
-  // One division of the first-level cache for all kernels: a multiprocessor must be idle to change
-  // it, which would keep kernels from overlapping.
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                            cudaSharedmemCarveoutMaxShared);
-  if (status == cudaSuccess && shape.shared_bytes > 0) {
-    // Always the most, for graphs that are instantiated after a launch with less.
-    status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes);
-  }
-  if (status != cudaSuccess) return status;
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = dim3(shape.threads);
@@ -52,6 +43,13 @@ cudaError_t LaunchKernel(void (*kernel)(Parameters...), const LaunchShape& shape
     attribute.val.clusterDim.z = 1;
   }
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+// Lets the kernel have as much dynamic shared memory as a block may have.
+template <typename... Parameters>
+cudaError_t AllowSharedMemory(void (*kernel)(Parameters...), size_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
 }
 
 }  // namespace stagecoach::cuda

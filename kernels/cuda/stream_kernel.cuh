@@ -125,7 +125,7 @@ class TileFetcher {
 // them. With few columns registers are capped so that the next kernel's block fits beside this
 // one's.
 template <typename Tile, int kColumns>
-__global__ void __launch_bounds__(kMaxTeams* kTeamThreads, kColumns <= 4 ? 2 : 1)
+__global__ void __launch_bounds__(kMaxTeams* kTeamThreads, 1)
     StreamKernel(const __grid_constant__ MatmulParameters p) {
   using Layout = StreamLayout<Tile, kColumns>;
   using Block = typename Layout::Block;

@@ -19,14 +19,17 @@ bool StreamFits(const MatmulParameters& p) {
 template <typename Tile, int kColumns>
 cudaError_t LaunchStream(const MatmulParameters& p, int multiprocessors, cudaStream_t stream) {
   using Layout = StreamLayout<Tile, kColumns>;
-  // One block per multiprocessor, so that all have the same share although the next kernel's
-  // blocks come while this one's still run.
   const bool two_teams = Layout::SharedBytes(kMaxTeams, p.superblocks) <= kMostSharedBytes;
   const int teams = two_teams ? kMaxTeams : 1;
   LaunchShape shape;
   shape.grid = dim3(std::min((p.tile_rows + teams - 1) / teams, multiprocessors));
   shape.threads = teams * kTeamThreads;
-  shape.shared_bytes = Layout::SharedBytes(teams, p.superblocks);
+  // One block at a time on a multiprocessor, so that all have the same share: where two fit, those
+  // of the next kernel crowd on the multiprocessors that finish first.
+  shape.shared_bytes =
+      std::max<size_t>(Layout::SharedBytes(teams, p.superblocks), kMostSharedBytes / 2 + 1024);
+  const cudaError_t status = AllowSharedMemory(StreamKernel<Tile, kColumns>, kMostSharedBytes);
+  if (status != cudaSuccess) return status;
   return LaunchKernel(StreamKernel<Tile, kColumns>, shape, stream, p);
 }
 
@@ -43,6 +46,8 @@ cudaError_t LaunchTiles(const MatmulParameters& p, int multiprocessors, cudaStre
                                : TileLayout<Tile, kColumns, false>::kSharedBytes;
   const auto kernel =
       split_k ? TileKernel<Tile, kColumns, true> : TileKernel<Tile, kColumns, false>;
+  const cudaError_t status = AllowSharedMemory(kernel, kMostSharedBytes);
+  if (status != cudaSuccess) return status;
   return LaunchKernel(kernel, shape, stream, p);
 }
 
@@ -52,7 +57,6 @@ cudaError_t LaunchTypedMatmul(const MatmulParameters& p, int multiprocessors, cu
   const int rows = p.quant_rows;
   if (rows == 1 && StreamFits<Tile, 1>(p)) return LaunchStream<Tile, 1>(p, multiprocessors, stream);
   if (rows <= 2 && StreamFits<Tile, 2>(p)) return LaunchStream<Tile, 2>(p, multiprocessors, stream);
-  if (rows <= 4 && StreamFits<Tile, 4>(p)) return LaunchStream<Tile, 4>(p, multiprocessors, stream);
   if (rows <= 8 && StreamFits<Tile, 8>(p)) return LaunchStream<Tile, 8>(p, multiprocessors, stream);
   if (rows <= 16) return LaunchTiles<Tile, 16>(p, multiprocessors, stream);
   if (rows <= 32) return LaunchTiles<Tile, 32>(p, multiprocessors, stream);
