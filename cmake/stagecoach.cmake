@@ -14,6 +14,13 @@ if(STAGECOACH_FUZZ)
   target_compile_options(stagecoach_flags INTERFACE -fsanitize=fuzzer-no-link)
 endif()
 
+if(STAGECOACH_TSAN)
+  add_library(stagecoach_tsan OBJECT ${CMAKE_SOURCE_DIR}/cmake/tsan_absl.cc)
+  target_link_libraries(stagecoach_tsan PRIVATE absl::synchronization)
+endif()
+# What an executable is made of besides its own sources.
+set(STAGECOACH_EXECUTABLE_OBJECTS "$<$<BOOL:${STAGECOACH_TSAN}>:$<TARGET_OBJECTS:stagecoach_tsan>>")
+
 function(stagecoach_library name)
   cmake_parse_arguments(arg "" "" "SRCS;DEPS" ${ARGN})
   add_library(${name} STATIC ${arg_SRCS})
@@ -22,13 +29,13 @@ endfunction()
 
 function(stagecoach_binary name)
   cmake_parse_arguments(arg "" "" "SRCS;DEPS" ${ARGN})
-  add_executable(${name} ${arg_SRCS})
+  add_executable(${name} ${arg_SRCS} ${STAGECOACH_EXECUTABLE_OBJECTS})
   target_link_libraries(${name} PRIVATE stagecoach_flags ${arg_DEPS})
 endfunction()
 
 function(stagecoach_test name)
   cmake_parse_arguments(arg "" "TIMEOUT" "SRCS;DEPS" ${ARGN})
-  add_executable(${name} ${arg_SRCS})
+  add_executable(${name} ${arg_SRCS} ${STAGECOACH_EXECUTABLE_OBJECTS})
   target_link_libraries(${name} PRIVATE stagecoach_flags ${arg_DEPS} GTest::gmock GTest::gtest
                         GTest::gtest_main)
   target_compile_definitions(${name} PRIVATE

@@ -210,10 +210,14 @@ void ClusterControl::Publish() {
     readiness_ = readiness;
     kernel_revision_ = registry_->kernel_revision();
   }
+  pipeline_->SetStreaming(registry_->streaming());
   if (readiness.ok() == serving_) return;
   serving_ = readiness.ok();
-  if (serving_)
+  if (serving_) {
     spdlog::info("epoch {}: serving on {} stages", registry_->epoch(), options_.registry.workers);
+  } else {
+    spdlog::warn("not serving: {}", std::string(readiness.message()));
+  }
   if (options_.on_serving != nullptr) options_.on_serving(serving_);
 }
 

@@ -95,6 +95,12 @@ absl::Status CheckOptions(const CoordinatorOptions& options, const ModelParams& 
         check("max-waiting", options.max_waiting, 0, 1 << 20)}) {
     if (!status.ok()) return status;
   }
+  const int least = KvBlocksPerSequence({.max_context = options.max_context});
+  if (options.kv.blocks != 0 && options.kv.blocks < least) {
+    return absl::InvalidArgumentError(
+        fmt::format("--kv-blocks: {} is less than the {} that one sequence of {} positions takes",
+                    options.kv.blocks, least, options.max_context));
+  }
   return absl::OkStatus();
 }
 
@@ -168,7 +174,8 @@ PipelineOptions Coordinator::Impl::MakePipelineOptions(const CoordinatorOptions&
 ClusterControl::Options Coordinator::Impl::MakeClusterOptions(const CoordinatorOptions& options) {
   const PlanLimits limits = {.max_slots = options.max_slots,
                              .max_context = options.max_context,
-                             .max_step_tokens = options.max_step_tokens};
+                             .max_step_tokens = options.max_step_tokens,
+                             .kv = options.kv};
   ClusterControl::Options cluster;
   cluster.registry.workers = options.workers;
   cluster.registry.layers = model_->params().layers;

@@ -7,6 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "coordinator/planner.h"
 #include "model/model_file.h"
 #include "model/tokenizer.h"
 
@@ -21,9 +22,10 @@ struct CoordinatorOptions {
   // machine's name if that is all interfaces.
   std::string advertise;
   int workers = 1;
-  int max_slots = 8;
+  int max_slots = 64;
   int max_context = 0;  // positions of prompt and output; 0 = min(trained, kDefaultMaxContext)
   int max_step_tokens = 256;
+  KvOptions kv;
   int max_waiting = 256;
 };
 

@@ -43,7 +43,8 @@ inline constexpr size_t kMaxAddressBytes = 256;
 inline constexpr int64_t kMaxWorkerMemoryBytes = int64_t{1} << 50;
 inline constexpr uint64_t kMaxEpoch = uint64_t{1} << 62;
 inline constexpr size_t kMaxWorkerMessageBytes = 64 << 10;
-inline constexpr size_t kMaxDetailBytes = 512;  // of a worker's message, as passed on
+inline constexpr int kMaxResidencyUnits = 4096;  // told to clients, of one stage
+inline constexpr size_t kMaxDetailBytes = 512;   // of a worker's message, as passed on
 inline constexpr std::chrono::milliseconds kHelloTimeout{5000};
 inline constexpr std::chrono::milliseconds kHeartbeatTimeout{2000};
 // A new epoch whose stages are not all linked by then is given up and planned again.

@@ -12,6 +12,7 @@
 #include <string>
 
 #include "coordinator/coordinator.h"
+#include "coordinator/kv_flags.h"
 #include "model/model_file.h"
 #include "model/tokenizer.h"
 
@@ -49,6 +50,7 @@ void AddFlags(CLI::App& app, Flags& flags) {
       ->capture_default_str();
   app.add_option("--step-tokens", options.max_step_tokens, "rows in one step")
       ->capture_default_str();
+  AddKvFlags(app, options.kv);
   app.add_option("--max-waiting", options.max_waiting, "requests queued beyond the slots")
       ->capture_default_str();
   app.add_option("--log-level", flags.log_level, "debug, info, warn, error or off")

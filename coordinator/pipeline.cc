@@ -66,6 +66,11 @@ void Pipeline::Impl::EndEpoch(uint64_t only, const absl::Status& reason, bool fa
   if (callback) callback(epoch, reason);
 }
 
+void Pipeline::Impl::SetStreaming(bool streaming) {
+  absl::MutexLock lock(&mu_);
+  if (std::exchange(streaming_set_, streaming) != streaming) Enqueue(StreamingSet{streaming});
+}
+
 // --- Requests.
 
 absl::StatusOr<RequestId> Pipeline::Impl::Submit(Request request,
@@ -222,6 +227,7 @@ void Pipeline::StartEpoch(uint64_t epoch, std::unique_ptr<LinkSender> to_first_s
   impl_->StartEpoch(epoch, std::move(to_first_stage));
 }
 void Pipeline::EndEpoch(const absl::Status& reason) { impl_->EndEpoch(0, reason, false); }
+void Pipeline::SetStreaming(bool streaming) { impl_->SetStreaming(streaming); }
 absl::StatusOr<RequestId> Pipeline::Submit(Request request,
                                            std::shared_ptr<RequestObserver> observer) {
   return impl_->Submit(std::move(request), std::move(observer));

@@ -102,6 +102,10 @@ class Pipeline : public LinkHandler {
   // A stage was lost: every running request ends with `reason` (UNAVAILABLE); waiting ones too.
   void EndEpoch(const absl::Status& reason);
 
+  // Whether any stage streams its weights, in this epoch and those to come: see
+  // Scheduler::SetStreaming.
+  void SetStreaming(bool streaming);
+
   // Errors: RESOURCE_EXHAUSTED with a retry hint when the queue is full; UNAVAILABLE with the
   // reason while no epoch is serving. After an error the observer is never called.
   absl::StatusOr<RequestId> Submit(Request request, std::shared_ptr<RequestObserver> observer);

@@ -46,6 +46,7 @@ class Pipeline::Impl {
   // failure callback.
   void EndEpoch(uint64_t only, const absl::Status& reason, bool failure);
 
+  void SetStreaming(bool streaming);
   absl::StatusOr<RequestId> Submit(Request request, std::shared_ptr<RequestObserver> observer);
   void Cancel(RequestId id);
   void FinishEarly(RequestId id);
@@ -85,7 +86,11 @@ class Pipeline::Impl {
   struct Ended {
     absl::Status reason;
   };
-  using Post = std::variant<Submitted, Cancelled, FinishedEarly, Received, Started, Ended>;
+  struct StreamingSet {
+    bool streaming;
+  };
+  using Post =
+      std::variant<Submitted, Cancelled, FinishedEarly, Received, Started, Ended, StreamingSet>;
 
   // A request as the loop knows it.
   struct Live {
@@ -124,6 +129,7 @@ class Pipeline::Impl {
   void Handle(Received& post);
   void Handle(Started& post);
   void Handle(Ended& post);
+  void Handle(StreamingSet& post);
   void AddTimings(const v1::StepResult& result, bool after_idle);
   void CollectEvents(StepOutcome* outcome, const Payload& payload);
   void SendSteps();
@@ -138,6 +144,7 @@ class Pipeline::Impl {
   std::optional<Scheduler> scheduler_;  // while an epoch runs
   std::shared_ptr<LinkSender> sender_;  // nullptr once sending has failed
   uint64_t epoch_ = 0;
+  bool streaming_ = false;
   std::unordered_map<RequestId, Live> requests_;
   std::vector<Delivery> deliveries_;
   std::deque<bool> after_idle_;    // one per step in flight: nothing was running when it was sent
@@ -156,6 +163,7 @@ class Pipeline::Impl {
   uint64_t link_ ABSL_GUARDED_BY(mu_) = 0;  // of the last stage
   bool linked_ ABSL_GUARDED_BY(mu_) = false;
   bool serving_ ABSL_GUARDED_BY(mu_) = false;
+  bool streaming_set_ ABSL_GUARDED_BY(mu_) = false;    // the latest posted
   bool requests_to_end_ ABSL_GUARDED_BY(mu_) = false;  // failed; whoever was told names the reason
   int frames_posted_ ABSL_GUARDED_BY(mu_) = 0;
   std::shared_ptr<LinkSender> current_sender_ ABSL_GUARDED_BY(mu_);  // to close it from outside

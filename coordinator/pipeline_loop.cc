@@ -99,6 +99,7 @@ void Pipeline::Impl::Handle(Started& post) {
                        .max_step_tokens = options_.max_step_tokens,
                        .max_waiting = options_.max_waiting,
                        .max_in_flight = std::min<int>(post.stages + 1, kLinkCredits - 1)});
+  scheduler_->SetStreaming(streaming_);
   sender_ = std::move(post.sender);
   epoch_ = post.epoch;
   after_idle_.clear();
@@ -109,6 +110,11 @@ void Pipeline::Impl::Handle(Ended& post) {
   CollectEvents(nullptr, Payload());
   scheduler_.reset();
   sender_ = nullptr;
+}
+
+void Pipeline::Impl::Handle(StreamingSet& post) {
+  streaming_ = post.streaming;
+  if (scheduler_) scheduler_->SetStreaming(streaming_);
 }
 
 void Pipeline::Impl::AddTimings(const v1::StepResult& result, bool after_idle) {

@@ -129,6 +129,16 @@ TEST_F(PipelineTest, CancelsInEveryState) {
   EXPECT_EQ(pipeline_.Stats().cancelled, 3u);
 }
 
+TEST_F(PipelineTest, SendsAPromptInFewerStepsWhileStreaming) {
+  pipeline_.SetStreaming(true);  // before the epoch begins
+  Start();
+  EXPECT_TRUE(Submit(MakeRequest(std::vector<int32_t>(60, 1), 1))->Wait().ok());
+  EXPECT_EQ(stages_.received(), 1);
+  pipeline_.SetStreaming(false);
+  EXPECT_TRUE(Submit(MakeRequest(std::vector<int32_t>(60, 1), 1))->Wait().ok());
+  EXPECT_EQ(stages_.received(), 3);
+}
+
 TEST_F(PipelineTest, FinishesEarlyFromAnObserver) {
   Start();
   auto recorder = std::make_shared<Recorder>();

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "kernels/backend.h"
 #include "model/model_file.h"
 
 namespace stagecoach {
@@ -16,13 +17,37 @@ struct WorkerCapacity {
   std::string worker;
   uint64_t memory_bytes = 0;         // for weights, KV and workspace
   double read_bytes_per_second = 0;  // 0 = unknown: taken as equal to the others
+  // At most this much of the stage's weights is resident, the rest streams: bytes, and percent of
+  // them. 0 = no limit.
+  uint64_t weight_budget_bytes = 0;
+  double weight_budget_percent = 0;
+  double load_bytes_per_second = 0;  // of weights that stream; 0 = kDefaultLoadBytesPerSecond
+};
+// A plain solid-state disk.
+inline constexpr double kDefaultLoadBytesPerSecond = 1e9;
+
+// The pool of KV blocks that all sequences share: exactly `blocks`, or as much as fits the given
+// memory of every worker; if neither is asked for, see DefaultKvBlocks.
+struct KvOptions {
+  KvType type = KvType::kF16;
+  int blocks = 0;
+  uint64_t memory_bytes = 0;  // on each worker
+  double memory_percent = 0;  // of each worker's memory; only if memory_bytes is 0
 };
 
 struct PlanLimits {
   int max_slots = 0;
   int max_context = 0;  // positions per slot
   int max_step_tokens = 0;
+  KvOptions kv = {};
 };
+
+// Blocks of the longest sequence: no pool may be smaller.
+int KvBlocksPerSequence(const PlanLimits& limits);
+// Enough for all slots, but at most for this many sequences of full length: most are shorter, and a
+// pool that runs out costs a replay, not an error.
+inline constexpr int kDefaultFullSequences = 16;
+int DefaultKvBlocks(const PlanLimits& limits);
 
 struct PlanStage {
   std::string worker;
@@ -30,16 +55,23 @@ struct PlanStage {
   int last_layer = 0;
   uint64_t weight_bytes = 0;  // embedding and head counted where they are used
   uint64_t kv_bytes = 0;
-  double seconds_per_token = 0;  // predicted, decode of one row (weights streamed once)
+  uint64_t streamed_bytes = 0;   // of the weights, loaded anew for every step; 0 = all are resident
+  double seconds_per_token = 0;  // predicted, decode of one row: resident weights at the worker's
+                                 // bandwidth, streamed ones at its load rate
 };
 
 struct Plan {
   std::vector<PlanStage> stages;
+  int kv_blocks = 0;  // in every layer of every stage
 };
 
 // Contiguous, non-empty ranges that minimise the slowest stage's seconds_per_token within every
-// worker's memory. Errors: INVALID_ARGUMENT (no workers, more workers than layers),
-// RESOURCE_EXHAUSTED naming the bytes needed and available per worker and what would help.
+// worker's memory. A worker whose weight budget its stage exceeds keeps room for two layers through
+// which the others stream; its weights count in memory as the budget. The KV pool asked for is
+// kept; one by memory is the smallest over the stages; the default one shrinks as far as memory
+// demands. Errors: INVALID_ARGUMENT (no workers, more workers than layers, a pool of less than one
+// sequence), RESOURCE_EXHAUSTED naming the bytes needed and available per worker and what would
+// help.
 absl::StatusOr<Plan> MakePlan(const ModelFile& model, const std::vector<WorkerCapacity>& workers,
                               const PlanLimits& limits);
 
@@ -49,21 +81,23 @@ struct ModelSizes {
   uint64_t embedding = 0;        // held by the first stage; a decode step reads one row of it
   uint64_t embedding_row = 0;    //
   uint64_t head = 0;             // held and read by the last stage
-  uint64_t kv_position = 0;      // keys and values of one position in one layer (float16)
+  uint64_t kv_position = 0;      // keys and values of one position in one layer
   uint64_t workspace_row = 0;    // estimate: activations of one row of a step
   uint64_t logits_row = 0;       // last stage
 };
-ModelSizes MeasureModel(const ModelFile& model);
+ModelSizes MeasureModel(const ModelFile& model, KvType kv_type = KvType::kF16);
 
-// MakePlan above = MakePlan(MeasureModel(model), ...). Among the plans with the fastest slowest
-// stage the one with the most equal layer counts wins, then the one with more layers in front.
+// MakePlan above = MakePlan(MeasureModel(model, limits.kv.type), ...). Among the plans with the
+// fastest slowest stage the one with the most equal layer counts wins, then the one with more
+// layers in front.
 absl::StatusOr<Plan> MakePlan(const ModelSizes& sizes, const std::vector<WorkerCapacity>& workers,
                               const PlanLimits& limits);
 
 // Memory that a stage of [first, last) needs: weights, KV and workspace. Saturates.
-uint64_t StageBytes(const ModelSizes& sizes, const PlanLimits& limits, int first, int last);
+uint64_t StageBytes(const ModelSizes& sizes, const PlanLimits& limits, int kv_blocks, int first,
+                    int last);
 
-// A table for people: one line per stage.
+// A table for people: one line per stage, and the KV pool.
 std::string FormatPlan(const ModelFile& model, const Plan& plan);
 
 }  // namespace stagecoach

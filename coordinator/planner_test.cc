@@ -15,7 +15,9 @@ namespace {
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
-constexpr PlanLimits kLimits = {.max_slots = 2, .max_context = 64, .max_step_tokens = 16};
+constexpr int kBlocks = 4;
+constexpr PlanLimits kLimits = {
+    .max_slots = 2, .max_context = 64, .max_step_tokens = 16, .kv = {.blocks = kBlocks}};
 
 ModelSizes EqualLayers(int layers) {
   return {.layers = std::vector<uint64_t>(layers, 1000),
@@ -77,7 +79,7 @@ void TrySplits(const ModelSizes& sizes, const std::vector<WorkerCapacity>& worke
     return;
   }
   for (int last = first + 1; last <= layers; ++last) {
-    if (StageBytes(sizes, limits, first, last) > workers[w].memory_bytes) continue;
+    if (StageBytes(sizes, limits, kBlocks, first, last) > workers[w].memory_bytes) continue;
     double bytes = 0;
     for (int layer = first; layer < last; ++layer) bytes += sizes.layers[layer];
     if (first == 0) bytes += sizes.embedding_row;
@@ -119,7 +121,7 @@ TEST(PlannerTest, MatchesBruteForceOnRandomInstances) {
     for (const PlanStage& stage : plan->stages) {
       const int layers = stage.last_layer - stage.first_layer;
       squares += layers * layers;
-      EXPECT_LE(StageBytes(sizes, kLimits, stage.first_layer, stage.last_layer),
+      EXPECT_LE(StageBytes(sizes, kLimits, kBlocks, stage.first_layer, stage.last_layer),
                 workers[&stage - plan->stages.data()].memory_bytes);
     }
     EXPECT_EQ(Slowest(*plan), best.slowest);
@@ -175,10 +177,63 @@ TEST(PlannerTest, ObeysMemoryEvenIfSlower) {
   ModelSizes sizes = EqualLayers(12);
   sizes.embedding_row = sizes.head = 0;
   std::vector<WorkerCapacity> workers = Workers(2);
-  workers[0].memory_bytes = StageBytes(sizes, kLimits, 0, 2);
+  workers[0].memory_bytes = StageBytes(sizes, kLimits, kBlocks, 0, 2);
   EXPECT_EQ(Counts(*MakePlan(sizes, workers, kLimits)), (std::vector<int>{2, 10}));
   workers[0].memory_bytes -= 1;
   EXPECT_EQ(Counts(*MakePlan(sizes, workers, kLimits)), (std::vector<int>{1, 11}));
+}
+
+TEST(PlannerTest, CountsABudgetedWorkersWeightsAsItsBudget) {
+  ModelSizes sizes = EqualLayers(12);
+  sizes.embedding = sizes.embedding_row = sizes.head = 0;
+  std::vector<WorkerCapacity> workers = Workers(1);
+  workers[0].memory_bytes = StageBytes(sizes, kLimits, kBlocks, 0, 12) - 12'000 + 5'000;
+  EXPECT_FALSE(MakePlan(sizes, workers, kLimits).ok());
+  workers[0].weight_budget_bytes = 5'000;
+  const absl::StatusOr<Plan> plan = MakePlan(sizes, workers, kLimits);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(plan->stages[0].weight_bytes, 12'000u);
+  EXPECT_EQ(plan->stages[0].streamed_bytes, 9'000u);  // three stay beside a window of two
+  EXPECT_DOUBLE_EQ(plan->stages[0].seconds_per_token,
+                   3'000 / 1e9 + 9'000 / kDefaultLoadBytesPerSecond);
+  workers[0].load_bytes_per_second = 1e6;
+  EXPECT_DOUBLE_EQ(MakePlan(sizes, workers, kLimits)->stages[0].seconds_per_token,
+                   3'000 / 1e9 + 9'000 / 1e6);
+  workers[0].weight_budget_bytes = 12'000;  // everything
+  EXPECT_EQ(MakePlan(sizes, Workers(1), kLimits)->stages[0].streamed_bytes, 0u);
+}
+
+TEST(PlannerTest, GivesStreamingWorkersFewerLayers) {
+  ModelSizes sizes = EqualLayers(12);
+  sizes.embedding = sizes.embedding_row = sizes.head = 0;
+  std::vector<WorkerCapacity> workers = Workers(2, 1 << 30, 10e9);
+  workers[1].weight_budget_bytes = 3'000;
+  workers[1].load_bytes_per_second = 1e9;
+  // Layer 4 of the second worker would cost 1 resident + 3 streamed: 31 resident ones elsewhere.
+  EXPECT_EQ(Counts(*MakePlan(sizes, workers, kLimits)), (std::vector<int>{9, 3}));
+  workers[1].load_bytes_per_second = 10e9;  // as fast as memory
+  EXPECT_EQ(Counts(*MakePlan(sizes, workers, kLimits)), (std::vector<int>{6, 6}));
+  workers[1].weight_budget_bytes = 0;
+  workers[1].weight_budget_percent = 100;  // no limit
+  workers[1].load_bytes_per_second = 1;
+  EXPECT_EQ(Counts(*MakePlan(sizes, workers, kLimits)), (std::vector<int>{6, 6}));
+}
+
+TEST(PlannerTest, RefusesABudgetBelowTwoLayers) {
+  ModelSizes sizes = EqualLayers(4);
+  std::vector<WorkerCapacity> workers = Workers(1);
+  workers[0].weight_budget_bytes = 1'999;
+  const absl::Status status = MakePlan(sizes, workers, kLimits).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(status.message()),
+              HasSubstr("weight budget is too small for two layers"));
+  workers[0].weight_budget_bytes = 2'000;  // embedding and head stream, too
+  EXPECT_TRUE(MakePlan(sizes, workers, kLimits).ok());
+  workers[0].weight_budget_bytes = 0;
+  workers[0].weight_budget_percent = 10;  // 530 bytes
+  EXPECT_FALSE(MakePlan(sizes, workers, kLimits).ok());
+  workers[0].weight_budget_percent = 50;
+  EXPECT_TRUE(MakePlan(sizes, workers, kLimits).ok());
 }
 
 TEST(PlannerTest, IsDeterministicOnTies) {
@@ -197,25 +252,72 @@ TEST(PlannerTest, RefusesWithReasons) {
 
   const absl::Status small = MakePlan(sizes, Workers(2, 100), kLimits).status();
   EXPECT_EQ(small.code(), absl::StatusCode::kResourceExhausted);
-  const std::string needed = std::to_string(StageBytes(sizes, kLimits, 0, 2));
+  const std::string needed = std::to_string(StageBytes(sizes, kLimits, kBlocks, 0, 2));
   EXPECT_THAT(
       std::string(small.message()),
       AllOf(HasSubstr("w0 needs " + needed + " bytes"), HasSubstr("has 100 bytes"),
-            HasSubstr("w1 needs"), HasSubstr("alone are not enough"), HasSubstr("more workers")));
+            HasSubstr("w1 needs"), HasSubstr("alone is not enough"), HasSubstr("more workers")));
 }
 
-TEST(PlannerTest, SaysHowManySlotsAndPositionsFit) {
+TEST(PlannerTest, SaysHowManyBlocksAndPositionsFit) {
   const ModelSizes sizes = EqualLayers(4);
-  PlanLimits limits = {.max_slots = 3, .max_context = 64, .max_step_tokens = 16};
-  const uint64_t memory = StageBytes(sizes, limits, 0, 4);
-  limits.max_slots = 8;
+  PlanLimits limits = {
+      .max_slots = 8, .max_context = 64, .max_step_tokens = 16, .kv = {.blocks = 20}};
+  const uint64_t memory = StageBytes(sizes, limits, 6, 0, 4);
   const absl::Status status = MakePlan(sizes, Workers(1, memory), limits).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_THAT(std::string(status.message()), HasSubstr("it fits with 3 slots"));
-  limits.max_slots = 3;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("it fits with 6 KV blocks"));
+  limits.kv.blocks = 0;
   limits.max_context = 1000;
   EXPECT_THAT(std::string(MakePlan(sizes, Workers(1, memory), limits).status().message()),
-              HasSubstr("it fits with 64 positions per slot"));
+              HasSubstr("it fits with a context of 192 positions"));
+}
+
+TEST(PlannerTest, TheDefaultPoolHoldsAllSlotsOrSixteenFullSequencesAndShrinks) {
+  const ModelSizes sizes = EqualLayers(4);
+  PlanLimits limits = {.max_slots = 3, .max_context = 70, .max_step_tokens = 16};
+  EXPECT_EQ(MakePlan(sizes, Workers(2), limits)->kv_blocks, 3 * 3);
+  limits.max_slots = 64;
+  EXPECT_EQ(MakePlan(sizes, Workers(2), limits)->kv_blocks, 3 * kDefaultFullSequences);
+  for (const int blocks : {3, 4, 30}) {
+    const uint64_t memory = StageBytes(sizes, limits, blocks, 0, 4);
+    EXPECT_EQ(MakePlan(sizes, Workers(1, memory), limits)->kv_blocks, blocks);
+  }
+  const uint64_t memory = StageBytes(sizes, limits, 3, 0, 4);
+  EXPECT_EQ(MakePlan(sizes, Workers(1, memory - 1), limits).status().code(),
+            absl::StatusCode::kResourceExhausted);
+}
+
+TEST(PlannerTest, APoolByMemoryIsTheSmallestOverTheStages) {
+  ModelSizes sizes = EqualLayers(12);
+  sizes.embedding_row = sizes.head = 0;
+  PlanLimits limits = {
+      .max_slots = 4, .max_context = 64, .max_step_tokens = 16, .kv = {.memory_bytes = 100000}};
+  // Six layers each: 6 * 32 bytes of KV for a block.
+  EXPECT_EQ(MakePlan(sizes, Workers(2), limits)->kv_blocks, 100000 / (6 * 32));
+  std::vector<WorkerCapacity> workers = Workers(2);
+  workers[1].memory_bytes = StageBytes(sizes, limits, 77, 6, 12) + 6 * 32 - 1;
+  EXPECT_EQ(MakePlan(sizes, workers, limits)->kv_blocks, 77);
+  limits.kv.memory_bytes = 2 * 6 * 32 - 1;
+  const absl::Status small = MakePlan(sizes, Workers(2), limits).status();
+  EXPECT_EQ(small.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(small.message()), HasSubstr("--kv-memory"));
+
+  limits.kv.memory_bytes = 0;
+  limits.kv.memory_percent = 50;
+  const absl::StatusOr<Plan> half = MakePlan(sizes, Workers(2, 1 << 20), limits);
+  ASSERT_TRUE(half.ok()) << half.status();
+  EXPECT_EQ(half->kv_blocks, (1 << 19) / (6 * 32));
+  EXPECT_EQ(half->stages[0].kv_bytes, uint64_t{6 * 32} * half->kv_blocks);
+}
+
+TEST(PlannerTest, APoolOfLessThanOneSequenceIsRefused) {
+  PlanLimits limits = kLimits;
+  limits.kv.blocks = 1;
+  const absl::Status status = MakePlan(EqualLayers(4), Workers(1), limits).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()),
+              AllOf(HasSubstr("64 positions"), HasSubstr("takes 2")));
 }
 
 TEST(PlannerTest, SurvivesAbsurdSizes) {
@@ -259,9 +361,9 @@ TEST_F(PlannerModelTest, FormatsATableWithOneLinePerStage) {
   const absl::StatusOr<Plan> plan = MakePlan(*model_, Workers(4), limits);
   ASSERT_TRUE(plan.ok());
   const std::string table = FormatPlan(*model_, *plan);
-  EXPECT_EQ(std::count(table.begin(), table.end(), '\n'), 6) << table;
+  EXPECT_EQ(std::count(table.begin(), table.end(), '\n'), 7) << table;
   EXPECT_THAT(table, AllOf(HasSubstr("w0"), HasSubstr("w3"), HasSubstr("0.."), HasSubstr("..31"),
-                           HasSubstr("32 layers over 4 stages")));
+                           HasSubstr("32 layers over 4 stages"), HasSubstr("128 KV blocks")));
 }
 
 TEST_F(PlannerModelTest, CountsTheMatrixOfTiedEmbeddingsAtBothEnds) {

@@ -22,7 +22,42 @@ void IgnoreScatter(std::vector<WorkerCapacity>& workers) {
         return a.read_bytes_per_second < b.read_bytes_per_second;
       });
   if (fastest->read_bytes_per_second > kBandwidthScatter * slowest->read_bytes_per_second) return;
-  for (WorkerCapacity& worker : workers) worker.read_bytes_per_second = 0;  // unknown: equal
+  double sum = 0;
+  for (const WorkerCapacity& worker : workers) sum += worker.read_bytes_per_second;
+  for (WorkerCapacity& worker : workers) {
+    worker.read_bytes_per_second = sum / static_cast<double>(workers.size());
+  }
+}
+
+WorkerCapacity Capacity(const v1::WorkerHello& hello) {
+  return {.worker = hello.worker(),
+          .memory_bytes = static_cast<uint64_t>(hello.memory_bytes()),
+          .read_bytes_per_second = hello.read_bytes_per_second(),
+          .weight_budget_bytes = hello.weight_budget_bytes(),
+          .weight_budget_percent = hello.weight_budget_percent(),
+          .load_bytes_per_second = hello.load_bytes_per_second()};
+}
+
+// Whether one worker has at least the other's room for a stage.
+bool HasRoomOf(const WorkerCapacity& worker, const WorkerCapacity& other) {
+  const auto no_less = [](auto budget, auto than) {  // 0 = no limit
+    return budget == 0 || (than != 0 && budget >= than);
+  };
+  return worker.memory_bytes >= other.memory_bytes &&
+         no_less(worker.weight_budget_bytes, other.weight_budget_bytes) &&
+         no_less(worker.weight_budget_percent, other.weight_budget_percent);
+}
+
+v1::KvType ToWire(KvType type) {
+  switch (type) {
+    case KvType::kF16:
+      return v1::KV_TYPE_F16;
+    case KvType::kF32:
+      return v1::KV_TYPE_F32;
+    case KvType::kQ8_0:
+      return v1::KV_TYPE_Q8_0;
+  }
+  return v1::KV_TYPE_F16;
 }
 
 // Failures of an assignment that say nothing against the worker itself.
@@ -297,10 +332,8 @@ void Registry::TryPlan(MonotonicTime now) {
   plan_error_ = plan.status();
   if (!plan.ok()) return;
   plan_ = *std::move(plan);
-  plan_memory_.clear();
-  for (const std::string& name : seats_) {
-    plan_memory_.push_back(workers_.at(name).hello.memory_bytes());
-  }
+  planned_.clear();
+  for (const std::string& name : seats_) planned_.push_back(Capacity(workers_.at(name).hello));
   BeginEpoch(now);
 }
 
@@ -329,10 +362,7 @@ absl::StatusOr<Plan> Registry::PlanSeats() {
   auto plan_for = [this](const std::vector<std::string>& names) {
     std::vector<WorkerCapacity> capacities;
     for (const std::string& name : names) {
-      const v1::WorkerHello& hello = workers_.at(name).hello;
-      capacities.push_back({.worker = name,
-                            .memory_bytes = static_cast<uint64_t>(hello.memory_bytes()),
-                            .read_bytes_per_second = hello.read_bytes_per_second()});
+      capacities.push_back(Capacity(workers_.at(name).hello));
     }
     if (backend_ == "cpu") IgnoreScatter(capacities);
     return options_.plan(capacities);
@@ -356,13 +386,12 @@ absl::StatusOr<Plan> Registry::PlanSeats() {
   return other;
 }
 
-// The latest plan with its holes filled by workers that have at least the memory of the old ones.
+// The latest plan with its holes filled by workers that have at least the room of the old ones.
 std::optional<Plan> Registry::KeepRanges() const {
   if (!plan_.has_value()) return std::nullopt;
   Plan plan = *plan_;
   for (size_t i = 0; i < seats_.size(); ++i) {
-    const auto memory = static_cast<uint64_t>(workers_.at(seats_[i]).hello.memory_bytes());
-    if (memory < plan_memory_[i]) return std::nullopt;
+    if (!HasRoomOf(Capacity(workers_.at(seats_[i]).hello), planned_[i])) return std::nullopt;
     plan.stages[i].worker = seats_[i];
   }
   return plan;
@@ -373,7 +402,8 @@ void Registry::BeginEpoch(MonotonicTime now) {
   phase_ = Phase::kLinking;
   linking_since_ = now;
   const int stages = static_cast<int>(seats_.size());
-  actions_.push_back(ExpectResults{.epoch = epoch_, .stages = stages});
+  actions_.push_back(
+      ExpectResults{.epoch = epoch_, .stages = stages, .kv_blocks = plan_->kv_blocks});
   for (int i = 0; i < stages; ++i) {
     SendToWorker send{.stream = workers_.at(seats_[i]).stream};
     v1::Assignment& assignment = *send.message.mutable_assignment();
@@ -387,6 +417,8 @@ void Registry::BeginEpoch(MonotonicTime now) {
     assignment.set_max_slots(options_.limits.max_slots);
     assignment.set_max_context(options_.limits.max_context);
     assignment.set_max_step_tokens(options_.limits.max_step_tokens);
+    assignment.set_kv_blocks(plan_->kv_blocks);
+    assignment.set_kv_type(ToWire(options_.limits.kv.type));
     actions_.push_back(std::move(send));
   }
 }

@@ -40,6 +40,7 @@ struct CloseStream {
 struct ExpectResults {  // of an epoch whose last stage will dial the coordinator
   uint64_t epoch = 0;
   int stages = 0;
+  int kv_blocks = 0;  // that its scheduler may hand out
 };
 struct DialFirstStage {  // then report Dialled or EpochFailed
   uint64_t epoch = 0;
@@ -79,11 +80,13 @@ class Registry {
   std::vector<RegistryAction> TakeActions();  // since the last call
 
   // --- State.
-  // Ok while serving; else UNAVAILABLE saying which workers and layers are missing.
+  // Ok while serving; else UNAVAILABLE saying which workers and layers are missing, or which read
+  // of weights storage does not answer.
   absl::Status Readiness() const;
   // Fills in state, detail, epoch and stages.
   void FillStatus(v1::GetStatusResponse* response) const;
   uint64_t epoch() const { return epoch_; }
+  bool streaming() const;  // some stage of the latest plan streams its weights
   // Backend numerics that all joined workers share; empty while there are none.
   const std::string& kernel_revision() const { return kernel_revision_; }
 
@@ -127,6 +130,7 @@ class Registry {
   std::string WaitingDetail() const;
   std::string MissingLayers() const;
   std::string LinkingDetail() const;
+  absl::Status StallStatus() const;
 
   const RegistryOptions options_;
   std::vector<RegistryAction> actions_;
@@ -136,10 +140,10 @@ class Registry {
 
   Phase phase_ = Phase::kWaiting;
   uint64_t epoch_ = 0;
-  uint64_t epoch_floor_ = 0;           // the next epoch is later than this
-  std::vector<std::string> seats_;     // worker of each stage; a hole if it is not usable
-  std::optional<Plan> plan_;           // the latest one
-  std::vector<uint64_t> plan_memory_;  // of its workers
+  uint64_t epoch_floor_ = 0;             // the next epoch is later than this
+  std::vector<std::string> seats_;       // worker of each stage; a hole if it is not usable
+  std::optional<Plan> plan_;             // the latest one
+  std::vector<WorkerCapacity> planned_;  // its workers
   MonotonicTime linking_since_;
   MonotonicTime failing_since_;
   absl::Status failure_;       // kFailing

@@ -20,8 +20,10 @@ inline constexpr int kLayers = 32;
 inline constexpr int64_t kMemory = 1 << 30;
 
 // Even ranges; a worker under 1000 bytes holds nothing.
+inline constexpr int kKvBlocks = 19;
+
 inline absl::StatusOr<Plan> EvenPlan(const std::vector<WorkerCapacity>& workers) {
-  Plan plan;
+  Plan plan{.kv_blocks = kKvBlocks};
   const int n = static_cast<int>(workers.size());
   for (int i = 0; i < n; ++i) {
     if (workers[i].memory_bytes < 1000) return absl::ResourceExhaustedError("too small");
@@ -64,11 +66,13 @@ class RegistryTest : public testing::Test {
     RegistryOptions options;
     options.workers = workers;
     options.layers = kLayers;
-    options.limits = {.max_slots = 4, .max_context = 128, .max_step_tokens = 64};
+    options.limits = {
+        .max_slots = 4, .max_context = 128, .max_step_tokens = 64, .kv = {.type = KvType::kQ8_0}};
     options.model_hash = "hash";
     options.results_address = "coordinator:1";
     options.plan = [this](const std::vector<WorkerCapacity>& workers) {
       ++plans_;
+      planned_ = workers;
       return EvenPlan(workers);
     };
     registry_ = std::make_unique<Registry>(std::move(options));
@@ -87,6 +91,7 @@ class RegistryTest : public testing::Test {
       } else if (auto* expect = std::get_if<ExpectResults>(&action)) {
         expected_ = expect->epoch;
         EXPECT_EQ(expect->epoch, registry_->epoch());
+        EXPECT_EQ(expect->kv_blocks, kKvBlocks);
       } else if (auto* end = std::get_if<EndEpoch>(&action)) {
         ended_.push_back(std::string(end->reason.message()));
         EXPECT_EQ(end->reason.code(), absl::StatusCode::kUnavailable);
@@ -138,6 +143,7 @@ class RegistryTest : public testing::Test {
   MonotonicTime now_{std::chrono::hours(1)};
   StreamId streams_ = 0;
   int plans_ = 0;
+  std::vector<WorkerCapacity> planned_;  // the latest ones
   int welcomes_ = 0;
   uint64_t expected_ = 0;
   std::map<StreamId, v1::Assignment> assigned_;

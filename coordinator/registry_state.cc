@@ -78,10 +78,22 @@ std::string Registry::LinkingDetail() const {
   return detail;
 }
 
+// UNAVAILABLE naming the first stage whose storage does not answer.
+absl::Status Registry::StallStatus() const {
+  for (size_t i = 0; i < seats_.size(); ++i) {
+    const auto& heartbeat = workers_.at(seats_[i]).heartbeat;
+    if (!heartbeat->stalled()) continue;
+    return absl::UnavailableError(
+        fmt::format("stage {}, worker '{}' ({}) is held up by storage: {}", i, seats_[i],
+                    LayersOf(seats_[i]), heartbeat->detail()));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Registry::Readiness() const {
   switch (phase_) {
     case Phase::kServing:
-      return absl::OkStatus();
+      return StallStatus();
     case Phase::kLinking:
     case Phase::kDialling:
       return absl::UnavailableError(LinkingDetail());
@@ -91,6 +103,14 @@ absl::Status Registry::Readiness() const {
       break;
   }
   return absl::UnavailableError(WaitingDetail());
+}
+
+bool Registry::streaming() const {
+  return std::any_of(seats_.begin(), seats_.end(), [this](const std::string& name) {
+    const Worker* worker = FindByName(name);
+    return worker != nullptr && worker->heartbeat.has_value() &&
+           worker->heartbeat->weights().streaming();
+  });
 }
 
 void Registry::FillStatus(v1::GetStatusResponse* response) const {

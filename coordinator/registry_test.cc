@@ -38,6 +38,8 @@ TEST_F(RegistryTest, PlansOnceAllHaveJoined) {
   EXPECT_EQ(assigned_[b].max_slots(), 4u);
   EXPECT_EQ(assigned_[b].max_context(), 128u);
   EXPECT_EQ(assigned_[b].max_step_tokens(), 64u);
+  EXPECT_EQ(assigned_[b].kv_blocks(), uint32_t{kKvBlocks});
+  EXPECT_EQ(assigned_[b].kv_type(), v1::KV_TYPE_Q8_0);
 }
 
 TEST_F(RegistryTest, NotPlannedBeforeTheFirstHeartbeat) {
@@ -65,6 +67,19 @@ TEST_F(RegistryTest, ServesOnceAllLinksAreReadyAndStageZeroIsDialled) {
   registry_->Dialled(1);
   EXPECT_TRUE(registry_->Readiness().ok());
   EXPECT_THAT(ended_, IsEmpty());
+}
+
+TEST_F(RegistryTest, KnowsWhetherAStageStreams) {
+  Make(2);
+  const StreamId a = Join("a"), b = Join("b");
+  Serve({a, b});
+  EXPECT_FALSE(registry_->streaming());
+  v1::WorkerMessage message = Heartbeat(1, true);
+  message.mutable_heartbeat()->mutable_weights()->set_streaming(true);
+  registry_->Received(b, message, now_);
+  EXPECT_TRUE(registry_->streaming());
+  Beat(b, 1, true);
+  EXPECT_FALSE(registry_->streaming());
 }
 
 TEST_F(RegistryTest, EndOfTheStreamLosesTheWorkerAndARestartFillsTheHole) {
@@ -109,6 +124,49 @@ TEST_F(RegistryTest, SmallerReplacementIsPlannedAnew) {
   Join(small);
   EXPECT_EQ(plans_, 2);
   EXPECT_EQ(registry_->epoch(), 2u);
+}
+
+TEST_F(RegistryTest, BudgetsReachThePlanAndASmallerOneIsPlannedAnew) {
+  Make(1);
+  v1::WorkerHello hello = Hello("a");
+  hello.set_weight_budget_bytes(5000);
+  hello.set_weight_budget_percent(25);
+  hello.set_load_bytes_per_second(2e9);
+  const StreamId a = Join(hello);
+  ASSERT_EQ(planned_.size(), 1u);
+  EXPECT_EQ(planned_[0].weight_budget_bytes, 5000u);
+  EXPECT_EQ(planned_[0].weight_budget_percent, 25);
+  EXPECT_EQ(planned_[0].load_bytes_per_second, 2e9);
+  Close(a);
+  const StreamId same = Join(hello);
+  EXPECT_EQ(plans_, 1);
+  Close(same);
+  hello.set_weight_budget_bytes(4999);
+  const StreamId smaller = Join(hello);
+  EXPECT_EQ(plans_, 2);
+  Close(smaller);
+  hello.set_weight_budget_bytes(0);  // none
+  Join(hello);
+  EXPECT_EQ(plans_, 2);
+}
+
+TEST_F(RegistryTest, IsNotReadyWhileStorageDoesNotAnswer) {
+  Make(2);
+  const StreamId a = Join("a"), b = Join("b");
+  Serve({a, b});
+  v1::WorkerMessage stalled = Heartbeat(1, true);
+  stalled.mutable_heartbeat()->set_stalled(true);
+  stalled.mutable_heartbeat()->set_detail("waiting for layer 20");
+  registry_->Received(b, stalled, now_);
+  EXPECT_EQ(Detail(),
+            "stage 1, worker 'b' (layers 16-31) is held up by storage: waiting for layer 20");
+  v1::GetStatusResponse status;
+  registry_->FillStatus(&status);
+  EXPECT_EQ(status.detail(), Detail());
+  EXPECT_TRUE(status.stages(1).stalled());
+  EXPECT_THAT(ended_, IsEmpty());  // the epoch goes on
+  Beat(b, 1, true);
+  EXPECT_TRUE(registry_->Readiness().ok());
 }
 
 TEST_F(RegistryTest, SilentWorkerIsSuspectAfterTwoSeconds) {
@@ -364,6 +422,43 @@ TEST_F(RegistryTest, TooSmallWorkersGiveWayToALargerSpare) {
   const StreamId c = Join("c");
   EXPECT_EQ(assigned_[c].stage(), 1u);
   EXPECT_EQ(assigned_.count(b), 0u);
+}
+
+TEST_F(RegistryTest, StatusShowsWhatStreams) {
+  Make(1);
+  const StreamId a = Join("a");
+  v1::WorkerMessage message = Heartbeat(1, true);
+  v1::WorkerHeartbeat& beat = *message.mutable_heartbeat();
+  for (const v1::UnitState state :
+       {v1::UNIT_STATE_RESIDENT, v1::UNIT_STATE_RESIDENT, v1::UNIT_STATE_READING,
+        v1::UNIT_STATE_CONVERTING, v1::UNIT_STATE_QUEUED, v1::UNIT_STATE_ABSENT,
+        v1::UNIT_STATE_FAILED, v1::UNIT_STATE_RESIDENT}) {
+    beat.add_units(state);
+  }
+  for (const bool fixed : {true, false, true}) beat.add_fixed(fixed);  // too few: a race, or a liar
+  beat.add_units(static_cast<v1::UnitState>(77));
+  beat.set_prefetch_hits(6);
+  beat.set_prefetch_late_hits(1);
+  beat.set_prefetch_misses(1);
+  v1::WeightStatus& weights = *beat.mutable_weights();
+  weights.set_streaming(true);
+  weights.set_budget_bytes(1000);
+  weights.set_file_read_bytes(500);
+  weights.set_file_seconds(0.25);
+  weights.set_host_read_bytes(300);
+  weights.set_host_seconds(std::nan(""));
+  weights.set_host_bytes(100);
+  weights.set_host_raw_bytes(130);
+  registry_->Received(a, message, now_);
+  v1::GetStatusResponse status;
+  registry_->FillStatus(&status);
+  const v1::StageStatus& stage = status.stages(0);
+  EXPECT_EQ(stage.residency(), "Rsrcq.FR.");
+  EXPECT_EQ(stage.weights().budget_bytes(), 1000u);
+  EXPECT_EQ(stage.hit_ratio(), 0.75);
+  EXPECT_EQ(stage.file_bytes_per_second(), 2000);
+  EXPECT_EQ(stage.host_bytes_per_second(), 0);
+  EXPECT_EQ(stage.host_compression_ratio(), 1.3);
 }
 
 TEST_F(RegistryTest, StatusShowsStages) {

@@ -84,7 +84,7 @@ absl::Duration Scheduler::NextDeadline() const {
 }
 
 std::optional<Step> Scheduler::Next() {
-  if (in_flight() >= options_.max_in_flight) return std::nullopt;
+  if (in_flight() >= options_.max_in_flight || !WorthAPass()) return std::nullopt;
   Step step;
   AddDecodeRows(step);
   AddPromptRows(step);
@@ -105,6 +105,14 @@ void Scheduler::Admit() {
   }
 }
 
+// False: while streaming, the rows at hand are better sent together with those in flight.
+bool Scheduler::WorthAPass() const {
+  if (!streaming_ || decode_steps_in_flight_ == 0) return true;
+  const bool decodes = decode_steps_in_flight_ < options_.stages;
+  const int64_t rows = PendingPromptRows() + (decodes ? static_cast<int64_t>(ready_.size()) : 0);
+  return rows >= options_.max_step_tokens;
+}
+
 // More decoding steps in flight than stages would only queue before a stage; the rows that wait
 // instead join the step after, which costs hardly more with them than without.
 void Scheduler::AddDecodeRows(Step& step) {
@@ -117,9 +125,10 @@ void Scheduler::AddDecodeRows(Step& step) {
   }
 }
 
-// An equal share for each stage's step, and room for prompts, which would starve otherwise.
+// An equal share for each stage's step (while streaming: everything), and room for prompts, which
+// would starve otherwise.
 int Scheduler::DecodeRowLimit() const {
-  const int share = CeilDivide(decoding_, options_.stages);
+  const int share = streaming_ ? decoding_ : CeilDivide(decoding_, options_.stages);
   if (prompts_.empty()) return std::min(share, options_.max_step_tokens);
   if (options_.max_step_tokens == 1) return steps_ % 2;  // take turns
   const int room = std::max(1, options_.max_step_tokens / 4);
@@ -151,12 +160,16 @@ void Scheduler::AddPromptRows(Step& step) {
 // One stage works best on large chunks. Several stages work at the same time only if the prompt
 // rows at hand make several chunks: two for each stage, if they do not become too small.
 int Scheduler::PromptRowLimit() const {
-  if (options_.stages == 1) return options_.max_step_tokens;
-  int64_t pending = 0;
-  for (RequestId id : prompts_) pending += sequences_.at(id).pending();
-  const int64_t chunks = pending / (2 * options_.stages) / kMinChunkRows;
+  if (options_.stages == 1 || streaming_) return options_.max_step_tokens;
+  const int64_t chunks = PendingPromptRows() / (2 * options_.stages) / kMinChunkRows;
   return static_cast<int>(
       std::min<int64_t>((chunks + 1) * kMinChunkRows, options_.max_step_tokens));
+}
+
+int64_t Scheduler::PendingPromptRows() const {
+  int64_t rows = 0;
+  for (RequestId id : prompts_) rows += sequences_.at(id).pending();
+  return rows;
 }
 
 void Scheduler::AddRows(Sequence& sequence, int count, Step& step) {

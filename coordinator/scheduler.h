@@ -4,7 +4,8 @@
 // Every sequence is a list of tokens of which a prefix has been sent through the pipeline. A prompt
 // is sent in chunks, several of which may be in flight behind each other because frames keep their
 // order; a decode row is the same thing with one token left to send. Decoding sequences are spread
-// over as many steps as there are stages, so that all stages have work.
+// over as many steps as there are stages, so that all stages have work - unless weights are
+// streamed, where each step costs a pass over them all: then the fewest steps win.
 #ifndef STAGECOACH_COORDINATOR_SCHEDULER_H_
 #define STAGECOACH_COORDINATOR_SCHEDULER_H_
 
@@ -115,6 +116,11 @@ class Scheduler {
   void Tick(absl::Duration now);        // ends what has passed its deadline with DEADLINE_EXCEEDED
   absl::Duration NextDeadline() const;  // infinite if there is none
 
+  // While a stage streams its weights, a step is as large as it can be: all decoding sequences in
+  // one, prompts in chunks of max_step_tokens, and rows that do not fill a step wait for the
+  // decoding one in flight, to go with its next. At first false.
+  void SetStreaming(bool streaming) { streaming_ = streaming; }
+
   // The next step to send, or nothing if nothing is ready or enough steps are in flight. Call until
   // nothing comes, after every input.
   std::optional<Step> Next();
@@ -150,13 +156,16 @@ class Scheduler {
   void AddDecodeRows(Step& step);
   void AddPromptRows(Step& step);
   void AddRows(Sequence& sequence, int count, Step& step);
+  bool WorthAPass() const;
   int DecodeRowLimit() const;
   int PromptRowLimit() const;
+  int64_t PendingPromptRows() const;
   void OnRows(const StepRows& rows, int index, const RowsResult& result);
   void OnToken(Sequence& sequence, int index, int32_t token);
   void End(RequestId id, const absl::Status& status, Finish finish = Finish::kStop);
 
   const SchedulerOptions options_;
+  bool streaming_ = false;
   uint64_t steps_ = 0;
   SlotPool slots_;
   std::unordered_map<RequestId, Sequence> sequences_;

@@ -195,6 +195,48 @@ TEST(SchedulerTest, LetsPromptsInWhenDecodeRowsFillEveryStep) {
   }
 }
 
+TEST(SchedulerTest, SendsAllDecodingSequencesInOneStepWhileStreaming) {
+  Scheduler scheduler(Options(4, 8));
+  scheduler.SetStreaming(true);
+  StartDecoding(scheduler, 4);
+  std::vector<Step> steps = TakeSteps(scheduler);
+  ASSERT_EQ(steps.size(), 1u);
+  EXPECT_EQ(steps[0].decode_rows, 4);
+  scheduler.SetStreaming(false);
+  ASSERT_TRUE(Answer(scheduler, steps[0]).ok());
+  EXPECT_EQ(TakeSteps(scheduler).size(), 4u);  // spread again
+}
+
+TEST(SchedulerTest, CutsPromptsOnlyAtTheStepsBoundWhileStreaming) {
+  Scheduler scheduler(Options(4, 2));
+  scheduler.SetStreaming(true);
+  ASSERT_TRUE(scheduler.Add(MakeRequest(1, 300, 1)).ok());
+  const std::vector<Step> steps = TakeSteps(scheduler);
+  ASSERT_EQ(steps.size(), 2u);
+  EXPECT_EQ(steps[0].token_ids.size(), 256u);
+  EXPECT_EQ(steps[1].token_ids.size(), 44u);
+}
+
+TEST(SchedulerTest, LetsSmallPromptsWaitForTheDecodingStepWhileStreaming) {
+  Scheduler scheduler(Options(2, 8));
+  scheduler.SetStreaming(true);
+  StartDecoding(scheduler, 2);
+  const std::vector<Step> decoding = TakeSteps(scheduler);
+  ASSERT_EQ(decoding.size(), 1u);
+  ASSERT_TRUE(scheduler.Add(MakeRequest(9, 100, 5)).ok());
+  EXPECT_FALSE(scheduler.Next());
+  ASSERT_TRUE(scheduler.Add(MakeRequest(10, 200, 5)).ok());  // enough for a step of their own
+  const std::optional<Step> full = scheduler.Next();
+  ASSERT_TRUE(full);
+  EXPECT_EQ(full->token_ids.size(), 256u);
+  EXPECT_FALSE(scheduler.Next());
+  ASSERT_TRUE(Answer(scheduler, decoding[0]).ok());
+  const std::optional<Step> mixed = scheduler.Next();
+  ASSERT_TRUE(mixed);
+  EXPECT_EQ(mixed->decode_rows, 2);
+  EXPECT_EQ(mixed->token_ids.size(), 2u + 44u);
+}
+
 TEST(SchedulerTest, ClosesASlotInTheStepThatReusesIt) {
   Scheduler scheduler(Options(2, 1));
   ASSERT_TRUE(scheduler.Add(MakeRequest(1, 2, 10)).ok());

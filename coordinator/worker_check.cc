@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "coordinator/limits.h"
 #include "fmt/format.h"
@@ -35,6 +36,53 @@ absl::Status CheckWords(const v1::WorkerHello& hello) {
   return absl::OkStatus();
 }
 
+// See StageStatus.residency. `fixed` may be shorter than `units`: the rest counts as fixed.
+std::string ResidencyMap(const google::protobuf::RepeatedField<int>& units,
+                         const google::protobuf::RepeatedField<bool>& fixed) {
+  std::string map;
+  for (int i = 0; i < std::min(units.size(), kMaxResidencyUnits); ++i) {
+    switch (units[i]) {
+      case v1::UNIT_STATE_RESIDENT:
+        map += i >= fixed.size() || fixed[i] ? 'R' : 's';
+        break;
+      case v1::UNIT_STATE_READING:
+        map += 'r';
+        break;
+      case v1::UNIT_STATE_CONVERTING:
+        map += 'c';
+        break;
+      case v1::UNIT_STATE_QUEUED:
+        map += 'q';
+        break;
+      case v1::UNIT_STATE_FAILED:
+        map += 'F';
+        break;
+      default:
+        map += '.';
+    }
+  }
+  return map;
+}
+
+// 0 if there is nothing to divide by; bounded, for workers may say anything.
+double Ratio(double dividend, double divisor) {
+  return divisor > 0 ? std::min(dividend / divisor, 1e18) : 0;
+}
+
+// What people would work out of the counters.
+void FillRatios(v1::StageStatus* stage) {
+  const v1::WeightStatus& weights = stage->weights();
+  const double hits = static_cast<double>(stage->prefetch_hits());
+  stage->set_hit_ratio(Ratio(hits, hits + static_cast<double>(stage->prefetch_late_hits()) +
+                                       static_cast<double>(stage->prefetch_misses())));
+  stage->set_file_bytes_per_second(
+      Ratio(static_cast<double>(weights.file_read_bytes()), weights.file_seconds()));
+  stage->set_host_bytes_per_second(
+      Ratio(static_cast<double>(weights.host_read_bytes()), weights.host_seconds()));
+  stage->set_host_compression_ratio(Ratio(static_cast<double>(weights.host_raw_bytes()),
+                                          static_cast<double>(weights.host_bytes())));
+}
+
 }  // namespace
 
 absl::Status CheckWorkerHello(const v1::WorkerHello& hello, const std::string& model_hash) {
@@ -59,9 +107,13 @@ absl::Status CheckWorkerHello(const v1::WorkerHello& hello, const std::string& m
     return Invalid("memory_bytes", fmt::format("{} is outside [1, {}]", hello.memory_bytes(),
                                                kMaxWorkerMemoryBytes));
   }
-  if (!(std::isfinite(hello.read_bytes_per_second()) && hello.read_bytes_per_second() >= 0)) {
-    return Invalid("read_bytes_per_second",
-                   fmt::format("{} is not a speed", hello.read_bytes_per_second()));
+  for (const auto& [field, value] :
+       {std::pair("read_bytes_per_second", hello.read_bytes_per_second()),
+        std::pair("load_bytes_per_second", hello.load_bytes_per_second()),
+        std::pair("weight_budget_percent", hello.weight_budget_percent())}) {
+    if (!(std::isfinite(value) && value >= 0)) {
+      return Invalid(field, fmt::format("{} is neither 0 nor a positive number", value));
+    }
   }
   const auto& transports = hello.transports();
   if (std::find(transports.begin(), transports.end(), "grpc") == transports.end()) {
@@ -98,7 +150,11 @@ void FillStageStatus(const v1::WorkerHello& hello,
   stage->set_prefetch_misses(heartbeat->prefetch_misses());
   stage->set_stall_seconds(heartbeat->stall_seconds());
   stage->set_detail(heartbeat->detail());
+  stage->set_stalled(heartbeat->stalled());
   stage->set_dropped_frames(heartbeat->dropped_frames());
+  *stage->mutable_weights() = heartbeat->weights();
+  stage->set_residency(ResidencyMap(units, heartbeat->fixed()));
+  FillRatios(stage);
 }
 
 }  // namespace stagecoach

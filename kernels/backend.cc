@@ -7,13 +7,34 @@
 
 namespace stagecoach {
 
+namespace {
+
+// One head at one position.
+uint64_t HeadBytes(KvType type, uint64_t length) {
+  switch (type) {
+    case KvType::kF16:
+      return 2 * length;
+    case KvType::kF32:
+      return 4 * length;
+    case KvType::kQ8_0:
+      return length + 2 * ((length + 31) / 32);
+  }
+  return 0;
+}
+
+}  // namespace
+
+uint64_t KvPositionBytes(KvType type, int kv_heads, int key_length, int value_length) {
+  const uint64_t head = HeadBytes(type, key_length) + HeadBytes(type, value_length);
+  return CheckedMul(head, static_cast<uint64_t>(kv_heads))
+      .value_or(std::numeric_limits<uint64_t>::max());
+}
+
 uint64_t KvBytes(const KvShape& shape) {
-  const uint64_t element_bytes = shape.type == KvType::kF16 ? 2 : 4;
-  const uint64_t row_elements =
-      static_cast<uint64_t>(shape.key_length) + static_cast<uint64_t>(shape.value_length);
-  std::optional<uint64_t> bytes = element_bytes * kKvBlockPositions;
+  std::optional<uint64_t> bytes =
+      KvPositionBytes(shape.type, shape.kv_heads, shape.key_length, shape.value_length);
   for (const uint64_t factor :
-       {row_elements, static_cast<uint64_t>(shape.kv_heads), static_cast<uint64_t>(shape.layers),
+       {static_cast<uint64_t>(kKvBlockPositions), static_cast<uint64_t>(shape.layers),
         static_cast<uint64_t>(shape.blocks)}) {
     if (bytes) bytes = CheckedMul(*bytes, factor);
   }
@@ -21,5 +42,10 @@ uint64_t KvBytes(const KvShape& shape) {
 }
 
 uint64_t Backend::ResidentBytes(TensorRole, const TensorInfo& tensor) const { return tensor.bytes; }
+
+absl::Status Backend::HeadTop(Workspace&, const UnitWeights&, std::span<const int32_t>, int,
+                              std::span<TopLogit>) {
+  return absl::UnimplementedError("this backend gives all logits only");
+}
 
 }  // namespace stagecoach

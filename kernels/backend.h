@@ -5,7 +5,7 @@
 // backend kind, its kernel revision and the tokens up to that row's position; never on the other
 // rows of the batch, the chunking, the thread count or the stage split. Hence every sum over
 // columns has an order fixed by the weight's shape alone, and attention walks the KV in tiles of
-// kKvBlockPositions, merged in order.
+// whole blocks, merged in order.
 #ifndef STAGECOACH_KERNELS_BACKEND_H_
 #define STAGECOACH_KERNELS_BACKEND_H_
 
@@ -18,6 +18,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/sampling.h"
 #include "model/model_file.h"
 
 namespace stagecoach {
@@ -32,7 +33,9 @@ struct BackendInfo {
   uint64_t memory_bytes = 0;    // usable for weights, KV and workspace together
 };
 
-enum class KvType { kF16, kF32 };
+// kQ8_0: runs of 32 values of one head at one position (the last run may be shorter) as int8 with a
+// half scale each: value = scale * quant.
+enum class KvType { kF16, kF32, kQ8_0 };
 
 // The KV of one stage: `blocks` blocks of kKvBlockPositions positions in each of `layers` layers.
 struct KvShape {
@@ -44,6 +47,13 @@ struct KvShape {
   KvType type = KvType::kF16;
 };
 uint64_t KvBytes(const KvShape& shape);  // checked: saturates at UINT64_MAX
+// Keys and values of one position in one layer.
+uint64_t KvPositionBytes(KvType type, int kv_heads, int key_length, int value_length);
+
+struct KvBlockCopy {
+  int32_t from = 0;
+  int32_t to = 0;
+};
 
 class KvCache {
  public:
@@ -75,7 +85,9 @@ struct BatchSequence {
   int first_row = 0;       // rows [first_row, first_row + row_count) of the activation matrix
   int row_count = 0;       // >= 1
   int start_position = 0;  // position of the first row = positions already in the KV
-  std::span<const int32_t> blocks;  // KV block of positions 32*i ..; covers all rows
+  // KV block of positions 32*i ..; covers all rows. Sequences may share blocks that none of them
+  // writes in this step.
+  std::span<const int32_t> blocks;
 };
 
 struct StepBatch {
@@ -106,8 +118,9 @@ class Backend {
   virtual absl::StatusOr<std::unique_ptr<Workspace>> NewWorkspace(const ModelParams& params,
                                                                   int max_rows) = 0;
 
-  // --- One step of a stage: Embed or SetResidual, RunLayer for each layer, then GetResidual or
-  // Head. The residual stream is float32 [rows][d_model].
+  // --- One step of a stage: Embed or SetResidual, RunLayer for each layer, all with the same
+  // batch, then GetResidual or Head; a backend may put its work off until then. The residual stream
+  // is float32 [rows][d_model].
   virtual absl::Status Embed(Workspace& workspace, const UnitWeights& embedding,
                              std::span<const int32_t> token_ids) = 0;
   virtual absl::Status SetResidual(Workspace& workspace, std::span<const float> residual) = 0;
@@ -118,6 +131,19 @@ class Backend {
   // logits: [rows.size()][vocab], for the residual rows named in `rows`.
   virtual absl::Status Head(Workspace& workspace, const UnitWeights& head,
                             std::span<const int32_t> rows, std::span<float> logits) = 0;
+  // Optional, for devices from which all logits are dear: the `count` best of each row instead, 1
+  // to MaxTopLogits() of them (0: not offered), at most the vocabulary. top: [rows.size()][count],
+  // as SampleFromTop wants them.
+  virtual int MaxTopLogits() const { return 0; }
+  virtual absl::Status HeadTop(Workspace& workspace, const UnitWeights& head,
+                               std::span<const int32_t> rows, int count, std::span<TopLogit> top);
+
+  // --- KV between steps, all layers of the cache, ordered with the steps around them.
+  // Keys and values of each `from` to its `to`, bit for bit. No `to` occurs twice or as a `from`.
+  virtual absl::Status CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) = 0;
+  // All keys and values of the blocks become zero: what is not finite must not stay, for kernels
+  // may read a tile's unused positions and multiply them by zero.
+  virtual absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) = 0;
 
   // --- Single operations, for the conformance suite and `bench kernels`. Host memory in and out.
   // y[rows][n] = x[rows][k] * w[n][k]^T.

@@ -49,18 +49,42 @@ const std::vector<StepCase>& StepCases() {
   return cases;
 }
 
+const char* Name(KvType type) {
+  switch (type) {
+    case KvType::kF16:
+      return "KV F16";
+    case KvType::kF32:
+      return "KV F32";
+    case KvType::kQ8_0:
+      return "KV Q8_0";
+  }
+  return "";
+}
+
+double Tolerance(KvType type) {
+  switch (type) {
+    case KvType::kF16:
+      return 1e-3;
+    case KvType::kF32:
+      return 1e-5;
+    case KvType::kQ8_0:
+      return 2e-2;
+  }
+  return 0;
+}
+
 constexpr int kMostPositions = 256;
 constexpr int kBlocksPerSequence = kMostPositions / kKvBlockPositions;
 constexpr int kMostSequences = 5;
+constexpr int kBlocks = kMostSequences * kBlocksPerSequence;
 constexpr int kKvLayers = 2;
-constexpr int kKvLayer = 1;
 
 // Keys, values and queries of several sequences, by position; blocks dealt out in random order.
 class AttentionBench {
  public:
   AttentionBench(Backend& backend, const HeadShape& shape, KvType type, double query_stddev,
-                 uint64_t block_seed)
-      : backend_(backend), shape_(shape), type_(type) {
+                 uint64_t block_seed, int kv_layer = kKvLayers - 1)
+      : backend_(backend), shape_(shape), type_(type), kv_layer_(kv_layer) {
     params_.heads = shape.heads;
     params_.kv_heads = shape.kv_heads;
     params_.key_length = shape.key_length;
@@ -77,13 +101,12 @@ class AttentionBench {
   }
 
   absl::Status Open() {
-    STAGECOACH_ASSIGN_OR_RETURN(kv_,
-                                backend_.NewKvCache({.layers = kKvLayers,
-                                                     .kv_heads = shape_.kv_heads,
-                                                     .key_length = shape_.key_length,
-                                                     .value_length = shape_.value_length,
-                                                     .blocks = kMostSequences * kBlocksPerSequence,
-                                                     .type = type_}));
+    STAGECOACH_ASSIGN_OR_RETURN(kv_, backend_.NewKvCache({.layers = kKvLayers,
+                                                          .kv_heads = shape_.kv_heads,
+                                                          .key_length = shape_.key_length,
+                                                          .value_length = shape_.value_length,
+                                                          .blocks = 2 * kBlocks,
+                                                          .type = type_}));
     return absl::OkStatus();
   }
 
@@ -109,7 +132,7 @@ class AttentionBench {
     }
     std::vector<float> out(static_cast<size_t>(rows) * shape_.heads * shape_.value_length,
                            std::numeric_limits<float>::quiet_NaN());
-    STAGECOACH_RETURN_IF_ERROR(backend_.Attention(params_, q, k, v, *kv_, kKvLayer,
+    STAGECOACH_RETURN_IF_ERROR(backend_.Attention(params_, q, k, v, *kv_, kv_layer_,
                                                   {.sequences = batch, .rows = rows}, out));
     return out;
   }
@@ -126,12 +149,43 @@ class AttentionBench {
   }
 
   // Leaves NaN in every block, as a sequence with broken activations would.
-  absl::Status Poison() {
+  absl::Status Poison() { return FillWith(std::numeric_limits<float>::quiet_NaN()); }
+
+  // Copies every block to another place, where the sequences find it; the old one gets NaN.
+  absl::Status MoveBlocks() {
+    std::vector<KvBlockCopy> copies;
+    for (const std::vector<int32_t>& blocks : blocks_) {
+      for (const int32_t block : blocks) copies.push_back({block, block + kBlocks});
+    }
+    STAGECOACH_RETURN_IF_ERROR(backend_.CopyKvBlocks(*kv_, copies));
+    STAGECOACH_RETURN_IF_ERROR(Poison());
+    for (std::vector<int32_t>& blocks : blocks_) {
+      for (int32_t& block : blocks) block += kBlocks;
+    }
+    return absl::OkStatus();
+  }
+
+  // Two ways to zeros everywhere.
+  absl::Status StoreZeros() { return FillWith(0); }
+  absl::Status ClearAll() {
+    STAGECOACH_RETURN_IF_ERROR(Poison());
+    std::vector<int32_t> all;
+    for (const std::vector<int32_t>& blocks : blocks_) {
+      all.insert(all.end(), blocks.begin(), blocks.end());
+    }
+    return backend_.ClearKvBlocks(*kv_, all);
+  }
+
+ private:
+  int QueryRow() const { return shape_.heads * shape_.key_length; }
+  int KeyRow() const { return shape_.kv_heads * shape_.key_length; }
+  int ValueRow() const { return shape_.kv_heads * shape_.value_length; }
+
+  // All positions of all sequences get keys and values of `value`.
+  absl::Status FillWith(float value) {
     const std::vector<std::vector<float>> k = k_, v = v_;
     for (auto* rows : {&k_, &v_}) {
-      for (std::vector<float>& row : *rows) {
-        std::fill(row.begin(), row.end(), std::numeric_limits<float>::quiet_NaN());
-      }
+      for (std::vector<float>& row : *rows) std::fill(row.begin(), row.end(), value);
     }
     const std::vector<SequenceRows> all(kMostSequences, {kMostPositions, 0});
     const absl::Status status = Fill(all);
@@ -140,13 +194,8 @@ class AttentionBench {
     return status;
   }
 
- private:
-  int QueryRow() const { return shape_.heads * shape_.key_length; }
-  int KeyRow() const { return shape_.kv_heads * shape_.key_length; }
-  int ValueRow() const { return shape_.kv_heads * shape_.value_length; }
-
   void ShuffleBlocks(uint64_t seed) {
-    std::vector<int32_t> order(kMostSequences * kBlocksPerSequence);
+    std::vector<int32_t> order(kBlocks);
     for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
     RandomSource random(seed);
     for (size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[random.Next() % i]);
@@ -159,6 +208,7 @@ class AttentionBench {
   Backend& backend_;
   const HeadShape shape_;
   const KvType type_;
+  const int kv_layer_;
   ModelParams params_;
   std::unique_ptr<KvCache> kv_;
   std::vector<std::vector<float>> q_, k_, v_;  // [kMostSequences][kMostPositions * row]
@@ -171,13 +221,23 @@ struct AttentionCase {
   double query_stddev = 1;  // larger: a few positions take all the weight
 };
 
+// What is done to the cache before and after the sequences' earlier positions are stored.
+using BenchAction = absl::Status (AttentionBench::*)();
+struct Around {
+  BenchAction before = nullptr;
+  BenchAction after = nullptr;
+  int kv_layer = kKvLayers - 1;
+};
+
 ConformanceRun RunStep(AttentionCase test, std::vector<SequenceRows> sequences, uint64_t block_seed,
-                       bool poison) {
+                       Around around = {}) {
   return [=](Backend& backend) -> absl::StatusOr<std::vector<float>> {
-    AttentionBench bench(backend, test.shape, test.type, test.query_stddev, block_seed);
+    AttentionBench bench(backend, test.shape, test.type, test.query_stddev, block_seed,
+                         around.kv_layer);
     STAGECOACH_RETURN_IF_ERROR(bench.Open());
-    if (poison) STAGECOACH_RETURN_IF_ERROR(bench.Poison());
+    if (around.before != nullptr) STAGECOACH_RETURN_IF_ERROR((bench.*around.before)());
     STAGECOACH_RETURN_IF_ERROR(bench.Fill(sequences));
+    if (around.after != nullptr) STAGECOACH_RETURN_IF_ERROR((bench.*around.after)());
     return bench.Step(sequences);
   };
 }
@@ -212,16 +272,15 @@ ConformanceRun RunChunks(AttentionCase test, std::vector<SequenceRows> sequences
 std::vector<ConformanceCase> AttentionCases() {
   std::vector<ConformanceCase> cases;
   for (const HeadShape& shape : kHeadShapes) {
-    for (const KvType type : {KvType::kF16, KvType::kF32}) {
-      const std::string prefix = fmt::format(
-          "Attention/heads={},kv={},key={},value={}/{}/", shape.heads, shape.kv_heads,
-          shape.key_length, shape.value_length, type == KvType::kF16 ? "KV F16" : "KV F32");
-      const double tolerance = type == KvType::kF16 ? 1e-3 : 1e-5;
+    for (const KvType type : {KvType::kF16, KvType::kF32, KvType::kQ8_0}) {
+      const std::string prefix =
+          fmt::format("Attention/heads={},kv={},key={},value={}/{}/", shape.heads, shape.kv_heads,
+                      shape.key_length, shape.value_length, Name(type));
+      const double tolerance = Tolerance(type);
       const auto add_near = [&](const std::string& name, const AttentionCase& test,
                                 const std::vector<SequenceRows>& sequences, double allowed) {
-        cases.push_back({.name = prefix + name,
-                         .run = RunStep(test, sequences, 1, false),
-                         .tolerance = allowed});
+        cases.push_back(
+            {.name = prefix + name, .run = RunStep(test, sequences, 1), .tolerance = allowed});
       };
       const auto add_same = [&](const std::string& name, ConformanceRun run, ConformanceRun other) {
         cases.push_back(
@@ -234,12 +293,23 @@ std::vector<ConformanceCase> AttentionCases() {
 
       const std::vector<SequenceRows>& mixed = StepCases().back().sequences;
       const AttentionCase plain = {shape, type};
-      const ConformanceRun whole = RunStep(plain, mixed, 1, false);
+      const ConformanceRun whole = RunStep(plain, mixed, 1);
       add_same("sequence alone", whole, RunChunks(plain, mixed, {kMostPositions}));
       add_same("chunks of 1", whole, RunChunks(plain, mixed, {1}));
       add_same("chunks of 7 and 64", whole, RunChunks(plain, mixed, {7, 64}));
-      add_same("other blocks", whole, RunStep(plain, mixed, 2, false));
-      add_same("blocks that held NaN", RunStep(plain, mixed, 1, true), whole);
+      add_same("other blocks", whole, RunStep(plain, mixed, 2));
+      add_same("blocks that held NaN", RunStep(plain, mixed, 1, {&AttentionBench::Poison}), whole);
+      // Whole blocks are copied and cleared: an even and a ragged shape are enough.
+      const bool whole_blocks = shape.key_length == 64 || shape.key_length == 80;
+      for (int layer = 0; layer < kKvLayers && whole_blocks && shape.heads <= 6; ++layer) {
+        const std::string suffix = fmt::format(", layer {}", layer);
+        const Around moved = {nullptr, &AttentionBench::MoveBlocks, layer};
+        add_same("copied blocks" + suffix, RunStep(plain, mixed, 1, moved), whole);
+        const Around cleared = {nullptr, &AttentionBench::ClearAll, layer};
+        const Around zeros = {nullptr, &AttentionBench::StoreZeros, layer};
+        add_same("cleared blocks" + suffix, RunStep(plain, mixed, 1, cleared),
+                 RunStep(plain, mixed, 1, zeros));
+      }
     }
   }
   return cases;

@@ -64,6 +64,12 @@ class BrokenBackend : public Backend {
                     std::span<float> logits) override {
     return Broken(reference_->Head(workspace, head, rows, logits), logits, rows.size());
   }
+  absl::Status CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) override {
+    return reference_->CopyKvBlocks(kv, copies);
+  }
+  absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) override {
+    return reference_->ClearKvBlocks(kv, blocks);
+  }
   absl::Status MatMul(const TensorInfo& tensor, std::span<const std::byte> raw,
                       std::span<const float> x, int rows, std::span<float> y) override {
     return Broken(reference_->MatMul(tensor, raw, x, rows, y), y, rows);

@@ -1,9 +1,11 @@
 // The numerics contract: the bits of a sequence's logits do not depend on the number of stages or
-// threads, on the chunks of its prompt, or on the company it keeps.
+// threads, on the chunks of its prompt, on the company it keeps, or on where its KV lies and whose
+// rows have put it there.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -96,6 +98,95 @@ TEST_F(BitEqualityTest, AReusedSlot) {
   ExpectSameBits((*logits)[0], alone_, "reused slot");
 }
 
+TEST_F(BitEqualityTest, AnyBlocks) {
+  const std::vector<TokenList> company = {tokens_, RandomTokens(100, 5), RandomTokens(170, 6)};
+  for (const uint32_t seed : {1, 2}) {
+    ExpectSameBits(MustLogits({.stages = 2, .block_seed = seed}, company, 7), alone_,
+                   "blocks shuffled with seed " + std::to_string(seed));
+  }
+}
+
+// Logits of the rows from `position` on, as of the whole sequence run alone.
+std::vector<float> LogitsFrom(const TokenList& tokens, int position) {
+  const std::vector<float> all = MustLogits({}, {tokens}, 512);
+  return {all.begin() + static_cast<std::ptrdiff_t>(position) * kVocabulary, all.end()};
+}
+
+class SharedBlocksTest : public BitEqualityTest, public testing::WithParamInterface<int> {
+ protected:
+  SharedBlocksTest() {
+    auto chain = StageChain::Create(TestDataPath("demo-Q4_K_M.gguf"),
+                                    {.stages = 2, .threads = 2, .block_seed = 3});
+    EXPECT_TRUE(chain.ok()) << chain.status();
+    chain_ = *std::move(chain);
+    EXPECT_TRUE(chain_->Logits({tokens_}, 64).ok());
+  }
+  // One step with the tokens [first, last) of a sequence.
+  void ExpectStep(int slot, const TokenList& tokens, int first, int last,
+                  const std::vector<float>& want, const std::string& what) {
+    auto logits = chain_->Step({{slot, {tokens.begin() + first, tokens.begin() + last}}});
+    ASSERT_TRUE(logits.ok()) << logits.status();
+    ExpectSameBits((*logits)[0], want, what);
+  }
+  // The first `shared` tokens of tokens_, then others.
+  TokenList Cousin(int shared, uint32_t seed) const {
+    TokenList tokens(tokens_.begin(), tokens_.begin() + shared);
+    const TokenList rest = RandomTokens(60, seed);
+    tokens.insert(tokens.end(), rest.begin() + 1, rest.end());
+    return tokens;
+  }
+
+  std::unique_ptr<StageChain> chain_;
+};
+
+// On whole blocks, and in the middle of one, which is copied on write; both sequences go on.
+TEST_P(SharedBlocksTest, AFork) {
+  const int shared = GetParam();
+  const TokenList cousin = Cousin(shared, 11);
+  TokenList longer = tokens_;
+  longer.insert(longer.end(), {5, 6, 7, 8, 9});
+  const int child = chain_->Fork(0, shared);
+  ExpectStep(child, cousin, shared, cousin.size(), LogitsFrom(cousin, shared), "the fork");
+  ExpectStep(0, longer, tokens_.size(), longer.size(), LogitsFrom(longer, tokens_.size()),
+             "the one it came from");
+}
+
+// A prefix that outlives the sequence that wrote it.
+TEST_P(SharedBlocksTest, APrefixOfAClosedSequence) {
+  const int shared = GetParam();
+  const TokenList cousin = Cousin(shared, 12);
+  const int child = chain_->Fork(0, shared);
+  chain_->Close(0);
+  const int stranger = chain_->Open();  // takes the blocks that became free
+  const TokenList other = RandomTokens(90, 13);
+  auto logits =
+      chain_->Step({{stranger, other}, {child, TokenList(cousin.begin() + shared, cousin.end())}});
+  ASSERT_TRUE(logits.ok()) << logits.status();
+  ExpectSameBits((*logits)[0], LogitsFrom(other, 0), "the stranger");
+  ExpectSameBits((*logits)[1], LogitsFrom(cousin, shared), "the cached prefix");
+}
+
+INSTANTIATE_TEST_SUITE_P(Positions, SharedBlocksTest, testing::Values(32, 128, 1, 70));
+
+// Closed in the middle, its blocks lent to another, then replayed as a prompt and continued.
+TEST_F(BitEqualityTest, PreemptionByRecompute) {
+  auto chain = StageChain::Create(TestDataPath("demo-Q4_K_M.gguf"), {.stages = 2});
+  ASSERT_TRUE(chain.ok()) << chain.status();
+  const TokenList first_half(tokens_.begin(), tokens_.begin() + 75);
+  ASSERT_TRUE((*chain)->Logits({RandomTokens(40, 1), first_half}, 16).ok());
+  (*chain)->Close(1);
+  ASSERT_TRUE((*chain)->Step({{0, RandomTokens(100, 2)}}).ok());
+  const int slot = (*chain)->Open();
+  std::vector<float> logits;
+  for (size_t done = 0; done < tokens_.size(); done += 50) {
+    auto step = (*chain)->Step(
+        {{slot, TokenList(tokens_.begin() + done, tokens_.begin() + done + 50)}, {0, {9}}});
+    ASSERT_TRUE(step.ok()) << step.status();
+    logits.insert(logits.end(), (*step)[0].begin(), (*step)[0].end());
+  }
+  ExpectSameBits(logits, alone_, "replayed");
+}
+
 // Weights that come and go under a budget, with and without prefetch and the host tier.
 TEST_F(BitEqualityTest, StreamedWeights) {
   const std::vector<LayerStoreOptions> variants = {
@@ -122,6 +213,20 @@ TEST_F(BitEqualityTest, StreamedWeights) {
 
 TEST_F(BitEqualityTest, PortableAndVectorKernels) {
   ExpectSameBits(MustLogits({.isa = "portable"}, {tokens_}, 64), alone_, "portable");
+}
+
+// The other types of KV: other bits, the same promise.
+TEST_F(BitEqualityTest, EveryKvType) {
+  const std::vector<TokenList> company = {tokens_, RandomTokens(40, 4), RandomTokens(90, 5)};
+  for (const KvType type : {KvType::kF32, KvType::kQ8_0}) {
+    const std::vector<float> alone = MustLogits({.kv_type = type}, {tokens_}, 512);
+    ExpectSameBits(
+        MustLogits({.stages = 4, .threads = 2, .kv_type = type, .block_seed = 1}, company, 7),
+        alone, "KV type " + std::to_string(static_cast<int>(type)));
+    ExpectSameBits(MustLogits({.isa = "portable", .kv_type = type}, {tokens_}, 64), alone,
+                   "portable");
+    EXPECT_NE(alone, alone_);
+  }
 }
 
 // Every tensor type: one stage whole against two stages and threads, in chunks, among others.

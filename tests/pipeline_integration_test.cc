@@ -1,8 +1,10 @@
 // The whole pipeline in one process: coordinator's pipeline, real stages on the CPU backend, links
 // in memory.
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -15,6 +17,7 @@
 #include "coordinator/planner.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "tests/stage_chain.h"
+#include "worker/hooked_file.h"
 #include "worker/link/in_process_link.h"
 #include "worker/worker_node.h"
 
@@ -87,8 +90,11 @@ class Recorder : public RequestObserver {
 // A coordinator's pipeline and worker nodes around it.
 class Ring {
  public:
-  explicit Ring(int workers) : backend_(MakeCpuBackend({.threads = 1})) {
-    auto model = ModelFile::Open(TestDataPath("demo-Q4_K_M.gguf"));
+  // Reads of the model go through `hook`, if there is one.
+  explicit Ring(int workers, LayerStoreOptions store = {}, std::shared_ptr<ReadHook> hook = nullptr)
+      : backend_(MakeCpuBackend({.threads = 1})) {
+    auto model = hook != nullptr ? OpenHookedModel("demo-Q4_K_M.gguf", std::move(hook))
+                                 : ModelFile::Open(TestDataPath("demo-Q4_K_M.gguf"));
     EXPECT_TRUE(model.ok()) << model.status();
     model_ = *model;
     pipeline_ = std::make_unique<Pipeline>(
@@ -102,8 +108,8 @@ class Ring {
     hub_.Listen("coordinator", pipeline_.get());
     for (int w = 0; w < workers; ++w) {
       const std::string name = "w" + std::to_string(w);
-      nodes_.push_back(
-          std::make_unique<WorkerNode>(backend_.get(), model_, &hub_, WorkerOptions{.name = name}));
+      nodes_.push_back(std::make_unique<WorkerNode>(backend_.get(), model_, &hub_,
+                                                    WorkerOptions{.name = name, .store = store}));
       hub_.Listen(name, nodes_.back().get());
     }
   }
@@ -171,6 +177,8 @@ class Ring {
   }
 
   Pipeline& pipeline() { return *pipeline_; }
+  const ModelFile& model() const { return *model_; }
+  v1::WorkerHeartbeat Heartbeat(int worker) const { return nodes_[worker]->Heartbeat(); }
 
  private:
   std::unique_ptr<Backend> backend_;
@@ -315,6 +323,76 @@ TEST(PipelineRingTest, ALostWorkerEndsTheStreamsAndTheNextEpochGoesOn) {
   const auto after = ring.Submit(GreedyRequest(GreedyGoldens()[0]));
   ASSERT_TRUE(after->Wait().ok());
   EXPECT_EQ(after->tokens, before->tokens);
+}
+
+struct StreamedRun {
+  std::vector<TokenList> tokens;
+  uint64_t passes = 0;  // of each stage over its layers
+};
+
+// Four sequences through two stages that hold three quarters of their weights.
+StreamedRun RunStreamed(bool scheduler_knows) {
+  StreamedRun run;
+  Ring ring(2, {.weight_budget_percent = 75});
+  ring.Start(1, {0, 1});
+  EXPECT_TRUE(ring.Heartbeat(0).weights().streaming() && ring.Heartbeat(1).weights().streaming());
+  ring.pipeline().SetStreaming(scheduler_knows);
+  std::vector<std::shared_ptr<Recorder>> recorders;
+  for (int i = 0; i < 4; ++i) {
+    recorders.push_back(ring.Submit(SampledRequest(GreedyGoldens()[i], i)));
+  }
+  for (const auto& recorder : recorders) {
+    EXPECT_TRUE(recorder->Wait().ok());
+    run.tokens.push_back(recorder->tokens);
+  }
+  run.passes = ring.Heartbeat(0).steps();
+  return run;
+}
+
+TEST(PipelineRingTest, FourSequencesShareThePassesOverStreamedWeights) {
+  const StreamedRun spread = RunStreamed(false), together = RunStreamed(true);
+  EXPECT_EQ(together.tokens, spread.tokens);
+  EXPECT_LT(together.passes, spread.passes * 2 / 3);
+  std::cout << spread.passes << " passes, " << together.passes << " with streaming known\n";
+}
+
+// A disk that answers nothing while layer 20 is read.
+TEST(PipelineRingTest, AStalledReadIsNamedAndHoldsUpNeitherHeartbeatsNorCancellation) {
+  const auto hook = std::make_shared<ReadHook>();
+  const auto answer = std::make_shared<absl::Notification>();
+  Ring ring(2, {}, hook);
+  const TensorInfo tensor =
+      *ring.model().UnitTensors({.kind = Unit::Kind::kLayer, .layer = 20})[0].tensor;
+  hook->Set([=](const RandomAccessFile& file, uint64_t offset, std::span<std::byte> out) {
+    const bool hit = offset < tensor.offset + tensor.bytes && tensor.offset < offset + out.size();
+    if (hit) answer->WaitForNotification();
+    return file.ReadSome(offset, out);
+  });
+  ASSERT_NO_FATAL_FAILURE(ring.Start(1, {0, 1}));
+  const auto recorder = std::make_shared<Recorder>();
+  const auto id = ring.pipeline().Submit(GreedyRequest(GreedyGoldens()[0]), recorder);
+  ASSERT_TRUE(id.ok()) << id.status();
+  const absl::Time start = absl::Now();
+  v1::WorkerHeartbeat heartbeat;
+  while (!heartbeat.stalled() && absl::Now() - start < absl::Seconds(2)) {
+    const absl::Time asked = absl::Now();
+    heartbeat = ring.Heartbeat(1);
+    EXPECT_LT(absl::Now() - asked, absl::Milliseconds(200));
+    absl::SleepFor(absl::Milliseconds(20));
+  }
+  EXPECT_TRUE(heartbeat.stalled());
+  EXPECT_TRUE(heartbeat.links_ready());
+  EXPECT_THAT(heartbeat.detail(), testing::HasSubstr("waiting for layer 20: read of"));
+  EXPECT_FALSE(ring.Heartbeat(0).stalled());
+  const absl::Time cancelled = absl::Now();
+  ring.pipeline().Cancel(*id);
+  EXPECT_EQ(recorder->Wait().code(), absl::StatusCode::kCancelled);
+  EXPECT_LT(absl::Now() - cancelled, absl::Seconds(1));
+
+  answer->Notify();
+  const auto next = ring.Submit(GreedyRequest(GreedyGoldens()[1]));
+  EXPECT_TRUE(next->Wait().ok());
+  EXPECT_EQ(ring.Heartbeat(1).detail(), "");
 }
 
 // Free slots are reused many times over, with cancellations in between.

@@ -9,83 +9,13 @@
 #include <vector>
 
 #include "absl/time/clock.h"
-#include "tests/stage_chain.h"
-#include "tools/client.h"
-#include "tools/local_cluster.h"
-#include "tools/service.h"
+#include "tests/process_fixture.h"
 
 namespace stagecoach {
 namespace {
 
 using ::testing::AllOf;
 using ::testing::HasSubstr;
-
-const std::string kModel = TestDataPath("demo-Q4_K_M.gguf");
-const std::string kStory = "[INST] Tell me a story about a fox and a lantern. [/INST]";
-
-LocalClusterOptions Options(int workers) {
-  LocalClusterOptions options;
-  options.model = kModel;
-  options.workers = workers;
-  options.threads = 1;
-  options.bin_dir = STAGECOACH_BIN_DIR;
-  options.on_log = [](const std::string& line) { std::fprintf(stderr, "%s\n", line.c_str()); };
-  return options;
-}
-
-std::unique_ptr<Service> MustServe(int workers) {
-  auto cluster = LocalCluster::Start(Options(workers));
-  EXPECT_TRUE(cluster.ok()) << cluster.status();
-  if (!cluster.ok()) return nullptr;
-  auto service = Service::Adopt(std::move(*cluster));
-  EXPECT_TRUE(service.ok()) << service.status();
-  return service.ok() ? std::move(*service) : nullptr;
-}
-
-v1::GenerateRequest Prompt(const std::string& text, uint32_t max_tokens) {
-  v1::GenerateRequest request;
-  request.set_text(text);
-  request.set_max_tokens(max_tokens);
-  return request;
-}
-
-struct Generated {
-  absl::Status status;
-  std::string text;
-  std::vector<int32_t> tokens;
-};
-
-Generated Generate(Client& client, const v1::GenerateRequest& request,
-                   absl::Time deadline = absl::InfiniteFuture()) {
-  Generated out;
-  out.status = client.Generate(request, deadline, [&](const v1::GenerateEvent& event) {
-    out.text += event.text();
-    for (const auto& token : event.tokens()) {
-      EXPECT_EQ(token.index(), out.tokens.size());
-      out.tokens.push_back(token.token_id());
-    }
-    return true;
-  });
-  return out;
-}
-
-struct Finished {
-  int exit_code = -1;
-  std::string output;
-};
-
-Finished RunBinary(std::vector<std::string> argv) {
-  argv[0] = std::string(STAGECOACH_BIN_DIR) + "/" + argv[0];
-  Finished finished;
-  auto child =
-      ChildProcess::Start(argv, [&](const std::string& line) { finished.output += line + "\n"; });
-  EXPECT_TRUE(child.ok()) << child.status();
-  const absl::Time deadline = absl::Now() + absl::Seconds(60);
-  while ((*child)->running() && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(10));
-  (*child)->DrainOutput();
-  finished.exit_code = (*child)->ExitCode();
-  return finished;
-}
 
 TEST(ProcessTest, UpOnceTellsTheStoryThatThePromptAskedFor) {
   const Finished up = RunBinary(

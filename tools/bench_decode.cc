@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/time/clock.h"
+#include "coordinator/kv_flags.h"
 #include "kernels/cpu/read_bandwidth.h"
 #include "model/model_file.h"
 #include "tools/bench.h"
@@ -47,11 +48,11 @@ class InProcessContender : public Contender {
  public:
   static absl::StatusOr<std::unique_ptr<Contender>> Start(
       const std::shared_ptr<const ModelFile>& model, const ServiceFlags& flags, int context) {
-    auto stages = LocalStages::Create(
-        model, {.threads = flags.threads,
-                .max_context = context,
-                .max_step_tokens = context,
-                .kv_type = flags.kv_type == "f32" ? KvType::kF32 : KvType::kF16});
+    auto stages = LocalStages::Create(model, {.device = flags.device,
+                                              .threads = flags.threads,
+                                              .max_context = context,
+                                              .max_step_tokens = context,
+                                              .kv_type = KvTypeNames().at(flags.kv_type)});
     if (!stages.ok()) return stages.status();
     auto contender = std::make_unique<InProcessContender>();
     contender->stages_ = *std::move(stages);
@@ -216,6 +217,9 @@ void AddBenchDecode(CLI::App& bench, Command& run) {
                    "Worker processes, several side by side; 0 = one process without links")
       ->delimiter(',')
       ->check(CLI::Range(0, 512))
+      ->capture_default_str();
+  command
+      ->add_option("--device", flags->service.device, "Where it is computed: cpu, cuda:N or auto")
       ->capture_default_str();
   command->add_option("--threads", flags->service.threads, "Threads per process")
       ->check(CLI::Range(1, 1024))

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "absl/time/clock.h"
+#include "kernels/cpu/aligned_buffer.h"
 #include "model/direct_file.h"
 #include "model/model_file.h"
 #include "model/status_macros.h"
@@ -39,6 +40,7 @@ struct BenchPrefetchFlags {
   int passes = 16;
   int prompt_tokens = 8;
   int rows = 1;
+  std::string host_cache;
   std::string json;
 };
 
@@ -89,8 +91,17 @@ uint64_t PeakMemory() {
   return 0;
 }
 
+// Takes as much memory as the weights will, and gives it back; returns bytes per second. On a
+// virtual machine the first touch of memory may be slower than storage, and is no part of a load.
+absl::StatusOr<double> TouchMemory(uint64_t bytes) {
+  const absl::Time start = absl::Now();
+  STAGECOACH_RETURN_IF_ERROR(cpu::AlignedBuffer<std::byte>::Create(bytes).status());
+  return static_cast<double>(bytes) / SecondsSince(start);
+}
+
 struct ColdStart {
   double plain_rate = 0;  // B/s, here and below
+  double touch_rate = 0;
   double first_layer_seconds = 0;
   double first_layer_share = 0;  // of the bytes had landed by then
   double first_token_seconds = 0;
@@ -122,6 +133,7 @@ absl::StatusOr<ColdStart> MeasureColdStart(const BenchPrefetchFlags& flags, cons
   ColdStart cold;
   STAGECOACH_ASSIGN_OR_RETURN(cold.plain_rate, PlainReadRate(*model));
   DropPageCache(*model);
+  STAGECOACH_ASSIGN_OR_RETURN(cold.touch_rate, TouchMemory(model->file(0).size()));
   const absl::Time start = absl::Now();
   STAGECOACH_ASSIGN_OR_RETURN(
       const auto stages,
@@ -267,6 +279,7 @@ void PrintColdStart(const BenchPrefetchFlags& flags, const ModelFile& model, con
                            100 * c.load_rate / c.plain_rate, c.plain_rate / 1e9)),
            row("of which reading", c.read_seconds, "summed over threads"),
            row("of which converting", c.convert_seconds, "summed over threads")}));
+  fmt::print("memory of that size was touched before, at {:.2f} GB/s\n\n", c.touch_rate / 1e9);
 }
 
 struct Regime {
@@ -274,6 +287,39 @@ struct Regime {
   const char* key;
   Steady steady;
 };
+
+constexpr struct {
+  HostCodec codec;
+  const char* name;
+  const char* key;
+} kHostCodecs[] = {{HostCodec::kNone, "host tier", "host_none"},
+                   {HostCodec::kLz4, "host lz4", "host_lz4"},
+                   {HostCodec::kZstd, "host zstd", "host_zstd"}};
+
+// What the host tier served, of the regimes that had one.
+void ReportHostTier(const std::vector<Regime>& regimes, nlohmann::json& report) {
+  std::vector<std::vector<std::string>> table = {
+      {"", "tensors served", "of bytes", "at", "held", "ratio", "codec's ratio"}};
+  for (const Regime& regime : regimes) {
+    const LayerStoreStats& stats = regime.steady.stats;
+    if (stats.host_bytes == 0) continue;
+    const double rate = static_cast<double>(stats.host_read_bytes) / stats.host_seconds;
+    const double ratio =
+        static_cast<double>(stats.host_raw_bytes) / static_cast<double>(stats.host_bytes);
+    table.push_back(
+        {regime.name, fmt::format("{}", stats.host_hits), FormatBytes(stats.host_read_bytes),
+         fmt::format("{:.2f} GB/s", rate / 1e9), FormatBytes(stats.host_bytes),
+         fmt::format("{:.2f}", ratio),
+         stats.host_codec_ratio == 0 ? "-" : fmt::format("{:.2f}", stats.host_codec_ratio)});
+    report[regime.key].update({{"host_hits", stats.host_hits},
+                               {"host_read_bytes", stats.host_read_bytes},
+                               {"host_bytes_per_second", rate},
+                               {"host_bytes", stats.host_bytes},
+                               {"host_compression_ratio", ratio},
+                               {"host_codec_ratio", stats.host_codec_ratio}});
+  }
+  if (table.size() > 1) fmt::print("\n{}", FormatTable(table));
+}
 
 nlohmann::json ReportSteady(const std::vector<Regime>& regimes, int units) {
   const Steady& resident = regimes[0].steady;
@@ -344,6 +390,15 @@ absl::Status RunBenchPrefetch(const BenchPrefetchFlags& flags) {
   STAGECOACH_ASSIGN_OR_RETURN(regimes[1].steady, MeasureSteady(flags, model, budget));
   budget.prefetch = false;
   STAGECOACH_ASSIGN_OR_RETURN(regimes[2].steady, MeasureSteady(flags, model, budget));
+  if (!flags.host_cache.empty()) {
+    STAGECOACH_ASSIGN_OR_RETURN(budget.host_cache_bytes, ParseBytes(flags.host_cache));
+    budget.prefetch = true;
+    for (const auto& [codec, name, key] : kHostCodecs) {
+      budget.host_cache_codec = codec;
+      STAGECOACH_ASSIGN_OR_RETURN(Steady steady, MeasureSteady(flags, model, budget));
+      regimes.push_back({name, key, std::move(steady)});
+    }
+  }
   const LayerStoreStats& on = regimes[1].steady.stats;
   fmt::print(
       "steady state: budget {} of {} ({}), {} fixed units, window of {}, distance {}, {} "
@@ -352,6 +407,7 @@ absl::Status RunBenchPrefetch(const BenchPrefetchFlags& flags) {
       on.window_units, on.distance, flags.rows, flags.rows == 1 ? "" : "s");
   nlohmann::json report = ReportSteady(
       regimes, static_cast<int>(StageUnits(model->params(), 0, model->params().layers).size()));
+  ReportHostTier(regimes, report);
   report["benchmark"] = "prefetch";
   report["model"] = flags.model;
   report["budget"] = flags.budget;
@@ -394,6 +450,8 @@ void AddBenchPrefetch(CLI::App& bench, Command& run) {
   command->add_option("--rows", flags->rows, "Rows a pass: 1 decodes, more are chunks of a prompt")
       ->check(CLI::Range(1, 4096))
       ->capture_default_str();
+  command->add_option("--host-cache", flags->host_cache,
+                      "Also with a host tier of this size (2GB), by codec");
   command->add_option("--json", flags->json, "Write the results here too");
   command->callback([flags, &run] { run = [flags] { return RunBenchPrefetch(*flags); }; });
 }

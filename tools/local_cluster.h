@@ -23,7 +23,7 @@ struct LocalClusterOptions {
   int expected_workers = 0;            // told to the coordinator; 0 = workers
   int threads = 0;                     // per worker; 0 = the machine's cores shared out evenly
   std::string listen = "127.0.0.1:0";  // of the coordinator
-  int max_slots = 8;
+  int max_slots = 64;
   int context = 0;                             // 0 = the coordinator's default
   std::vector<std::string> worker_flags;       // handed through
   std::vector<std::string> coordinator_flags;  // handed through

@@ -3,14 +3,17 @@
 #include <algorithm>
 #include <utility>
 
-#include "kernels/cpu/cpu_backend.h"
+#include "kernels/device.h"
+#include "worker/kv_slots.h"
 
 namespace stagecoach {
 
 absl::StatusOr<std::unique_ptr<LocalStages>> LocalStages::Create(
     std::shared_ptr<const ModelFile> model, const LocalStageOptions& options) {
   auto local = std::make_unique<LocalStages>();
-  local->backend_ = MakeCpuBackend({.threads = options.threads});
+  auto opened = OpenDevice(options.device, {.threads = options.threads});
+  if (!opened.ok()) return opened.status();
+  local->backend_ = *std::move(opened);
   Backend* const backend = local->backend_.get();
   const int layers = model->params().layers;
   for (int i = 0; i < options.stages; ++i) {
@@ -21,6 +24,7 @@ absl::StatusOr<std::unique_ptr<LocalStages>> LocalStages::Create(
     config.first_layer = layers * i / options.stages;
     config.last_layer = layers * (i + 1) / options.stages;
     config.max_context = options.max_context;
+    config.kv_blocks = KvBlocksFor(options.max_context);
     config.max_step_tokens = options.max_step_tokens;
     config.kv_type = options.kv_type;
     Member member;
@@ -60,6 +64,10 @@ absl::StatusOr<int32_t> LocalStages::Step(std::span<const int32_t> token_ids, bo
   rows.set_start_position(static_cast<uint32_t>(position_));
   rows.set_row_count(static_cast<uint32_t>(token_ids.size()));
   rows.set_sample(true);
+  const auto end = static_cast<int>(position_ + token_ids.size());
+  for (int block = KvBlocksFor(static_cast<int>(position_)); block < KvBlocksFor(end); ++block) {
+    rows.add_new_blocks(static_cast<uint32_t>(block));
+  }
   step.mutable_token_ids()->Assign(token_ids.begin(), token_ids.end());
   for (Member& member : members_) {
     auto next = member.stage->Run(frame);

@@ -2,10 +2,13 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <system_error>
 #include <vector>
 
+#include "coordinator/kv_flags.h"
 #include "coordinator/planner.h"
 #include "model/model_file.h"
 #include "tools/commands.h"
@@ -19,11 +22,29 @@ struct PlanFlags {
   int workers = 0;
   std::vector<std::string> worker;
   std::string memory = "1TB";
-  int max_slots = 8;
+  std::string weight_budget;
+  std::string load_rate;
+  int max_slots = 64;
   int context = 4096;
   int step_tokens = 256;
+  KvOptions kv;
   bool json = false;
 };
+
+// BYTES or N%, as of stagecoach-worker --weight-budget.
+absl::Status SetWeightBudget(const std::string& text, WorkerCapacity& worker) {
+  if (text.ends_with('%')) {
+    const auto [end, error] =
+        std::from_chars(text.data(), text.data() + text.size() - 1, worker.weight_budget_percent);
+    const bool whole = error == std::errc() && end == text.data() + text.size() - 1;
+    if (whole && worker.weight_budget_percent > 0) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        fmt::format("--weight-budget: '{}' is not a percentage above 0", text));
+  }
+  const auto bytes = ParseBytes(text);
+  if (bytes.ok()) worker.weight_budget_bytes = *bytes;
+  return bytes.status();
+}
 
 // NAME:MEMORY[:BYTES_PER_SECOND]
 absl::StatusOr<WorkerCapacity> ParseWorker(const std::string& text) {
@@ -59,6 +80,15 @@ absl::StatusOr<std::vector<WorkerCapacity>> Workers(const PlanFlags& flags) {
   for (int i = 0; i < flags.workers; ++i) {
     workers.push_back({fmt::format("w{}", i), *memory, 0});
   }
+  for (WorkerCapacity& worker : workers) {
+    if (!flags.weight_budget.empty()) {
+      if (auto status = SetWeightBudget(flags.weight_budget, worker); !status.ok()) return status;
+    }
+    if (flags.load_rate.empty()) continue;
+    const auto rate = ParseBytes(flags.load_rate);
+    if (!rate.ok()) return rate.status();
+    worker.load_bytes_per_second = static_cast<double>(*rate);
+  }
   if (workers.empty()) {
     return absl::InvalidArgumentError("name the workers: --workers N, or --worker NAME:MEMORY ...");
   }
@@ -66,13 +96,16 @@ absl::StatusOr<std::vector<WorkerCapacity>> Workers(const PlanFlags& flags) {
 }
 
 nlohmann::json ToJson(const ModelFile& model, const Plan& plan) {
-  nlohmann::json out = {{"model_hash", model.hash()}, {"layers", model.params().layers}};
+  nlohmann::json out = {{"model_hash", model.hash()},
+                        {"layers", model.params().layers},
+                        {"kv_blocks", plan.kv_blocks}};
   for (const PlanStage& stage : plan.stages) {
     out["stages"].push_back({{"worker", stage.worker},
                              {"first_layer", stage.first_layer},
                              {"last_layer", stage.last_layer},
                              {"weight_bytes", stage.weight_bytes},
                              {"kv_bytes", stage.kv_bytes},
+                             {"streamed_bytes", stage.streamed_bytes},
                              {"seconds_per_token", stage.seconds_per_token}});
   }
   return out;
@@ -85,7 +118,7 @@ absl::Status RunPlan(const PlanFlags& flags) {
   if (!model.ok()) return model.status();
   const PlanLimits limits = {flags.max_slots,
                              std::min(flags.context, (*model)->params().context_length),
-                             flags.step_tokens};
+                             flags.step_tokens, flags.kv};
   auto plan = MakePlan(**model, *workers, limits);
   if (!plan.ok()) return plan.status();
   if (flags.json) {
@@ -107,10 +140,15 @@ void AddPlanCommand(CLI::App& app, Command& run) {
       ->capture_default_str();
   command->add_option("--worker", flags->worker,
                       "NAME:MEMORY[:BANDWIDTH], once per worker in stage order, e.g. a:24GB:900GB");
+  command->add_option("--weight-budget", flags->weight_budget,
+                      "Memory for weights of each worker, e.g. 8GB or 25%; the rest streams");
+  command->add_option("--load-rate", flags->load_rate,
+                      "Bytes per second at which weights stream, e.g. 3GB (default: 1GB)");
   command->add_option("--max-slots", flags->max_slots, "Sequences at once")->capture_default_str();
   command->add_option("--context", flags->context, "Positions per sequence, at most the model's")
       ->capture_default_str();
   command->add_option("--step-tokens", flags->step_tokens, "Rows per step")->capture_default_str();
+  AddKvFlags(*command, flags->kv);
   command->add_flag("--json", flags->json, "Machine-readable output");
   command->callback([flags, &run] { run = [flags] { return RunPlan(*flags); }; });
 }

@@ -18,6 +18,8 @@ void AddPipelineFlags(CLI::App& command, ServiceFlags& flags) {
   command.add_option("--workers", flags.workers, "Worker processes (stages) of a private pipeline")
       ->check(CLI::Range(1, 512))
       ->capture_default_str();
+  command.add_option("--device", flags.device, "Where workers compute: cpu, cuda:N or auto")
+      ->capture_default_str();
   command.add_option("--threads", flags.threads, "CPU threads per worker; 0 = share all cores")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
@@ -26,9 +28,11 @@ void AddPipelineFlags(CLI::App& command, ServiceFlags& flags) {
       ->capture_default_str();
   command.add_option("--context", flags.context, "Positions per sequence; 0 = default")
       ->check(CLI::NonNegativeNumber);
-  command.add_option("--kv-type", flags.kv_type, "KV cache elements")
-      ->check(CLI::IsMember({"f16", "f32"}))
+  command.add_option("--kv-type", flags.kv_type, "Type of cached keys and values")
+      ->check(CLI::IsMember({"f16", "f32", "q8_0"}))
       ->capture_default_str();
+  command.add_option("--kv-memory", flags.kv_memory,
+                     "Memory for KV of each worker, e.g. 8GB or 25%");
   command.add_option("--prefetch", flags.prefetch, "Load layers ahead, or when first needed")
       ->check(CLI::IsMember({"async", "off"}))
       ->capture_default_str();
@@ -50,7 +54,12 @@ LocalClusterOptions ToClusterOptions(const ServiceFlags& flags) {
   options.threads = flags.threads;
   options.max_slots = flags.max_slots;
   options.context = flags.context;
-  options.worker_flags = {"--kv-type", flags.kv_type, "--prefetch", flags.prefetch};
+  options.coordinator_flags = {"--kv-type", flags.kv_type};
+  if (!flags.kv_memory.empty()) {
+    options.coordinator_flags.insert(options.coordinator_flags.end(),
+                                     {"--kv-memory", flags.kv_memory});
+  }
+  options.worker_flags = {"--device", flags.device, "--prefetch", flags.prefetch};
   if (!flags.weight_budget.empty()) {
     options.worker_flags.insert(options.worker_flags.end(),
                                 {"--weight-budget", flags.weight_budget});
@@ -104,6 +113,39 @@ std::string FormatStages(const v1::GetStatusResponse& status) {
          fmt::format("{:.3f}", s.stall_seconds())});
   }
   return FormatTable(rows);
+}
+
+std::string FormatWeights(const v1::GetStatusResponse& status) {
+  std::vector<std::vector<std::string>> rows = {
+      {"stage", "budget",  "resident", "peak",   "fixed",  "window", "ahead",
+       "queue", "evicted", "hits",     "late",   "missed", "hit",    "stall s",
+       "file",  "file/s",  "host",     "host/s", "held",   "packed", "units"}};
+  for (const v1::StageStatus& s : status.stages()) {
+    const v1::WeightStatus& w = s.weights();
+    if (!w.streaming() && !w.host_tier()) continue;
+    rows.push_back({fmt::format("{}", s.stage()),
+                    w.budget_bytes() > 0 ? FormatBytes(w.budget_bytes()) : "-",
+                    FormatBytes(w.resident_bytes()),
+                    FormatBytes(w.peak_resident_bytes()),
+                    fmt::format("{}", w.fixed_units()),
+                    fmt::format("{}", w.window_units()),
+                    fmt::format("{}", w.distance()),
+                    fmt::format("{}", w.queued_units()),
+                    fmt::format("{}", w.evictions()),
+                    fmt::format("{}", s.prefetch_hits()),
+                    fmt::format("{}", s.prefetch_late_hits()),
+                    fmt::format("{}", s.prefetch_misses()),
+                    fmt::format("{:.1f}%", 100 * s.hit_ratio()),
+                    fmt::format("{:.3f}", s.stall_seconds()),
+                    FormatBytes(w.file_read_bytes()),
+                    FormatBytes(static_cast<uint64_t>(s.file_bytes_per_second())),
+                    FormatBytes(w.host_read_bytes()),
+                    FormatBytes(static_cast<uint64_t>(s.host_bytes_per_second())),
+                    FormatBytes(w.host_bytes()),
+                    fmt::format("{:.2f}x", s.host_compression_ratio()),
+                    s.residency()});
+  }
+  return rows.size() == 1 ? "" : FormatTable(rows);
 }
 
 }  // namespace stagecoach

@@ -20,16 +20,20 @@ struct ServiceFlags {
   std::string server;
   std::string model;
   int workers = 1;
+  std::string device = "cpu";  // of each worker
   int threads = 0;
-  int max_slots = 8;
+  int max_slots = 64;
   int context = 0;
   std::string prefetch = "async";
   std::string kv_type = "f16";
+  std::string kv_memory;      // empty = the coordinator's default
   std::string weight_budget;  // of each worker; empty = none
   bool verbose = false;
 };
 
-// Declares --server, --model, --workers, --threads, --context, --kv-type, --prefetch, --verbose.
+// Declares --server, --model, --workers, --device, --threads, --context, --kv-type, --kv-memory,
+// --prefetch,
+// --verbose.
 void AddServiceFlags(CLI::App& command, ServiceFlags& flags);
 // Those of them that a private service needs, without --server and --model.
 void AddPipelineFlags(CLI::App& command, ServiceFlags& flags);
@@ -56,6 +60,9 @@ class Service {
 
 // "3.21 tok/s"-style summary lines of a service's stages, one row per stage.
 std::string FormatStages(const v1::GetStatusResponse& status);
+// What the layer stores do, one row per stage; empty if no stage streams its weights
+// or has a host tier.
+std::string FormatWeights(const v1::GetStatusResponse& status);
 
 }  // namespace stagecoach
 

@@ -53,6 +53,9 @@ absl::Status RunStatus(const StatusFlags& flags) {
       status->completed_requests(), status->failed_requests(), status->prompt_tokens(),
       status->completion_tokens());
   fmt::print("{}", FormatStages(*status));
+  if (const std::string weights = FormatWeights(*status); !weights.empty()) {
+    fmt::print("\n{}", weights);
+  }
   for (const v1::StageStatus& stage : status->stages()) {
     if (!stage.detail().empty()) fmt::print("stage {}: {}\n", stage.stage(), stage.detail());
   }

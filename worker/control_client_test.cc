@@ -125,6 +125,7 @@ TEST_F(ControlClientTest, JoinsAgainAfterALossAndGivesUpWhenFencedOff) {
         assignment.set_next_hop("nowhere");
         assignment.set_max_slots(1);
         assignment.set_max_context(32);
+        assignment.set_kv_blocks(1);
         assignment.set_max_step_tokens(8);
         stream->Write(message);
         assigned = AwaitHeartbeat(stream, [](const auto& beat) { return beat.epoch() == 3; });

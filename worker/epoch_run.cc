@@ -41,7 +41,18 @@ bool IsContractViolation(const absl::Status& status) {
   }
 }
 
-StageConfig MakeConfig(const v1::Assignment& assignment, KvType kv_type) {
+KvType ToKvType(v1::KvType type) {
+  switch (type) {
+    case v1::KV_TYPE_F32:
+      return KvType::kF32;
+    case v1::KV_TYPE_Q8_0:
+      return KvType::kQ8_0;
+    default:
+      return KvType::kF16;
+  }
+}
+
+StageConfig MakeConfig(const v1::Assignment& assignment) {
   const auto to_int = [](uint32_t value) {  // Create refuses what is out of range
     return static_cast<int>(std::min<uint32_t>(value, INT32_MAX));
   };
@@ -52,8 +63,9 @@ StageConfig MakeConfig(const v1::Assignment& assignment, KvType kv_type) {
           .last_layer = to_int(assignment.last_layer()),
           .max_slots = to_int(assignment.max_slots()),
           .max_context = to_int(assignment.max_context()),
+          .kv_blocks = to_int(assignment.kv_blocks()),
           .max_step_tokens = to_int(assignment.max_step_tokens()),
-          .kv_type = kv_type};
+          .kv_type = ToKvType(assignment.kv_type())};
 }
 
 }  // namespace
@@ -200,7 +212,11 @@ absl::Status EpochRun::Prepare() {
     absl::MutexLock lock(&mu_);
     if (ended()) return absl::CancelledError("stopped");
   }
-  const StageConfig config = MakeConfig(assignment_, context_.kv_type);
+  if (!v1::KvType_IsValid(assignment_.kv_type())) {
+    return absl::InvalidArgumentError(fmt::format("KV type {} is unknown to this worker",
+                                                  static_cast<int>(assignment_.kv_type())));
+  }
+  const StageConfig config = MakeConfig(assignment_);
   auto stage = Stage::Create(context_.backend, context_.model, context_.store, config);
   if (!stage.ok()) return stage.status();
   stage_ = *std::move(stage);

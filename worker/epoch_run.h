@@ -40,7 +40,6 @@ struct EpochContext {
   std::shared_ptr<const ModelFile> model;
   LayerStore* store = nullptr;
   LinkDialer* dialer = nullptr;
-  KvType kv_type = KvType::kF16;
   StageCounters* counters = nullptr;
   // Called without locks, from any thread.
   std::function<void(const v1::AssignmentFailed&)> on_failed;

@@ -85,6 +85,8 @@ class FakeBackend : public Backend {
                     std::span<float>) override {
     return No();
   }
+  absl::Status CopyKvBlocks(KvCache&, std::span<const KvBlockCopy>) override { return No(); }
+  absl::Status ClearKvBlocks(KvCache&, std::span<const int32_t>) override { return No(); }
   absl::Status MatMul(const TensorInfo&, std::span<const std::byte>, std::span<const float>, int,
                       std::span<float>) override {
     return No();

@@ -51,6 +51,7 @@ class Target {
                                 .last_layer = stage_number_ + 1,
                                 .max_slots = 2,
                                 .max_context = 48,
+                                .kv_blocks = 6,
                                 .max_step_tokens = kStepTokens});
     Require(stage.ok(), stage.status());
     if (help & 1) frame.header.set_epoch(1);
@@ -88,6 +89,7 @@ class Target {
     v1::SequenceRows& rows = *step.add_rows();
     rows.set_slot(1);
     rows.set_row_count(1);
+    rows.add_new_blocks(0);
     rows.set_sample(true);
     step.add_token_ids(3);
     frame.payload = Payload(std::vector<float>(Columns(), 0.25f));

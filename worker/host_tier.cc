@@ -156,11 +156,14 @@ void HostTier::Put(const TensorInfo& tensor, std::span<const std::byte> raw) {
       stored->Add(stored->codec, element, chunk, shuffled, compressed);
       if (!Wants(tensor, stored->bytes)) return;
     }
-    if (compress && static_cast<double>(raw.size()) < kLeastRatio * stored->bytes) {
-      {
-        absl::MutexLock lock(&mu_);
-        incompressible_.insert(tensor.type);
-      }
+    const bool pays = static_cast<double>(raw.size()) >= kLeastRatio * stored->bytes;
+    if (compress) {
+      absl::MutexLock lock(&mu_);
+      stats_.tried_raw_bytes += raw.size();
+      stats_.tried_bytes += stored->bytes;
+      if (!pays) incompressible_.insert(tensor.type);
+    }
+    if (compress && !pays) {
       Put(tensor, raw);  // as it is: the type is not tried again
       return;
     }

@@ -24,6 +24,9 @@ struct HostTierStats {
   uint64_t hits = 0;       // tensors served
   uint64_t bytes = 0;      // held now
   uint64_t raw_bytes = 0;  // of which these many before compression
+  // What the codec was tried on, whether or not it paid: before and after.
+  uint64_t tried_raw_bytes = 0;
+  uint64_t tried_bytes = 0;
 };
 
 // Thread-safe. Access is a cycle, so the first tensors that fit stay: replacing them by later ones

@@ -84,6 +84,8 @@ TEST(HostTierTest, ATypeThatDoesNotPayIsNotTriedAgain) {
   tier.Put(first, noise);
   tier.Put(second, zeros);  // would compress well
   EXPECT_EQ(tier.Stats().bytes, noise.size() + zeros.size());
+  EXPECT_EQ(tier.Stats().tried_raw_bytes, noise.size());
+  EXPECT_GE(tier.Stats().tried_bytes, noise.size() * 9 / 10);
   tier.Put(other, zeros);
   EXPECT_LT(tier.Stats().bytes, noise.size() + zeros.size() + (64 << 10));
 }

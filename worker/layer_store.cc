@@ -1,6 +1,7 @@
 #include "worker/layer_store.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "absl/time/clock.h"
@@ -231,6 +232,7 @@ LayerStoreStats LayerStore::Impl::Stats() const {
     if (entry->state == UnitState::kResident) stats.loaded_bytes += bytes;
     if (entry->state == UnitState::kQueued) ++stats.queued_units;
     if (entry->fixed) ++stats.fixed_units;
+    stats.fixed.push_back(entry->fixed);
   }
   const absl::Duration running = loads_ > 0 ? absl::Now() - loading_since_ : absl::ZeroDuration();
   stats.load_seconds = absl::ToDoubleSeconds(load_time_ + running);
@@ -247,10 +249,44 @@ LayerStoreStats LayerStore::Impl::Stats() const {
   stats.host_read_bytes = load.host_read_bytes;
   stats.host_seconds = load.host_seconds;
   const HostTierStats host = host_ ? host_->Stats() : HostTierStats();
+  stats.host_tier = host_.has_value();
   stats.host_hits = host.hits;
   stats.host_bytes = host.bytes;
   stats.host_raw_bytes = host.raw_bytes;
+  if (host.tried_bytes > 0) {
+    stats.host_codec_ratio =
+        static_cast<double>(host.tried_raw_bytes) / static_cast<double>(host.tried_bytes);
+  }
   return stats;
+}
+
+LayerStore::Impl::EntryPtr LayerStore::Impl::FindByTensor(const TensorInfo* tensor) const {
+  for (const EntryPtr& entry : entries_) {
+    for (const UnitTensor& part : model_->UnitTensors(entry->unit)) {
+      if (part.tensor == tensor) return entry;
+    }
+  }
+  return nullptr;
+}
+
+StorageTrouble LayerStore::Impl::Trouble() const {
+  const std::vector<OpenRead> reads = loader_.OpenReads();
+  absl::MutexLock lock(&mu_);
+  for (const OpenRead& read : reads) {
+    const absl::Duration age = absl::Now() - read.since;
+    const EntryPtr entry = age < kStallTime ? nullptr : FindByTensor(read.tensor);
+    if (entry == nullptr) continue;  // a cancelled load's
+    return {.stalled = true,
+            .detail = fmt::format("waiting for {}: read of {:.3g} MB under way for {:.0f} s",
+                                  UnitName(entry->unit), static_cast<double>(read.bytes) / 1e6,
+                                  std::floor(absl::ToDoubleSeconds(age)))};
+  }
+  for (const EntryPtr& entry : entries_) {
+    if (entry->state != UnitState::kFailed) continue;
+    return {.detail = fmt::format("{} could not be loaded: {}", UnitName(entry->unit),
+                                  std::string(entry->error.message()))};
+  }
+  return {};
 }
 
 void LayerStore::Impl::Shutdown() {
@@ -277,6 +313,7 @@ absl::StatusOr<UnitLease> LayerStore::Acquire(const Unit& unit) { return impl_->
 absl::StatusOr<uint64_t> LayerStore::WeightBytes() const { return impl_->WeightBytes(); }
 std::vector<UnitState> LayerStore::States() const { return impl_->States(); }
 LayerStoreStats LayerStore::Stats() const { return impl_->Stats(); }
+StorageTrouble LayerStore::Trouble() const { return impl_->Trouble(); }
 void LayerStore::Shutdown() { impl_->Shutdown(); }
 
 }  // namespace stagecoach

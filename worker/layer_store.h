@@ -4,11 +4,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "kernels/backend.h"
 #include "model/model_file.h"
 #include "worker/host_tier.h"
@@ -39,15 +41,25 @@ struct LayerStoreStats {
   int window_units = 0;  // streaming units that fit at once
   int distance = 0;      // streaming units that are prefetched ahead now
   int queued_units = 0;
+  std::vector<bool> fixed;  // per assigned unit
 
   double read_seconds = 0;       // reading the file, summed over threads
   double convert_seconds = 0;    // to the backend's layout, summed over threads
+  bool host_tier = false;        // there is one
   uint64_t host_hits = 0;        // tensors taken from the host tier instead of the file
   uint64_t host_read_bytes = 0;  // of those tensors
   double host_seconds = 0;       // taking them, summed over threads
   uint64_t host_bytes = 0;       // held by the host tier now
   uint64_t host_raw_bytes = 0;   // of which these many before compression
+  double host_codec_ratio = 0;   // what the codec measured where it was tried; 0 = not tried
 };
+
+// Why an assigned unit is not resident although its load has begun.
+struct StorageTrouble {
+  bool stalled = false;  // a read has been under way for kStallTime
+  std::string detail;    // names the unit and the cause; empty: there is no trouble
+};
+inline constexpr absl::Duration kStallTime = absl::Seconds(1);
 
 // Keeps the unit's weights alive and in place until destroyed. Movable.
 class UnitLease {
@@ -112,6 +124,8 @@ class LayerStore {
 
   std::vector<UnitState> States() const;  // one per assigned unit
   LayerStoreStats Stats() const;
+  // The oldest stalled read, or else the first unit in execution order whose load failed.
+  StorageTrouble Trouble() const;
 
   // Cancels queued loads, stops those under way at their next chunk, joins threads, wakes waiters
   // and waits until they have left. Idempotent; safe at any moment and from several threads.

@@ -37,6 +37,7 @@ class LayerStore::Impl : public std::enable_shared_from_this<Impl> {
   absl::StatusOr<uint64_t> WeightBytes() const;
   std::vector<UnitState> States() const;
   LayerStoreStats Stats() const;
+  StorageTrouble Trouble() const;
   void Shutdown();
 
  private:
@@ -69,6 +70,8 @@ class LayerStore::Impl : public std::enable_shared_from_this<Impl> {
   };
   using EntryPtr = std::shared_ptr<Entry>;
 
+  // The assigned unit that the tensor belongs to, or nullptr.
+  EntryPtr FindByTensor(const TensorInfo* tensor) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   EntryPtr Find(const Unit& unit) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   absl::Status MakeResident(const EntryPtr& entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Runs one load, releasing mu_ meanwhile. Its room has been granted.

@@ -2,8 +2,10 @@
 #ifndef STAGECOACH_WORKER_READ_BUFFER_H_
 #define STAGECOACH_WORKER_READ_BUFFER_H_
 
+#include <sys/mman.h>
+
 #include <cstddef>
-#include <cstdlib>
+#include <cstdint>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -14,40 +16,53 @@
 
 namespace stagecoach {
 
+struct UnmapPages {
+  void operator()(std::byte* memory) const { ::munmap(memory, bytes); }
+  size_t bytes = 0;
+};
+
 class ReadBuffer {
  public:
   // Makes room for `bytes`; what was in the buffer is lost. False if there is no memory.
   [[nodiscard]] bool Reserve(size_t bytes) {
-    if (bytes <= capacity_) return true;
-    if (bytes > SIZE_MAX - kDirectAlignment) return false;
+    if (bytes <= capacity()) return true;
+    if (bytes > SIZE_MAX / 2) return false;
     memory_.reset();
-    capacity_ = 0;
     const size_t rounded = (bytes + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment;
-    memory_.reset(static_cast<std::byte*>(std::aligned_alloc(kDirectAlignment, rounded)));
-    if (memory_ != nullptr) capacity_ = rounded;
-    return memory_ != nullptr;
+    // Pages of their own, which go back to the system at once.
+    void* pages =
+        ::mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED) return false;
+#if defined(MADV_HUGEPAGE)
+    ::madvise(pages, rounded, MADV_HUGEPAGE);  // a wish only: one page fault instead of 512
+#endif
+    memory_ =
+        std::unique_ptr<std::byte, UnmapPages>(static_cast<std::byte*>(pages), UnmapPages{rounded});
+    return true;
   }
   std::byte* data() const { return memory_.get(); }
-  size_t capacity() const { return capacity_; }
+  size_t capacity() const { return memory_ == nullptr ? 0 : memory_.get_deleter().bytes; }
 
  private:
-  struct Free {
-    void operator()(std::byte* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<std::byte, Free> memory_;
-  size_t capacity_ = 0;
+  std::unique_ptr<std::byte, UnmapPages> memory_;
 };
 
 // Buffers that go from one load to the next while any load is under way. Thread-safe.
 class ReadBufferPool {
  public:
-  ReadBuffer Take() {
+  // One of at most `bytes` (and the blocks that direct reads round up to), or an empty one. Idle
+  // ones that are larger are freed: what a load holds is never more than its own tensors ask for.
+  ReadBuffer Take(size_t bytes) {
+    std::vector<ReadBuffer> unused;  // freed after the mutex
     absl::MutexLock lock(&mu_);
     ++taken_;
-    if (free_.empty()) return {};
-    ReadBuffer buffer = std::move(free_.back());
-    free_.pop_back();
-    return buffer;
+    while (!free_.empty()) {
+      ReadBuffer buffer = std::move(free_.back());
+      free_.pop_back();
+      if (buffer.capacity() <= bytes + kRounding) return buffer;
+      unused.push_back(std::move(buffer));
+    }
+    return {};
   }
   // Once all buffers are back, their memory is freed.
   void Give(ReadBuffer buffer) {
@@ -58,6 +73,9 @@ class ReadBufferPool {
   }
 
  private:
+  // A tensor's first and last block, and the buffer's own end.
+  static constexpr size_t kRounding = 3 * kDirectAlignment;
+
   absl::Mutex mu_;
   std::vector<ReadBuffer> free_ ABSL_GUARDED_BY(mu_);
   int taken_ ABSL_GUARDED_BY(mu_) = 0;

@@ -23,7 +23,7 @@ UnitSize MeasureUnit(const Backend& backend, const ModelFile& model, const Unit&
 struct Residency {
   bool streaming = false;   // false: everything is fixed
   std::vector<bool> fixed;  // per unit
-  int window_units = 0;     // streaming units that fit beside the fixed ones and a read buffer
+  int window_units = 0;     // streaming units that fit beside the fixed ones and a load's buffers
 };
 
 // The window holds one unit in use and one per reader under way with its buffer, each counted as

@@ -26,7 +26,7 @@ KvShape StageKvShape(const StageConfig& config, const ModelParams& params) {
           .kv_heads = params.kv_heads,
           .key_length = params.key_length,
           .value_length = params.value_length,
-          .blocks = config.max_slots * BlockTable::BlocksPerSlot(config.max_context),
+          .blocks = config.kv_blocks,
           .type = config.kv_type};
 }
 
@@ -36,8 +36,8 @@ absl::Status CheckMemory(const BackendInfo& info, const KvShape& kv, uint64_t we
   const std::optional<uint64_t> wanted = CheckedAdd(kv_bytes, weight_bytes);
   if (wanted && (info.memory_bytes == 0 || *wanted <= info.memory_bytes)) return absl::OkStatus();
   return absl::ResourceExhaustedError(fmt::format(
-      "{} bytes of KV and {} bytes of weights do not fit in {} bytes; fewer slots, a shorter "
-      "context or more stages would help",
+      "{} bytes of KV and {} bytes of weights do not fit in {} bytes; fewer KV blocks or more "
+      "stages would help",
       kv_bytes, weight_bytes, info.memory_bytes));
 }
 
@@ -51,7 +51,7 @@ uint32_t Microseconds(Clock::duration duration) {
 class Stage::Impl {
  public:
   Impl(Backend* backend, std::shared_ptr<const ModelFile> model, LayerStore* store,
-       const StageConfig& config, const KvShape& kv_shape, std::unique_ptr<KvCache> kv,
+       const StageConfig& config, std::unique_ptr<KvCache> kv,
        std::unique_ptr<Workspace> workspace);
 
   absl::StatusOr<Frame> Run(const Frame& frame);
@@ -65,9 +65,8 @@ class Stage::Impl {
   bool first() const { return config_.stage == 0; }
   bool last() const { return config_.stage == config_.stages - 1; }
 
-  absl::StatusOr<UnitLease> Acquire(const Unit& unit);  // adds to stalled_
-  absl::Status ClearPoisonedSlots(const v1::StepHeader& step);
-  absl::Status ClearBlock(int32_t block);
+  absl::StatusOr<UnitLease> Acquire(const Unit& unit);    // adds to stalled_
+  absl::Status ChangeBlocks(const v1::StepHeader& step);  // clears and copies
   void MakeBatch(const v1::StepHeader& step);
   absl::Status RunLayers(const Frame& frame);
   // Non-finite rows poison the slots of their sequences.
@@ -80,7 +79,6 @@ class Stage::Impl {
   const std::shared_ptr<const ModelFile> model_;
   LayerStore* const store_;
   const ModelParams& params_;
-  const KvShape kv_shape_;
 
   const std::unique_ptr<KvCache> kv_;
   const std::unique_ptr<Workspace> workspace_;
@@ -90,23 +88,24 @@ class Stage::Impl {
   uint64_t last_step_ = 0;
   Clock::duration stalled_{};                   // in this step, waiting for weights
   std::optional<Clock::time_point> last_end_;   // of the step before
+  std::vector<int32_t> cleared_;                // blocks, before the rows of this step
+  std::vector<KvBlockCopy> copies_;             // likewise
   std::vector<BatchSequence> batch_sequences_;  // of this step
   StepBatch batch_;
   std::vector<float> residual_;  // last stage: [max_step_tokens][d_model]
 };
 
 Stage::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model, LayerStore* store,
-                  const StageConfig& config, const KvShape& kv_shape, std::unique_ptr<KvCache> kv,
+                  const StageConfig& config, std::unique_ptr<KvCache> kv,
                   std::unique_ptr<Workspace> workspace)
     : config_(config),
       backend_(backend),
       model_(std::move(model)),
       store_(store),
       params_(model_->params()),
-      kv_shape_(kv_shape),
       kv_(std::move(kv)),
       workspace_(std::move(workspace)),
-      slots_(config.max_slots, config.max_context, /*keep_history=*/last()) {
+      slots_(config.max_slots, config.max_context, config.kv_blocks, /*keep_history=*/last()) {
   batch_sequences_.reserve(std::min(config.max_slots, config.max_step_tokens));
   if (!last()) return;
   output_.emplace(backend_, workspace_.get(), params_.vocab_size, config.max_step_tokens);
@@ -116,9 +115,9 @@ Stage::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model, Laye
 absl::StatusOr<Frame> Stage::Impl::Run(const Frame& frame) {
   const Clock::time_point start = Clock::now();
   stalled_ = {};
-  STAGECOACH_RETURN_IF_ERROR(PrepareStep(config_, params_, frame, last_step_, slots_));
+  STAGECOACH_RETURN_IF_ERROR(PrepareStep(config_, params_, frame, last_step_, slots_, cleared_));
   const v1::StepHeader& step = frame.header.step();
-  STAGECOACH_RETURN_IF_ERROR(ClearPoisonedSlots(step));
+  STAGECOACH_RETURN_IF_ERROR(ChangeBlocks(step));
   MakeBatch(step);
   STAGECOACH_RETURN_IF_ERROR(RunLayers(frame));
   STAGECOACH_ASSIGN_OR_RETURN(Frame out, last() ? MakeResult(frame) : MakeActivations(frame));
@@ -137,33 +136,16 @@ absl::StatusOr<UnitLease> Stage::Impl::Acquire(const Unit& unit) {
   return lease;
 }
 
-// A kernel may read a tile's unused positions and multiply them by zero, so what lies there must be
-// finite. The slot stays poisoned until the step is committed.
-absl::Status Stage::Impl::ClearPoisonedSlots(const v1::StepHeader& step) {
-  for (const uint32_t slot : step.close()) {
-    const SlotState& state = slots_.now(slot);
-    if (!state.poisoned) continue;
-    for (const int32_t block : slots_.Blocks(slot, state.length)) {
-      STAGECOACH_RETURN_IF_ERROR(ClearBlock(block));
-    }
+absl::Status Stage::Impl::ChangeBlocks(const v1::StepHeader& step) {
+  cleared_.insert(cleared_.end(), step.clear_blocks().begin(), step.clear_blocks().end());
+  if (!cleared_.empty()) STAGECOACH_RETURN_IF_ERROR(backend_->ClearKvBlocks(*kv_, cleared_));
+  if (step.copies().empty()) return absl::OkStatus();
+  copies_.clear();
+  for (const v1::BlockCopy& copy : step.copies()) {
+    copies_.push_back(
+        {.from = static_cast<int32_t>(copy.from()), .to = static_cast<int32_t>(copy.to())});
   }
-  return absl::OkStatus();
-}
-
-// Stores zero keys and values at all positions of the block, as a sequence of that block alone.
-absl::Status Stage::Impl::ClearBlock(int32_t block) {
-  const size_t heads = static_cast<size_t>(kKvBlockPositions) * params_.heads;
-  const size_t kv_heads = static_cast<size_t>(kKvBlockPositions) * params_.kv_heads;
-  const std::vector<float> q(heads * params_.key_length);
-  const std::vector<float> k(kv_heads * params_.key_length);
-  const std::vector<float> v(kv_heads * params_.value_length);
-  std::vector<float> out(heads * params_.value_length);
-  const BatchSequence sequence{.row_count = kKvBlockPositions, .blocks = {&block, 1}};
-  const StepBatch batch{.sequences = {&sequence, 1}, .rows = kKvBlockPositions};
-  for (int layer = 0; layer < kv_shape_.layers; ++layer) {
-    STAGECOACH_RETURN_IF_ERROR(backend_->Attention(params_, q, k, v, *kv_, layer, batch, out));
-  }
-  return absl::OkStatus();
+  return backend_->CopyKvBlocks(*kv_, copies_);
 }
 
 void Stage::Impl::MakeBatch(const v1::StepHeader& step) {
@@ -175,7 +157,7 @@ void Stage::Impl::MakeBatch(const v1::StepHeader& step) {
     batch_sequences_.push_back({.first_row = row,
                                 .row_count = count,
                                 .start_position = static_cast<int>(rows.start_position()),
-                                .blocks = slots_.Blocks(slot, slots_.next(slot).length)});
+                                .blocks = slots_.Blocks(slot)});
     slots_.SetTokens(slot, rows.start_position(),
                      {step.token_ids().data() + row, static_cast<size_t>(count)});
     row += count;
@@ -208,7 +190,7 @@ void Stage::Impl::MarkPoisoned(const v1::StepHeader& step, std::span<const float
     const BatchSequence& sequence = batch_sequences_[i];
     const size_t d_model = params_.d_model;
     if (!AllFinite(residual.subspan(sequence.first_row * d_model, sequence.row_count * d_model))) {
-      slots_.next(step.rows(i).slot()).poisoned = true;
+      slots_.next(step.rows(i).slot()).Poison(sequence.start_position);
     }
   }
 }
@@ -277,7 +259,7 @@ absl::StatusOr<std::unique_ptr<Stage>> Stage::Create(Backend* backend,
   STAGECOACH_ASSIGN_OR_RETURN(auto workspace,
                               backend->NewWorkspace(params, config.max_step_tokens));
   return std::unique_ptr<Stage>(new Stage(std::make_unique<Impl>(
-      backend, std::move(model), store, config, kv_shape, std::move(kv), std::move(workspace))));
+      backend, std::move(model), store, config, std::move(kv), std::move(workspace))));
 }
 
 Stage::Stage(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}

@@ -22,6 +22,7 @@ struct StageConfig {
   int last_layer = 0;
   int max_slots = 1;
   int max_context = 0;      // positions per slot
+  int kv_blocks = 0;        // in every layer
   int max_step_tokens = 0;  // rows per frame
   KvType kv_type = KvType::kF16;
 };
@@ -38,22 +39,28 @@ class Stage {
                                                        LayerStore* store, StageConfig config);
   ~Stage();
 
-  // Runs one step: closes, opens, rows. Returns the frame for the next hop: the step with new
-  // activations, or (last stage) the StepResult.
+  // Runs one step: closes, clears and copies of blocks, opens, rows. Returns the frame for the next
+  // hop: the step with new activations, or (last stage) the StepResult.
   //
   // A frame that does not fit the contract changes nothing and is an error:
   //   ABORTED              another epoch
   //   ALREADY_EXISTS       a step that was run before
   //   OUT_OF_RANGE         a step skipped; a position that is not the KV length; context exceeded
   //   NOT_FOUND            rows or close for a slot or sequence id that is not open
-  //   INVALID_ARGUMENT     payload size, row counts, slot or token id out of range; open of a slot
-  //                        that is open; sampling parameters out of range
+  //   INVALID_ARGUMENT     payload size, row counts, slot, token id or block out of range; open of
+  //   a
+  //                        slot that is open; sampling parameters out of range; blocks that do not
+  //                        cover a sequence's positions exactly; a block that would change (by
+  //                        rows, clear or copy) while another sequence has it, or twice
   //   FAILED_PRECONDITION  d_model of another model
   // A weight that cannot be loaded, or a device fault, is returned as it is; the step then counts
-  // as not run.
+  // as not run and may be run again.
   // Trouble of one sequence (non-finite values: DATA_LOSS) is reported in its SequenceResult and
-  // leaves the others alone; its KV is cleared before reuse. Middle stages pass non-finite values
-  // on, so that the last stage sees and reports them; it does so until the sequence is closed.
+  // leaves the others alone. Middle stages pass non-finite values on, so that the last stage sees
+  // and reports them; it does so until the sequence is closed.
+  // Blocks that a sequence left non-finite values in are cleared when it is closed: the coordinator
+  // asks for that too (clear_blocks), but may have closed it before it heard of them. Of blocks
+  // that are shared by cached_blocks it must know that they were written without an error.
   absl::StatusOr<Frame> Run(const Frame& frame);
 
   const StageConfig& config() const;

@@ -1,6 +1,9 @@
 #include "worker/stage_check.h"
 
+#include <algorithm>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "fmt/format.h"
 #include "model/status_macros.h"
@@ -9,6 +12,11 @@ namespace stagecoach {
 namespace {
 
 absl::Status Invalid(const std::string& message) { return absl::InvalidArgumentError(message); }
+
+template <typename T>
+std::span<const T> Span(const google::protobuf::RepeatedField<T>& field) {
+  return {field.data(), static_cast<size_t>(field.size())};
+}
 
 // Written so that NaN is out of range.
 bool InRange(float value, float low, float high) { return value >= low && value <= high; }
@@ -31,6 +39,15 @@ absl::Status CheckEpochAndStep(const StageConfig& config, const v1::FrameHeader&
   return absl::OkStatus();
 }
 
+absl::Status CheckTokens(std::span<const int32_t> tokens, const ModelParams& params) {
+  for (const int32_t token : tokens) {
+    if (token < 0 || token >= params.vocab_size) {
+      return Invalid(fmt::format("token id {} outside [0, {})", token, params.vocab_size));
+    }
+  }
+  return absl::OkStatus();
+}
+
 // Shapes of the payload, the token ids and the timings, all of which go by the rows.
 absl::Status CheckShape(const StageConfig& config, const ModelParams& params, const Frame& frame) {
   const v1::StepHeader& step = frame.header.step();
@@ -47,11 +64,7 @@ absl::Status CheckShape(const StageConfig& config, const ModelParams& params, co
   if (static_cast<uint64_t>(step.token_ids_size()) != rows) {
     return Invalid(fmt::format("{} token ids for {} rows", step.token_ids_size(), rows));
   }
-  for (const int32_t token : step.token_ids()) {
-    if (token < 0 || token >= params.vocab_size) {
-      return Invalid(fmt::format("token id {} outside [0, {})", token, params.vocab_size));
-    }
-  }
+  STAGECOACH_RETURN_IF_ERROR(CheckTokens(Span(step.token_ids()), params));
   if (frame.payload.values().size() != rows * d_model) {
     return Invalid(fmt::format("a payload of {} floats where {} rows of {} are due",
                                frame.payload.values().size(), rows, d_model));
@@ -103,11 +116,63 @@ absl::Status Close(uint32_t slot, KvSlots& slots) {
   if (!slots.next(slot).open) {
     return absl::NotFoundError(fmt::format("close of slot {}, which is not open", slot));
   }
-  slots.next(slot) = SlotState{};
+  slots.Close(slot);
   return absl::OkStatus();
 }
 
-absl::Status Open(const v1::SequenceOpen& open, KvSlots& slots) {
+absl::Status CheckBlock(uint32_t block, const KvSlots& slots) {
+  if (block < static_cast<uint32_t>(slots.kv_blocks())) return absl::OkStatus();
+  return Invalid(fmt::format("block {} outside [0, {})", block, slots.kv_blocks()));
+}
+
+// A block whose content is about to change.
+absl::Status CheckUnused(uint32_t block, const KvSlots& slots) {
+  STAGECOACH_RETURN_IF_ERROR(CheckBlock(block, slots));
+  if (slots.users(block) == 0) return absl::OkStatus();
+  return Invalid(fmt::format("block {} belongs to an open sequence", block));
+}
+
+// Clears and copies change only blocks that no sequence has, each of them once.
+absl::Status CheckBlockChanges(const v1::StepHeader& step, const KvSlots& slots) {
+  for (const uint32_t block : step.clear_blocks()) {
+    STAGECOACH_RETURN_IF_ERROR(CheckUnused(block, slots));
+  }
+  std::vector<uint32_t> written;
+  for (const v1::BlockCopy& copy : step.copies()) {
+    STAGECOACH_RETURN_IF_ERROR(CheckBlock(copy.from(), slots));
+    STAGECOACH_RETURN_IF_ERROR(CheckUnused(copy.to(), slots));
+    written.push_back(copy.to());
+  }
+  std::sort(written.begin(), written.end());
+  if (std::adjacent_find(written.begin(), written.end()) != written.end()) {
+    return Invalid("two copies to one block");
+  }
+  for (const v1::BlockCopy& copy : step.copies()) {
+    if (std::binary_search(written.begin(), written.end(), copy.from())) {
+      return Invalid(fmt::format("block {} is copied from and to", copy.from()));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// The blocks and tokens with which a sequence begins.
+absl::Status CheckCached(const v1::SequenceOpen& open, const ModelParams& params,
+                         const KvSlots& slots) {
+  if (open.cached_token_ids_size() > slots.max_context()) {
+    return Invalid(fmt::format("{} cached tokens in a context of {}", open.cached_token_ids_size(),
+                               slots.max_context()));
+  }
+  if (open.cached_blocks_size() != KvBlocksFor(open.cached_token_ids_size())) {
+    return Invalid(fmt::format("{} blocks for {} cached tokens", open.cached_blocks_size(),
+                               open.cached_token_ids_size()));
+  }
+  for (const uint32_t block : open.cached_blocks()) {
+    STAGECOACH_RETURN_IF_ERROR(CheckBlock(block, slots));
+  }
+  return CheckTokens(Span(open.cached_token_ids()), params);
+}
+
+absl::Status Open(const v1::SequenceOpen& open, const ModelParams& params, KvSlots& slots) {
   STAGECOACH_RETURN_IF_ERROR(CheckSlot(open.slot(), slots));
   if (slots.next(open.slot()).open) {
     return Invalid(fmt::format("open of slot {}, which is open already", open.slot()));
@@ -117,10 +182,13 @@ absl::Status Open(const v1::SequenceOpen& open, KvSlots& slots) {
                                slots.max_context()));
   }
   STAGECOACH_RETURN_IF_ERROR(CheckSampling(open.sampling()));
-  slots.next(open.slot()) = {.open = true,
-                             .sequence_id = open.sequence_id(),
-                             .sampling = ToSampling(open.sampling()),
-                             .prompt_tokens = open.prompt_tokens()};
+  STAGECOACH_RETURN_IF_ERROR(CheckCached(open, params, slots));
+  slots.Open(open.slot(), {.sequence_id = open.sequence_id(),
+                           .length = open.cached_token_ids_size(),
+                           .sampling = ToSampling(open.sampling()),
+                           .prompt_tokens = open.prompt_tokens()});
+  slots.AppendBlocks(open.slot(), Span(open.cached_blocks()));
+  slots.SetTokens(open.slot(), 0, Span(open.cached_token_ids()));
   return absl::OkStatus();
 }
 
@@ -135,6 +203,30 @@ absl::Status CheckTargets(const v1::SequenceRows& rows, const ModelParams& param
     if (token < 0 || token >= params.vocab_size) {
       return Invalid(fmt::format("target {} outside [0, {})", token, params.vocab_size));
     }
+  }
+  return absl::OkStatus();
+}
+
+// The blocks of rows up to position `end`: exactly those that are missing, and written by this
+// sequence alone.
+absl::Status ExtendBlocks(const v1::SequenceRows& rows, int end, KvSlots& slots) {
+  const SlotState& state = slots.next(rows.slot());
+  const int missing = KvBlocksFor(end) - state.block_count;
+  if (rows.new_blocks_size() != missing) {
+    return Invalid(fmt::format("{} new blocks for slot {} where positions up to {} take {}",
+                               rows.new_blocks_size(), rows.slot(), end, missing));
+  }
+  if (state.length % kKvBlockPositions != 0) {
+    const int32_t block = slots.Blocks(rows.slot()).back();
+    if (slots.users(block) != 1) {
+      return Invalid(
+          fmt::format("rows for slot {} into block {}, which is shared", rows.slot(), block));
+    }
+  }
+  for (int i = 0; i < missing; ++i) {
+    STAGECOACH_RETURN_IF_ERROR(CheckUnused(rows.new_blocks(i), slots));
+    const uint32_t block[] = {rows.new_blocks(i)};
+    slots.AppendBlocks(rows.slot(), block);
   }
   return absl::OkStatus();
 }
@@ -158,6 +250,7 @@ absl::Status Extend(const v1::SequenceRows& rows, const ModelParams& params, KvS
         fmt::format("rows up to position {} in a context of {}", end, slots.max_context()));
   }
   STAGECOACH_RETURN_IF_ERROR(CheckTargets(rows, params));
+  STAGECOACH_RETURN_IF_ERROR(ExtendBlocks(rows, static_cast<int>(end), slots));
   state.length = static_cast<int>(end);
   state.has_rows = true;
   return absl::OkStatus();
@@ -187,6 +280,7 @@ absl::Status CheckStageConfig(const StageConfig& config, const ModelParams& para
     return Invalid(
         fmt::format("max_context {} outside [1, {}]", config.max_context, kMaxContextLength));
   }
+  if (config.kv_blocks < 1) return Invalid(fmt::format("kv_blocks {}", config.kv_blocks));
   if (config.max_step_tokens < 1 || config.max_step_tokens > kMaxStepTokens) {
     return Invalid(
         fmt::format("max_step_tokens {} outside [1, {}]", config.max_step_tokens, kMaxStepTokens));
@@ -195,13 +289,18 @@ absl::Status CheckStageConfig(const StageConfig& config, const ModelParams& para
 }
 
 absl::Status PrepareStep(const StageConfig& config, const ModelParams& params, const Frame& frame,
-                         uint64_t last_step, KvSlots& slots) {
+                         uint64_t last_step, KvSlots& slots, std::vector<int32_t>& poisoned) {
   STAGECOACH_RETURN_IF_ERROR(CheckEpochAndStep(config, frame.header, last_step));
   STAGECOACH_RETURN_IF_ERROR(CheckShape(config, params, frame));
   const v1::StepHeader& step = frame.header.step();
   slots.Begin();
   for (const uint32_t slot : step.close()) STAGECOACH_RETURN_IF_ERROR(Close(slot, slots));
-  for (const v1::SequenceOpen& open : step.open()) STAGECOACH_RETURN_IF_ERROR(Open(open, slots));
+  poisoned.clear();
+  for (const uint32_t slot : step.close()) slots.CollectPoisoned(slot, poisoned);
+  STAGECOACH_RETURN_IF_ERROR(CheckBlockChanges(step, slots));
+  for (const v1::SequenceOpen& open : step.open()) {
+    STAGECOACH_RETURN_IF_ERROR(Open(open, params, slots));
+  }
   for (const v1::SequenceRows& rows : step.rows()) {
     STAGECOACH_RETURN_IF_ERROR(Extend(rows, params, slots));
   }

@@ -3,6 +3,7 @@
 #define STAGECOACH_WORKER_STAGE_CHECK_H_
 
 #include <cstdint>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "model/model_file.h"
@@ -17,9 +18,10 @@ absl::Status CheckStageConfig(const StageConfig& config, const ModelParams& para
 
 // Checks all of `frame` and prepares its closes, opens and rows in slots.next(); slots.now() is
 // left alone, so that after an error nothing has happened. last_step: the step that was run before
-// this. Errors: those of Stage::Run.
+// this. poisoned: set to the blocks to clear because a sequence that is closed may have left
+// non-finite values there. Errors: those of Stage::Run.
 absl::Status PrepareStep(const StageConfig& config, const ModelParams& params, const Frame& frame,
-                         uint64_t last_step, KvSlots& slots);
+                         uint64_t last_step, KvSlots& slots, std::vector<int32_t>& poisoned);
 
 }  // namespace stagecoach
 

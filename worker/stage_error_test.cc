@@ -29,6 +29,11 @@ v1::StepHeader& Step(Frame& frame) { return *frame.header.mutable_step(); }
 v1::SamplingParams& Sampling(Frame& frame) {
   return *Step(frame).mutable_open(0)->mutable_sampling();
 }
+void AddCopy(Frame& frame, uint32_t from, uint32_t to) {
+  v1::BlockCopy& copy = *Step(frame).add_copies();
+  copy.set_from(from);
+  copy.set_to(to);
+}
 void ResizePayload(Frame& frame, size_t size) {
   const auto values = frame.payload.values();
   std::vector<float> resized(values.begin(), values.end());
@@ -118,6 +123,65 @@ const std::vector<BadFrame> kBadFrames = {
      [](Frame& f) {
        Step(f).mutable_rows(0)->set_logprobs(true);
        for (const int target : {1, 2, 3, 4, 1024}) Step(f).mutable_rows(0)->add_targets(target);
+     }},
+    {"BlockOutside", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_rows(1)->set_new_blocks(0, 12); }},
+    {"BlockHuge", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_rows(1)->set_new_blocks(0, kHuge); }},
+    {"BlockMissing", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_rows(1)->clear_new_blocks(); }},
+    {"BlockExtra", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_rows(1)->add_new_blocks(9); }},
+    {"BlockUnasked", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_rows(0)->add_new_blocks(9); }},
+    {"BlockOfAnother", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_rows(1)->set_new_blocks(0, 0); }},
+    {"BlockSharedWhileWritten", Code::kInvalidArgument,
+     [](Frame& f) {
+       v1::SequenceOpen& open = *Step(f).add_open();
+       open.set_slot(2);
+       open.add_cached_blocks(0);
+       open.add_cached_token_ids(7);
+     }},
+    {"CachedBlockOutside", Code::kInvalidArgument,
+     [](Frame& f) {
+       Step(f).mutable_open(0)->add_cached_blocks(12);
+       Step(f).mutable_open(0)->add_cached_token_ids(7);
+     }},
+    {"CachedBlockWithoutTokens", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_open(0)->add_cached_blocks(8); }},
+    {"CachedTokensWithoutBlock", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_open(0)->add_cached_token_ids(7); }},
+    {"CachedTokenOutside", Code::kInvalidArgument,
+     [](Frame& f) {
+       Step(f).mutable_open(0)->add_cached_blocks(8);
+       Step(f).mutable_open(0)->add_cached_token_ids(1024);
+     }},
+    {"CachedBeyondContext", Code::kInvalidArgument,
+     [](Frame& f) {
+       for (int i = 0; i < 2; ++i) Step(f).mutable_open(0)->add_cached_blocks(8 + i);
+       for (int i = 0; i < 41; ++i) Step(f).mutable_open(0)->add_cached_token_ids(7);
+     }},
+    {"RowsBeforeTheEndOfTheCached", Code::kOutOfRange,
+     [](Frame& f) {
+       Step(f).mutable_open(0)->add_cached_blocks(8);
+       Step(f).mutable_open(0)->add_cached_token_ids(7);
+     }},
+    {"ClearOutside", Code::kInvalidArgument, [](Frame& f) { Step(f).add_clear_blocks(12); }},
+    {"ClearOfABlockInUse", Code::kInvalidArgument, [](Frame& f) { Step(f).add_clear_blocks(0); }},
+    {"CopyFromOutside", Code::kInvalidArgument, [](Frame& f) { AddCopy(f, 12, 8); }},
+    {"CopyToOutside", Code::kInvalidArgument, [](Frame& f) { AddCopy(f, 0, kHuge); }},
+    {"CopyToABlockInUse", Code::kInvalidArgument, [](Frame& f) { AddCopy(f, 8, 0); }},
+    {"CopyToItself", Code::kInvalidArgument, [](Frame& f) { AddCopy(f, 8, 8); }},
+    {"TwoCopiesToOneBlock", Code::kInvalidArgument,
+     [](Frame& f) {
+       AddCopy(f, 0, 8);
+       AddCopy(f, 9, 8);
+     }},
+    {"CopyOfACopy", Code::kInvalidArgument,
+     [](Frame& f) {
+       AddCopy(f, 0, 8);
+       AddCopy(f, 8, 9);
      }},
     {"PayloadLong", Code::kInvalidArgument,
      [](Frame& f) { ResizePayload(f, f.payload.values().size() + 1); }},
@@ -221,7 +285,8 @@ TEST_F(StageErrorTest, ContextIsTheLimit) {
 
 TEST_F(StageErrorTest, ImpossibleConfigsAreRefused) {
   LayerStore store(backend_.get(), model_, {.prefetch = false});
-  const StageConfig good{.last_layer = 2, .max_slots = 2, .max_context = 64, .max_step_tokens = 8};
+  const StageConfig good{
+      .last_layer = 2, .max_slots = 2, .max_context = 64, .kv_blocks = 4, .max_step_tokens = 8};
   ASSERT_TRUE(Stage::Create(backend_.get(), model_, &store, good).ok());
   const std::vector<std::function<void(StageConfig&)>> spoilers = {
       [](StageConfig& c) { c.stages = 0; },
@@ -237,6 +302,8 @@ TEST_F(StageErrorTest, ImpossibleConfigsAreRefused) {
       [](StageConfig& c) { c.max_slots = kMaxSlots + 1; },
       [](StageConfig& c) { c.max_context = 0; },
       [](StageConfig& c) { c.max_context = std::numeric_limits<int>::max(); },
+      [](StageConfig& c) { c.kv_blocks = 0; },
+      [](StageConfig& c) { c.kv_blocks = -1; },
       [](StageConfig& c) { c.max_step_tokens = 0; },
       [](StageConfig& c) { c.max_step_tokens = kMaxStepTokens + 1; },
   };
@@ -248,8 +315,7 @@ TEST_F(StageErrorTest, ImpossibleConfigsAreRefused) {
         << i;
   }
   StageConfig huge = good;
-  huge.max_slots = kMaxSlots;
-  huge.max_context = static_cast<int>(kMaxContextLength);
+  huge.kv_blocks = std::numeric_limits<int>::max();
   const absl::Status status = Stage::Create(backend_.get(), model_, &store, huge).status();
   EXPECT_EQ(status.code(), Code::kResourceExhausted) << status;
   EXPECT_THAT(std::string(status.message()), HasSubstr("bytes"));

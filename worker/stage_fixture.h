@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <span>
 #include <string>
@@ -14,6 +15,7 @@
 #include "kernels/backend.h"
 #include "model/model_file.h"
 #include "worker/hooked_file.h"
+#include "worker/kv_slots.h"
 #include "worker/layer_store.h"
 #include "worker/link/frame.h"
 #include "worker/stage.h"
@@ -21,6 +23,9 @@
 namespace stagecoach {
 
 inline constexpr uint64_t kTestEpoch = 5;
+
+// Slot s takes the blocks from s * kTestSlotBlocks on, in order, unless a test says otherwise.
+inline constexpr int kTestSlotBlocks = 4;
 
 // Builds the frame of one step for stage 0.
 class StepBuilder {
@@ -43,13 +48,40 @@ class StepBuilder {
     open.set_prompt_tokens(prompt_tokens);
     return *this;
   }
+  // KV that the sequence opened last begins with.
+  StepBuilder& Cached(std::initializer_list<uint32_t> blocks, std::span<const int32_t> tokens) {
+    v1::SequenceOpen& open = *header().mutable_open(header().open_size() - 1);
+    open.mutable_cached_blocks()->Add(blocks.begin(), blocks.end());
+    open.mutable_cached_token_ids()->Add(tokens.begin(), tokens.end());
+    return *this;
+  }
+  StepBuilder& Clear(uint32_t block) {
+    header().add_clear_blocks(block);
+    return *this;
+  }
+  StepBuilder& Copy(uint32_t from, uint32_t to) {
+    v1::BlockCopy& copy = *header().add_copies();
+    copy.set_from(from);
+    copy.set_to(to);
+    return *this;
+  }
   StepBuilder& Rows(uint32_t slot, uint64_t id, uint32_t start, std::span<const int32_t> tokens) {
     v1::SequenceRows& rows = *header().add_rows();
     rows.set_slot(slot);
     rows.set_sequence_id(id);
     rows.set_start_position(start);
     rows.set_row_count(static_cast<uint32_t>(tokens.size()));
+    const int end = static_cast<int>(start + tokens.size());
+    for (int i = KvBlocksFor(static_cast<int>(start)); i < KvBlocksFor(end); ++i) {
+      rows.add_new_blocks(slot * kTestSlotBlocks + i);
+    }
     header().mutable_token_ids()->Add(tokens.begin(), tokens.end());
+    return *this;
+  }
+  // Other blocks for the rows added last.
+  StepBuilder& Blocks(std::initializer_list<uint32_t> blocks) {
+    last_rows().clear_new_blocks();
+    last_rows().mutable_new_blocks()->Add(blocks.begin(), blocks.end());
     return *this;
   }
   // What the rows added last shall return.
@@ -100,6 +132,7 @@ class StageRow {
                                   .last_layer = bounds[i + 1],
                                   .max_slots = options.max_slots,
                                   .max_context = options.max_context,
+                                  .kv_blocks = options.max_slots * kTestSlotBlocks,
                                   .max_step_tokens = options.max_step_tokens});
       EXPECT_TRUE(stage.ok()) << stage.status();
       stages_.push_back(*std::move(stage));

@@ -85,13 +85,21 @@ class GlassBackend : public FakeBackend {
     }
     return absl::OkStatus();
   }
-  absl::Status Attention(const ModelParams& params, std::span<const float>,
-                         std::span<const float> k, std::span<const float>, KvCache& kv,
-                         int kv_layer, const StepBatch& batch, std::span<float>) override {
-    ForEachRow(batch, [&](int row, size_t position) {
-      static_cast<GlassKv&>(kv).keys[kv_layer][position] =
-          k[static_cast<size_t>(row) * params.kv_heads * params.key_length];
-    });
+  absl::Status CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) override {
+    for (auto& keys : static_cast<GlassKv&>(kv).keys) {
+      for (const KvBlockCopy& copy : copies) {
+        std::copy_n(&keys[copy.from * kKvBlockPositions], kKvBlockPositions,
+                    &keys[copy.to * kKvBlockPositions]);
+      }
+    }
+    return absl::OkStatus();
+  }
+  absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) override {
+    for (auto& keys : static_cast<GlassKv&>(kv).keys) {
+      for (const int32_t block : blocks) {
+        std::fill_n(&keys[block * kKvBlockPositions], kKvBlockPositions, 0.0f);
+      }
+    }
     return absl::OkStatus();
   }
 
@@ -157,7 +165,7 @@ TEST_F(StagePoisonTest, TravelsToTheLastStageAndIsClearedOnClose) {
   ASSERT_TRUE(out.ok()) << out.status();
   EXPECT_EQ(out->header.result().sequences(0).token_id(), 7 + 32);
   EXPECT_TRUE(KvIsFinite());
-  const int slot_1 = 3 * kKvBlockPositions;  // its first position: 80 positions are 3 blocks
+  const int slot_1 = kTestSlotBlocks * kKvBlockPositions;  // its first position
   EXPECT_EQ(backend_.caches[2]->keys[0][slot_1], 7 + 20) << "another sequence's KV was cleared";
 
   out = row.Run(StepBuilder(4).Open(0, 3).Rows(0, 3, 0, good).Sample().Build());
@@ -179,6 +187,36 @@ TEST_F(StagePoisonTest, IsClearedBeforeTheSlotIsUsedInTheSameStep) {
   EXPECT_EQ(out->header.result().sequences(0).token_id(), 7 + 32);
   EXPECT_TRUE(KvIsFinite());
   EXPECT_EQ(backend_.caches[0]->keys[4][1], 7 + 4);
+}
+
+// What was shared before is finite and stays.
+TEST_F(StagePoisonTest, ASharedPrefixSurvivesThePoisonedSequence) {
+  backend_.poison_layer = 31;
+  backend_.poison_token = 100;
+  StageRow row(&backend_, model_, {.max_slots = 2, .max_context = 80});
+  const std::vector<int32_t> prefix(32, 7), bad = {100};
+  ASSERT_TRUE(row.Run(StepBuilder(1).Open(0, 1).Rows(0, 1, 0, prefix).Build()).ok());
+  ASSERT_TRUE(row.Run(StepBuilder(2).Close(0).Build()).ok());
+  ASSERT_TRUE(
+      row.Run(StepBuilder(3).Open(1, 2).Cached({0}, prefix).Rows(1, 2, 32, bad).Blocks({5}).Build())
+          .ok());
+  GlassKv& kv = *backend_.caches[0];
+  kv.keys[4][5 * kKvBlockPositions] = kNan;  // of another origin, where the bad row is
+  ASSERT_TRUE(row.Run(StepBuilder(4).Close(1).Build()).ok());
+  EXPECT_TRUE(KvIsFinite());
+  EXPECT_EQ(kv.keys[4][0], 7 + 4);
+}
+
+TEST_F(StagePoisonTest, BlocksAreClearedAndCopiedWhenTheCoordinatorSaysSo) {
+  StageRow row(&backend_, model_, {.max_slots = 1, .max_context = 64});
+  const std::vector<int32_t> tokens(40, 7);
+  ASSERT_TRUE(row.Run(StepBuilder(1).Open(0, 1).Rows(0, 1, 0, tokens).Build()).ok());
+  GlassKv& kv = *backend_.caches[0];
+  kv.keys[9][3 * kKvBlockPositions + 1] = kNan;
+  ASSERT_TRUE(row.Run(StepBuilder(2).Clear(3).Copy(0, 2).Build()).ok());
+  EXPECT_TRUE(KvIsFinite());
+  EXPECT_EQ(kv.keys[9][2 * kKvBlockPositions + 31], 7 + 9);
+  EXPECT_EQ(kv.keys[9][3 * kKvBlockPositions], 0);
 }
 
 TEST_F(StagePoisonTest, NonFiniteLogitsEndTheSequenceOnly) {

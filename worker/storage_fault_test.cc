@@ -18,6 +18,8 @@
 #include "model/faulty_file.h"
 #include "model/model_error.h"
 #include "worker/layer_store_fixture.h"
+#include "worker/load_rate.h"
+#include "worker/read_buffer.h"
 #include "worker/unit_loader.h"
 
 namespace stagecoach {
@@ -159,6 +161,75 @@ TEST_F(StorageFaultTest, ABitFlippedAnywhereIsNoticed) {
     EXPECT_EQ(GetModelError(status), ModelError::kChanged) << status;
     EXPECT_THAT(std::string(status.message()), HasSubstr(TensorName(Layer(1), k)));
   }
+}
+
+TEST(ReadBufferPoolTest, ALoadGetsNoLargerBuffersThanItsOwn) {
+  ReadBufferPool pool;
+  ReadBuffer large = pool.Take(1 << 20), small = pool.Take(5000), other = pool.Take(1);
+  ASSERT_TRUE(large.Reserve(1 << 20) && small.Reserve(5000));
+  pool.Give(std::move(small));
+  EXPECT_GE(pool.Take(5000).capacity(), 5000u);  // the same again
+  pool.Give(std::move(large));
+  EXPECT_EQ(pool.Take(5000).capacity(), 0u);
+  EXPECT_EQ(pool.Take(1 << 20).capacity(), 0u);  // the large one was freed
+}
+
+TEST_F(StorageFaultTest, TheLoadRateIsThatOfTheFile) {
+  EXPECT_GT(MeasureLoadRate(*model_), 0);
+  hook_->Set([](const RandomAccessFile& file, uint64_t offset, std::span<std::byte> out) {
+    absl::SleepFor(absl::Milliseconds(20));
+    return file.ReadSome(offset, out);
+  });
+  const double rate = MeasureLoadRate(*model_);
+  EXPECT_GT(rate, 0);
+  EXPECT_LT(rate, static_cast<double>(model_->file(0).size()) / 0.02);
+  FailReads(0, kForever);
+  EXPECT_EQ(MeasureLoadRate(*model_), 0);
+}
+
+// A disk that answers nothing: what is waited for can be told, and then that it is over.
+TEST_F(StorageFaultTest, AStalledReadIsNamed) {
+  const auto gate = std::make_shared<Gate>();
+  gate->Close();
+  hook_->Set([this, gate](const RandomAccessFile& file, uint64_t offset, std::span<std::byte> out) {
+    if (Hits(Layer(1), 0, offset)) gate->Pass();
+    return file.ReadSome(offset, out);
+  });
+  LayerStore store = MakeStore();
+  store.Assign(units_);
+  gate->AwaitWaiting(1);
+  EXPECT_EQ(store.Trouble().detail, "");  // it may still come
+  const absl::Time start = absl::Now();
+  while (!store.Trouble().stalled) {
+    ASSERT_LT(absl::Now() - start, absl::Seconds(2));
+    absl::SleepFor(absl::Milliseconds(10));
+  }
+  EXPECT_THAT(
+      store.Trouble().detail,
+      testing::MatchesRegex("waiting for layer 1: read of [0-9.e+-]+ MB under way for 1 s"));
+  gate->Open();
+  AwaitSettled(store);
+  EXPECT_FALSE(store.Trouble().stalled);
+  EXPECT_EQ(store.Trouble().detail, "");
+}
+
+TEST_F(StorageFaultTest, AFailedPrefetchIsNamedUntilItSucceeds) {
+  hook_->Set([this](const RandomAccessFile& file, uint64_t offset,
+                    std::span<std::byte> out) -> absl::StatusOr<size_t> {
+    if (Hits(Layer(1), 2, offset)) return MakeModelError(ModelError::kIo, "injected failure");
+    return file.ReadSome(offset, out);
+  });
+  LayerStore store = MakeStore();
+  store.Assign(units_);
+  AwaitSettled(store);
+  const StorageTrouble trouble = store.Trouble();
+  EXPECT_FALSE(trouble.stalled);
+  EXPECT_THAT(trouble.detail,
+              testing::AllOf(HasSubstr("layer 1 could not be loaded"),
+                             HasSubstr(TensorName(Layer(1), 2)), HasSubstr("injected failure")));
+  hook_->Set(nullptr);
+  EXPECT_TRUE(store.Acquire(Layer(1)).ok());
+  EXPECT_EQ(store.Trouble().detail, "");
 }
 
 // A disk that answers nothing: the load ends within a second of its cancellation, and what the

@@ -43,7 +43,13 @@ class TensorReader::State {
  public:
   State(std::shared_ptr<ReadContext> context, std::vector<const TensorInfo*> tensors)
       : context_(std::move(context)), tensors_(std::move(tensors)) {
-    for (Slot& slot : slots_) slot.buffer = context_->buffers.Take();
+    for (size_t s = 0; s < kSlots; ++s) {
+      uint64_t largest = 0;
+      for (size_t i = s; i < tensors_.size(); i += kSlots) {
+        largest = std::max(largest, tensors_[i]->bytes);
+      }
+      slots_[s].buffer = context_->buffers.Take(largest);
+    }
   }
   ~State() {
     for (Slot& slot : slots_) context_->buffers.Give(std::move(slot.buffer));
@@ -144,9 +150,8 @@ class TensorReader::State {
       if (stopped_) return absl::CancelledError("load cancelled");
       const size_t chunk = std::min<uint64_t>(kReadChunkBytes, end - at);
       const absl::Time start = absl::Now();
-      in_file_ = true;
-      const absl::Status status = ReadFully(file, at, {slot.buffer.data() + (at - begin), chunk});
-      in_file_ = false;
+      const absl::Status status =
+          ReadChunk(tensor, start, file, at, {slot.buffer.data() + (at - begin), chunk});
       context_->read_ns += absl::ToInt64Nanoseconds(absl::Now() - start);
       if (!status.ok()) return NameTensor(status, tensor);
       at += chunk;
@@ -154,6 +159,15 @@ class TensorReader::State {
     }
     slot.raw = {slot.buffer.data() + (tensor.offset - begin), tensor.bytes};
     return absl::OkStatus();
+  }
+
+  absl::Status ReadChunk(const TensorInfo& tensor, absl::Time start, const RandomAccessFile& file,
+                         uint64_t offset, std::span<std::byte> out) {
+    const OpenReads::Scope open(&context_->open_reads, {&tensor, out.size(), start});
+    in_file_ = true;
+    const absl::Status status = ReadFully(file, offset, out);
+    in_file_ = false;
+    return status;
   }
 
   const std::shared_ptr<ReadContext> context_;

@@ -9,6 +9,7 @@
 #include <memory>
 #include <span>
 #include <unordered_map>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
@@ -37,7 +38,8 @@ class UnitLoader {
   UnitLoader(Backend* backend, std::shared_ptr<const ModelFile> model, HostTier* host = nullptr);
 
   // Reads the tensors of `unit` one by one, the next one while the backend converts the last, from
-  // the host tier if it has them. Two read buffers of the unit's largest tensor at most.
+  // the host tier if it has them. Holds two read buffers meanwhile, together as large as its two
+  // largest tensors at most (UnitSize::buffer_bytes; direct reads round up to whole blocks).
   // on_state is told kReading and kConverting as they alternate. Errors: kChanged if the file is no
   // longer the one that was opened or a tensor's bytes differ from those of an earlier load;
   // kTruncated, kIo, kCorrupt (the model's manifest says otherwise), naming tensor and offset;
@@ -47,6 +49,7 @@ class UnitLoader {
                                                     const std::function<void(UnitState)>& on_state);
 
   LoadCounters counters() const;
+  std::vector<OpenRead> OpenReads() const { return context_->open_reads.List(); }
 
  private:
   // At the first load of a tensor compares its hash with the manifest's and remembers it; at every

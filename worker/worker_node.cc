@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/strings/escaping.h"
 #include "absl/synchronization/mutex.h"
 #include "fmt/format.h"
 #include "spdlog/spdlog.h"
@@ -31,6 +32,28 @@ v1::UnitState ToProto(UnitState state) {
   return v1::UNIT_STATE_ABSENT;
 }
 
+void FillWeightStatus(const LayerStoreStats& stats, v1::WeightStatus* weights) {
+  weights->set_streaming(stats.streaming);
+  weights->set_budget_bytes(stats.budget_bytes);
+  weights->set_resident_bytes(stats.resident_bytes);
+  weights->set_peak_resident_bytes(stats.peak_resident_bytes);
+  weights->set_evictions(stats.evictions);
+  weights->set_fixed_units(stats.fixed_units);
+  weights->set_window_units(stats.window_units);
+  weights->set_distance(stats.distance);
+  weights->set_queued_units(stats.queued_units);
+  weights->set_failed_prefetches(stats.failed_prefetches);
+  weights->set_file_read_bytes(stats.read_bytes);
+  weights->set_file_seconds(stats.read_seconds);
+  weights->set_convert_seconds(stats.convert_seconds);
+  weights->set_host_tier(stats.host_tier);
+  weights->set_host_hits(stats.host_hits);
+  weights->set_host_read_bytes(stats.host_read_bytes);
+  weights->set_host_seconds(stats.host_seconds);
+  weights->set_host_bytes(stats.host_bytes);
+  weights->set_host_raw_bytes(stats.host_raw_bytes);
+}
+
 // Units of an assignment, or nothing if its layers do not exist (Stage::Create says what is wrong).
 std::vector<Unit> AssignedUnits(const ModelParams& params, const v1::Assignment& assignment) {
   const bool possible = assignment.first_layer() < assignment.last_layer() &&
@@ -56,7 +79,6 @@ class WorkerNode::Impl {
                  .model = model_,
                  .store = &store_,
                  .dialer = dialer,
-                 .kv_type = options.kv_type,
                  .counters = &counters_,
                  .on_failed = [](const v1::AssignmentFailed&) {},
                  .on_changed = [] {}} {}
@@ -125,6 +147,9 @@ class WorkerNode::Impl {
     } else {
       heartbeat.set_detail("no assignment");
     }
+    const StorageTrouble trouble = store_.Trouble();
+    heartbeat.set_stalled(trouble.stalled);
+    if (heartbeat.detail().empty()) heartbeat.set_detail(absl::CHexEscape(trouble.detail));
     for (UnitState state : store_.States()) heartbeat.add_units(ToProto(state));
     const LayerStoreStats stats = store_.Stats();
     heartbeat.set_slice_bytes(stats.slice_bytes);
@@ -134,6 +159,8 @@ class WorkerNode::Impl {
     heartbeat.set_prefetch_late_hits(stats.late_hits);
     heartbeat.set_prefetch_misses(stats.misses);
     heartbeat.set_stall_seconds(stats.stall_seconds);
+    for (const bool fixed : stats.fixed) heartbeat.add_fixed(fixed);
+    FillWeightStatus(stats, heartbeat.mutable_weights());
     heartbeat.set_steps(counters_.steps);
     heartbeat.set_tokens(counters_.tokens);
     heartbeat.set_compute_seconds(counters_.compute_ns * 1e-9);

@@ -19,7 +19,6 @@ namespace stagecoach {
 struct WorkerOptions {
   std::string name;
   LayerStoreOptions store;
-  KvType kv_type = KvType::kF16;
 };
 
 // Thread-safe.

@@ -1,6 +1,7 @@
 // Two workers and a stand-in for the coordinator, in one process over the in-process transport.
 #include "worker/worker_node.h"
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -9,6 +10,7 @@
 #include "fmt/format.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "worker/kv_slots.h"
 #include "worker/link/in_process_link.h"
 
 namespace stagecoach {
@@ -115,6 +117,7 @@ class WorkerNodeTest : public testing::Test {
     assignment.set_next_hop(stage + 1 < stages ? Address(stage + 1) : kCoordinator);
     assignment.set_max_slots(2);
     assignment.set_max_context(64);
+    assignment.set_kv_blocks(4);
     assignment.set_max_step_tokens(32);
     return assignment;
   }
@@ -165,6 +168,10 @@ class WorkerNodeTest : public testing::Test {
     rows.set_start_position(start);
     rows.set_row_count(static_cast<uint32_t>(tokens.size()));
     rows.set_sample(true);
+    const int end = start + static_cast<int>(tokens.size());
+    for (int block = KvBlocksFor(start); block < KvBlocksFor(end); ++block) {
+      rows.add_new_blocks(block);
+    }
     for (int32_t token : tokens) header.add_token_ids(token);
     return frame;
   }
@@ -219,6 +226,47 @@ TEST_F(WorkerNodeTest, TwoStagesTellTheStoryAndCountTheirWork) {
     EXPECT_EQ(heartbeat.detail(), "");
     EXPECT_EQ(heartbeat.dropped_frames(), 0u);
   }
+}
+
+TEST_F(WorkerNodeTest, AWeightBudgetShowsInTheHeartbeatAndChangesNoToken) {
+  hub_.StopListening(Address(0));
+  nodes_[0] =
+      std::make_unique<WorkerNode>(backend_.get(), model_, &hub_,
+                                   WorkerOptions{.name = Address(0),
+                                                 .store = {.weight_budget_percent = 50,
+                                                           .host_cache_bytes = 1 << 30,
+                                                           .host_cache_codec = HostCodec::kLz4}});
+  hub_.Listen(Address(0), nodes_[0].get());
+  AssignAll(1, 1);
+  AwaitLinksReady(1);
+  ASSERT_TRUE(DialFirst(Hello(1)).ok());
+  EXPECT_EQ(Generate(1, kStory.size()), kStory);
+  const v1::WorkerHeartbeat heartbeat = nodes_[0]->Heartbeat();
+  ASSERT_EQ(heartbeat.units_size(), 34);
+  ASSERT_EQ(heartbeat.fixed_size(), 34);
+  const v1::WeightStatus& weights = heartbeat.weights();
+  EXPECT_TRUE(weights.streaming());
+  EXPECT_TRUE(weights.host_tier());
+  EXPECT_GT(weights.budget_bytes(), 0u);
+  EXPECT_LE(weights.peak_resident_bytes(), weights.budget_bytes());
+  EXPECT_GT(weights.resident_bytes(), 0u);
+  EXPECT_EQ(weights.fixed_units(),
+            std::count(heartbeat.fixed().begin(), heartbeat.fixed().end(), true));
+  EXPECT_LT(weights.fixed_units(), 34u);
+  EXPECT_GE(weights.window_units(), 2u);
+  EXPECT_GE(weights.distance(), 1u);
+  EXPECT_GT(weights.evictions(), kStory.size());
+  EXPECT_GT(weights.file_read_bytes(), 0u);
+  EXPECT_GT(weights.file_seconds(), 0);
+  EXPECT_GT(weights.convert_seconds(), 0);
+  EXPECT_GT(weights.host_hits(), 0u);
+  EXPECT_GT(weights.host_read_bytes(), 0u);
+  EXPECT_GT(weights.host_seconds(), 0);
+  EXPECT_GT(weights.host_bytes(), 0u);
+  EXPECT_GE(weights.host_raw_bytes(), weights.host_bytes());
+  EXPECT_EQ(
+      heartbeat.prefetch_hits() + heartbeat.prefetch_late_hits() + heartbeat.prefetch_misses(),
+      34 * kStory.size());
 }
 
 TEST_F(WorkerNodeTest, ReassignmentMidRunKeepsWeightsAndGivesTheSameTokens) {
@@ -328,8 +376,7 @@ TEST_F(WorkerNodeTest, AnImpossibleAssignmentIsReportedOnce) {
   nodes_[0]->Assign(assignment);
   EXPECT_EQ(failures_[0].Await().code(), absl::StatusCode::kInvalidArgument);
   assignment = MakeAssignment(4, 0, 1);
-  assignment.set_max_context(1 << 22);
-  assignment.set_max_slots(1024);  // 4 TiB of KV
+  assignment.set_kv_blocks(UINT32_MAX);
   nodes_[1]->Assign(assignment);
   EXPECT_EQ(failures_[1].Await().code(), absl::StatusCode::kResourceExhausted);
 }

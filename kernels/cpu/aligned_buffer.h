@@ -13,7 +13,9 @@
 namespace stagecoach::cpu {
 
 struct AlignedFree {
+  explicit AlignedFree(size_t mapped_bytes = 0) : mapped_bytes(mapped_bytes) {}
   void operator()(void* p) const;
+  size_t mapped_bytes;  // pages of its own, given back at once; 0: from the heap
 };
 
 // `bytes` zeroed bytes, aligned to a cache line and, when large, to a huge page (which the system

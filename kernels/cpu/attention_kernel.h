@@ -15,8 +15,7 @@
 
 namespace stagecoach::cpu {
 
-// kHalf: the KV is stored as half, else as float.
-template <class S, bool kHalf>
+template <class S, KvFormat kFormat>
 class TiledAttention {
  public:
   static void Run(const AttentionTask& task) {
@@ -24,21 +23,46 @@ class TiledAttention {
     const int queries = task.rows * task.group;
     const int last_tile = (task.first_position + task.rows - 1) / kTilePositions;
     for (int tile = 0; tile <= last_tile; ++tile) {
-      const std::byte* kv = task.kv + task.blocks[tile] * task.block_stride;
-      const Element* keys = reinterpret_cast<const Element*>(kv);
-      const Element* values = keys + static_cast<ptrdiff_t>(task.key_length) * kTilePositions;
+      const Tile kv(task, task.kv + task.blocks[tile] * task.block_stride);
       // The first query that sees this tile.
       const int first_row = tile * kTilePositions - task.first_position;
       int i = first_row > 0 ? first_row * task.group : 0;
-      for (; i + 2 <= queries; i += 2) RunQueries<2>(task, i, tile, keys, values, states);
-      if (i < queries) RunQueries<1>(task, i, tile, keys, values, states);
+      for (; i + 2 <= queries; i += 2) RunQueries<2>(task, i, tile, kv, states);
+      if (i < queries) RunQueries<1>(task, i, tile, kv, states);
     }
     for (int i = 0; i < queries; ++i) Finish(task, Out(task, i), states[i].sum);
   }
 
  private:
   using Floats = typename S::Floats;
-  using Element = std::conditional_t<kHalf, uint16_t, float>;
+  using Element =
+      std::conditional_t<kFormat == KvFormat::kHalf, uint16_t,
+                         std::conditional_t<kFormat == KvFormat::kFloat, float, uint8_t>>;
+  static constexpr bool kQuants = kFormat == KvFormat::kQuant;
+  static constexpr int kRun = 32;  // values that share a scale
+
+  static ptrdiff_t ValueStride(const AttentionTask& task) {
+    return (task.value_length + 7) / 8 * 8;
+  }
+
+  // The parts of one block of KV; see KvFormat.
+  struct Tile {
+    Tile(const AttentionTask& task, const std::byte* at)
+        : keys(reinterpret_cast<const Element*>(at)),
+          values(keys + static_cast<ptrdiff_t>(task.key_length) * kTilePositions) {
+      if constexpr (kQuants) {
+        key_scales = reinterpret_cast<const uint16_t*>(values);
+        const ptrdiff_t runs = (task.key_length + kRun - 1) / kRun;
+        values = reinterpret_cast<const Element*>(key_scales + runs * kTilePositions);
+        value_scales =
+            reinterpret_cast<const uint16_t*>(values + ValueStride(task) * kTilePositions);
+      }
+    }
+    const Element* keys;
+    const Element* values;
+    const uint16_t* key_scales = nullptr;
+    const uint16_t* value_scales = nullptr;
+  };
 
   struct State {
     float max;
@@ -46,10 +70,12 @@ class TiledAttention {
   };
 
   static Floats LoadElements(const Element* p) {
-    if constexpr (kHalf) {
+    if constexpr (kFormat == KvFormat::kHalf) {
       return S::LoadHalf(p);
-    } else {
+    } else if constexpr (kFormat == KvFormat::kFloat) {
       return S::Load(p);
+    } else {
+      return S::FloatsFromSigned(p);
     }
   }
   static float* Out(const AttentionTask& task, int query) {
@@ -57,23 +83,53 @@ class TiledAttention {
            static_cast<ptrdiff_t>(query % task.group) * task.value_length;
   }
 
-  // Scores of kQueries queries against all 32 positions, scaled.
   template <int kQueries>
-  static void Scores(const AttentionTask& task, const float* const* q, const Element* keys,
-                     float (*scores)[kTilePositions]) {
-    Floats sums[kQueries][4];
+  static void SetZero(Floats (*sums)[4]) {
     STAGECOACH_UNROLL
     for (int t = 0; t < kQueries; ++t) {
       STAGECOACH_UNROLL
       for (int i = 0; i < 4; ++i) sums[t][i] = S::Set(0);
     }
-    for (int d = 0; d < task.key_length; ++d, keys += kTilePositions) {
+  }
+
+  // sums += q . k over the dims [first, last) of the keys, for all 32 positions.
+  template <int kQueries>
+  static void DotKeys(const float* const* q, const Element* keys, int first, int last,
+                      Floats (*sums)[4]) {
+    keys += static_cast<ptrdiff_t>(first) * kTilePositions;
+    for (int d = first; d < last; ++d, keys += kTilePositions) {
       STAGECOACH_UNROLL
       for (int i = 0; i < 4; ++i) {
         const Floats k = LoadElements(keys + 8 * i);
         STAGECOACH_UNROLL
         for (int t = 0; t < kQueries; ++t) {
           sums[t][i] = S::Add(sums[t][i], S::Mul(S::Set(q[t][d]), k));
+        }
+      }
+    }
+  }
+
+  // Scores of kQueries queries against all 32 positions, scaled.
+  template <int kQueries>
+  static void Scores(const AttentionTask& task, const float* const* q, const Tile& kv,
+                     float (*scores)[kTilePositions]) {
+    Floats sums[kQueries][4];
+    SetZero<kQueries>(sums);
+    if constexpr (!kQuants) {
+      DotKeys<kQueries>(q, kv.keys, 0, task.key_length, sums);
+    } else {
+      for (int first = 0; first < task.key_length; first += kRun) {
+        Floats run[kQueries][4];
+        SetZero<kQueries>(run);
+        DotKeys<kQueries>(q, kv.keys, first,
+                          first + kRun < task.key_length ? first + kRun : task.key_length, run);
+        STAGECOACH_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const Floats scale = S::LoadHalf(kv.key_scales + first / kRun * kTilePositions + 8 * i);
+          STAGECOACH_UNROLL
+          for (int t = 0; t < kQueries; ++t) {
+            sums[t][i] = S::Add(sums[t][i], S::Mul(run[t][i], scale));
+          }
         }
       }
     }
@@ -120,17 +176,27 @@ class TiledAttention {
 
   // out = out * keep + tile * add for 8 * kVectors values (`count` of them real).
   template <int kQueries, int kVectors>
-  static void Values(const AttentionTask& task, const Element* values, int column, int count,
+  static void Values(const AttentionTask& task, const Tile& kv, int column, int count,
                      const int* visible, const float (*weights)[kTilePositions], bool first_tile,
                      const float* keep, const float* add, float* const* out) {
-    const ptrdiff_t stride = (task.value_length + 7) / 8 * 8;
+    const ptrdiff_t stride = ValueStride(task);
+    float scaled[kQueries][kTilePositions];
+    if constexpr (kQuants) {
+      const uint16_t* scales = kv.value_scales + column / kRun * kTilePositions;
+      for (int t = 0; t < kQueries; ++t) {
+        for (int i = 0; i < kTilePositions; i += 8) {
+          S::Store(S::Mul(S::Load(weights[t] + i), S::LoadHalf(scales + i)), scaled[t] + i);
+        }
+      }
+      weights = scaled;
+    }
     Floats acc[kQueries][4];
     STAGECOACH_UNROLL
     for (int t = 0; t < kQueries; ++t) {
       STAGECOACH_UNROLL
       for (int i = 0; i < kVectors; ++i) acc[t][i] = S::Set(0);
     }
-    values += column;
+    const Element* values = kv.values + column;
     int p = 0;
     for (; p < visible[0]; ++p, values += stride) {
       AddPosition<kQueries, kVectors>(values, weights, 0, p, acc);
@@ -163,8 +229,8 @@ class TiledAttention {
   }
 
   template <int kQueries>
-  static void RunQueries(const AttentionTask& task, int first, int tile, const Element* keys,
-                         const Element* values, State* states) {
+  static void RunQueries(const AttentionTask& task, int first, int tile, const Tile& kv,
+                         State* states) {
     const float* q[kQueries];
     float* out[kQueries];
     int visible[kQueries];
@@ -178,7 +244,7 @@ class TiledAttention {
       const int left = task.first_position + row + 1 - tile * kTilePositions;
       visible[t] = left < kTilePositions ? left : kTilePositions;
     }
-    Scores<kQueries>(task, q, keys, scores);
+    Scores<kQueries>(task, q, kv, scores);
     for (int t = 0; t < kQueries; ++t) {
       const State now = Softmax(scores[t], visible[t]);
       State& state = states[first + t];
@@ -195,11 +261,11 @@ class TiledAttention {
     }
     int column = 0;
     for (; column + 32 <= task.value_length; column += 32) {
-      Values<kQueries, 4>(task, values, column, 32, visible, scores, tile == 0, keep, add, out);
+      Values<kQueries, 4>(task, kv, column, 32, visible, scores, tile == 0, keep, add, out);
     }
     for (; column < task.value_length; column += 8) {
-      Values<kQueries, 1>(task, values, column, task.value_length - column, visible, scores,
-                          tile == 0, keep, add, out);
+      Values<kQueries, 1>(task, kv, column, task.value_length - column, visible, scores, tile == 0,
+                          keep, add, out);
     }
   }
 
@@ -211,10 +277,13 @@ class TiledAttention {
 
 template <class S>
 void Attention(const AttentionTask& task) {
-  if (task.half) {
-    TiledAttention<S, true>::Run(task);
-  } else {
-    TiledAttention<S, false>::Run(task);
+  switch (task.format) {
+    case KvFormat::kHalf:
+      return TiledAttention<S, KvFormat::kHalf>::Run(task);
+    case KvFormat::kFloat:
+      return TiledAttention<S, KvFormat::kFloat>::Run(task);
+    case KvFormat::kQuant:
+      return TiledAttention<S, KvFormat::kQuant>::Run(task);
   }
 }
 

@@ -107,6 +107,17 @@ class CpuBackend : public Backend {
   absl::Status Head(Workspace& workspace, const UnitWeights& head, std::span<const int32_t> rows,
                     std::span<float> logits) override;
 
+  absl::Status CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) override {
+    for (const KvBlockCopy& copy : copies) {
+      static_cast<CpuKvCache&>(kv).CopyBlock(copy.from, copy.to);
+    }
+    return absl::OkStatus();
+  }
+  absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) override {
+    for (const int32_t block : blocks) static_cast<CpuKvCache&>(kv).ClearBlock(block);
+    return absl::OkStatus();
+  }
+
   absl::Status MatMul(const TensorInfo& tensor, std::span<const std::byte> raw,
                       std::span<const float> x, int rows, std::span<float> y) override;
   absl::Status RmsNorm(std::span<const float> x, int rows, std::span<const float> weight,

@@ -1,13 +1,16 @@
 // Speed of the CPU backend: each weight type's matmul in GB/s of packed weights, and whole models
 // in tokens per second, next to the read bandwidth of the cores measured in the same run.
 //
-//   cpu_bench [--threads N] [--isa NAME] [--types Q4_K,Q6_K] [--model FILE.gguf]...
+//   cpu_bench [--threads N] [--isa NAME] [--types Q4_K,Q6_K] [--model FILE.gguf]... [--kv-type
+//   TYPE]
 #include <time.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <functional>
+#include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -81,64 +84,113 @@ absl::Status BenchType(const LayerOps& ops, TensorType type, double bandwidth) {
   return absl::OkStatus();
 }
 
-// Prompt of 128 tokens (logits of the last only) and decode of 64 after it, one sequence.
-absl::Status BenchModel(Backend& backend, const std::string& path, double bandwidth) {
-  constexpr int kPrompt = 128, kDecode = 64;
-  STAGECOACH_ASSIGN_OR_RETURN(const auto model, ModelFile::Open(path));
-  const ModelParams& params = model->params();
-  std::vector<std::unique_ptr<UnitWeights>> units;
-  uint64_t bytes = 0;
-  const double load_start = Seconds();
-  for (const Unit& unit : StageUnits(params, 0, params.layers)) {
-    STAGECOACH_ASSIGN_OR_RETURN(auto weights, LoadUnit(backend, *model, unit));
-    if (unit.kind != Unit::Kind::kEmbedding) bytes += weights->bytes();
-    units.push_back(std::move(weights));
-  }
-  fmt::print("{}: {:.1f} MB read per token, loaded in {:.2f} s\n", path, 1e-6 * bytes,
-             Seconds() - load_start);
-  std::vector<int32_t> blocks;
-  for (int i = 0; i * kKvBlockPositions < kPrompt + kDecode; ++i) blocks.push_back(i);
-  STAGECOACH_ASSIGN_OR_RETURN(
-      const auto kv, backend.NewKvCache({params.layers, params.kv_heads, params.key_length,
-                                         params.value_length, static_cast<int>(blocks.size())}));
-  STAGECOACH_ASSIGN_OR_RETURN(const auto workspace, backend.NewWorkspace(params, kPrompt));
-  std::vector<float> logits(params.vocab_size);
-  const auto step = [&](int start, int count) -> absl::Status {
-    const std::vector<int32_t> tokens(count, 5);
-    const BatchSequence sequences[] = {{0, count, start, blocks}};
-    STAGECOACH_RETURN_IF_ERROR(backend.Embed(*workspace, *units.front(), tokens));
-    for (int layer = 0; layer < params.layers; ++layer) {
-      STAGECOACH_RETURN_IF_ERROR(
-          backend.RunLayer(*workspace, *units[layer + 1], *kv, layer, {sequences, count}));
+// A model with all its weights in memory, and KV for many sequences in blocks dealt out in turn.
+class BenchedModel {
+ public:
+  static constexpr int kMaxSequences = 64, kMaxRows = 128, kPositions = 192;
+
+  static absl::StatusOr<std::unique_ptr<BenchedModel>> Load(Backend& backend,
+                                                            const std::string& path, KvType type) {
+    auto bench = std::make_unique<BenchedModel>(backend);
+    STAGECOACH_ASSIGN_OR_RETURN(bench->model_, ModelFile::Open(path));
+    const ModelParams& params = bench->model_->params();
+    for (const Unit& unit : StageUnits(params, 0, params.layers)) {
+      STAGECOACH_ASSIGN_OR_RETURN(auto weights, LoadUnit(backend, *bench->model_, unit));
+      if (unit.kind != Unit::Kind::kEmbedding) bench->bytes_ += weights->bytes();
+      bench->units_.push_back(std::move(weights));
     }
-    const int32_t last[] = {count - 1};
-    return backend.Head(*workspace, *units.back(), last, logits);
-  };
+    constexpr int kBlocks = kPositions / kKvBlockPositions;
+    bench->blocks_.resize(kMaxSequences);
+    for (int i = 0; i < kMaxSequences * kBlocks; ++i) {
+      bench->blocks_[i % kMaxSequences].push_back(i);
+    }
+    STAGECOACH_ASSIGN_OR_RETURN(
+        bench->kv_, backend.NewKvCache({params.layers, params.kv_heads, params.key_length,
+                                        params.value_length, kMaxSequences * kBlocks, type}));
+    STAGECOACH_ASSIGN_OR_RETURN(bench->workspace_, backend.NewWorkspace(params, kMaxRows));
+    bench->logits_.resize(static_cast<size_t>(kMaxSequences) * params.vocab_size);
+    return bench;
+  }
+  explicit BenchedModel(Backend& backend) : backend_(backend) {}
+
+  uint64_t bytes() const { return bytes_; }  // of weights that a step reads
+
+  // `count` rows from position `start` on of each of `sequences` sequences; logits of the last one
+  // of each. Returns the seconds that it took.
+  absl::StatusOr<double> Step(int sequences, int start, int count) {
+    const double from = Seconds();
+    const std::vector<int32_t> tokens(static_cast<size_t>(sequences) * count, 5);
+    std::vector<BatchSequence> batch;
+    std::vector<int32_t> last;
+    for (int i = 0; i < sequences; ++i) {
+      batch.push_back({i * count, count, start, blocks_[i]});
+      last.push_back((i + 1) * count - 1);
+    }
+    const int layers = model_->params().layers;
+    STAGECOACH_RETURN_IF_ERROR(backend_.Embed(*workspace_, *units_.front(), tokens));
+    for (int layer = 0; layer < layers; ++layer) {
+      STAGECOACH_RETURN_IF_ERROR(backend_.RunLayer(*workspace_, *units_[layer + 1], *kv_, layer,
+                                                   {batch, sequences * count}));
+    }
+    const std::span<float> logits(logits_.data(), last.size() * model_->params().vocab_size);
+    STAGECOACH_RETURN_IF_ERROR(backend_.Head(*workspace_, *units_.back(), last, logits));
+    return Seconds() - from;
+  }
+
+ private:
+  Backend& backend_;
+  std::shared_ptr<const ModelFile> model_;
+  std::vector<std::unique_ptr<UnitWeights>> units_;
+  uint64_t bytes_ = 0;
+  std::vector<std::vector<int32_t>> blocks_;  // [kMaxSequences][blocks]
+  std::unique_ptr<KvCache> kv_;
+  std::unique_ptr<Workspace> workspace_;
+  std::vector<float> logits_;
+};
+
+// Prompt of 128 tokens (logits of the last only) and decode of up to 64 after it; then decode of
+// many sequences together, each after 64 tokens of its own.
+absl::Status BenchModel(Backend& backend, const std::string& path, KvType type, double bandwidth) {
+  constexpr int kPrompt = 128, kDecode = 64, kShort = 64;
+  const double load_start = Seconds();
+  STAGECOACH_ASSIGN_OR_RETURN(const auto bench, BenchedModel::Load(backend, path, type));
+  fmt::print("{}: {:.1f} MB read per step, loaded in {:.2f} s\n", path, 1e-6 * bench->bytes(),
+             Seconds() - load_start);
   double prompt = 1e9, decode = 1e9;
   for (int repeat = 0; repeat < 5; ++repeat) {
-    double from = Seconds();
-    STAGECOACH_RETURN_IF_ERROR(step(0, kPrompt));
-    prompt = std::min(prompt, Seconds() - from);
+    STAGECOACH_ASSIGN_OR_RETURN(const double first, bench->Step(1, 0, kPrompt));
+    prompt = std::min(prompt, first);
     for (int i = 0; i < kDecode; ++i) {
-      from = Seconds();
-      STAGECOACH_RETURN_IF_ERROR(step(kPrompt + i, 1));
-      decode = std::min(decode, Seconds() - from);
+      STAGECOACH_ASSIGN_OR_RETURN(const double next, bench->Step(1, kPrompt + i, 1));
+      decode = std::min(decode, next);
     }
   }
   fmt::print(
       "  prompt {:.1f} tok/s   decode {:.1f} tok/s, {:.2f} GB/s ({:.0f} % of the bandwidth)\n",
-      kPrompt / prompt, 1 / decode, 1e-9 * bytes / decode, 100.0 * bytes / decode / bandwidth);
+      kPrompt / prompt, 1 / decode, 1e-9 * bench->bytes() / decode,
+      100.0 * bench->bytes() / decode / bandwidth);
+  std::string line = "  decode of many, tok/s:";
+  for (const int sequences : {1, 2, 4, 8, 16, 32, 64}) {
+    double best = 1e9;
+    for (const double start = Seconds(); Seconds() - start < 0.6;) {
+      STAGECOACH_ASSIGN_OR_RETURN(const double step, bench->Step(sequences, kShort, 1));
+      best = std::min(best, step);
+    }
+    line += fmt::format("  {}: {:.0f}", sequences, sequences / best);
+  }
+  fmt::print("{}\n", line);
+  std::fflush(stdout);
   return absl::OkStatus();
 }
 
 absl::Status Run(const CpuOptions& options, const std::vector<std::string>& types,
-                 const std::vector<std::string>& models) {
+                 const std::vector<std::string>& models, KvType kv_type) {
   const std::unique_ptr<Backend> backend = MakeCpuBackend(options);
   g_thread_time = options.threads == 1;
   const double bandwidth = MeasureReadBandwidth(options.threads, 64u << 20, 50);
   fmt::print("{}; reads {:.1f} GB/s\n", backend->info().description, bandwidth / 1e9);
   for (const std::string& model : models) {
-    STAGECOACH_RETURN_IF_ERROR(BenchModel(*backend, model, bandwidth));
+    STAGECOACH_RETURN_IF_ERROR(BenchModel(*backend, model, kv_type, bandwidth));
   }
   const CpuKernels* kernels = options.isa == "portable" ? nullptr : Avx2Kernels();
   if (kernels == nullptr) kernels = &PortableKernels();
@@ -159,14 +211,19 @@ absl::Status Run(const CpuOptions& options, const std::vector<std::string>& type
 int main(int argc, char** argv) {
   stagecoach::CpuOptions options{.threads = 1};
   std::vector<std::string> types, models;
+  auto kv_type = stagecoach::KvType::kF16;
+  const std::map<std::string, stagecoach::KvType> kv_types = {{"f16", stagecoach::KvType::kF16},
+                                                              {"f32", stagecoach::KvType::kF32},
+                                                              {"q8_0", stagecoach::KvType::kQ8_0}};
   CLI::App app("Speed of the CPU backend");
   app.add_option("--threads", options.threads)->capture_default_str();
   app.add_option("--isa", options.isa, "auto, portable or avx2")->capture_default_str();
   app.add_option("--types", types, "Weight types; default: all if no model is given")
       ->delimiter(',');
   app.add_option("--model", models, "GGUF files to run");
+  app.add_option("--kv-type", kv_type, "f16, f32 or q8_0")->transform(CLI::Transformer(kv_types));
   CLI11_PARSE(app, argc, argv);
-  const absl::Status status = stagecoach::cpu::Run(options, types, models);
+  const absl::Status status = stagecoach::cpu::Run(options, types, models, kv_type);
   if (!status.ok()) {
     fmt::print(stderr, "{}\n", std::string(status.message()));
     return 1;

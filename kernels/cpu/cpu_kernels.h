@@ -47,6 +47,13 @@ struct ActivationView {
   int columns = 0;
 };
 
+// How the keys and values of one block and KV head lie in memory, D = key_length and V =
+// value_length rounded up to 8:
+//   kHalf, kFloat  keys [D][32], values [32][V]
+//   kQuant         keys int8 [D][32] and their half scales [D / 32 rounded up][32], values int8
+//                  [32][V] and their half scales [V / 32 rounded up][32]
+enum class KvFormat { kHalf, kFloat, kQuant };
+
 // Queries of one sequence against one KV head: rows x heads of the group.
 struct AttentionTask {
   const float* q = nullptr;  // head h of row r: q + r * q_stride + h * key_length
@@ -59,12 +66,10 @@ struct AttentionTask {
   int key_length = 0;
   int value_length = 0;
   float scale = 0;
-  // Tile t: kv + blocks[t] * block_stride holds keys [key_length][32], then values
-  // [32][value_length rounded up to 8], each half or float.
-  const std::byte* kv = nullptr;
+  const std::byte* kv = nullptr;  // tile t lies at kv + blocks[t] * block_stride
   size_t block_stride = 0;
   const int32_t* blocks = nullptr;
-  bool half = true;
+  KvFormat format = KvFormat::kHalf;
 };
 // Most queries (rows * group) of one AttentionTask.
 inline constexpr int kMaxTaskQueries = 256;

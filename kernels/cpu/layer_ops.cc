@@ -149,7 +149,7 @@ void LayerOps::Attend(int heads, const StepBatch& batch, const float* q, const C
   common.value_length = shape.value_length;
   common.scale = 1.0f / std::sqrt(static_cast<float>(shape.key_length));
   common.block_stride = kv.block_stride();
-  common.half = shape.type == KvType::kF16;
+  common.format = kv.format();
   const int tasks = static_cast<int>(chunks->size()) * shape.kv_heads;
   pool_.ParallelFor(tasks, 1, [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {

@@ -62,7 +62,8 @@ class QuantMatmul {
   // the second-level cache; a chunk of a panel is unpacked once per slab.
   static constexpr int kSlabRows = 64;
   // Up to here unpacking again for every tile of rows costs less than storing what was unpacked.
-  static constexpr int kDirectRows = 16;
+  // Signed quants need no unpacking.
+  static constexpr int kDirectRows = U::kSigned ? kSlabRows : 8;
   // How far ahead of its use a weight is fetched. A record is read in several strands at once,
   // which the processor's own prefetching follows badly.
   static constexpr size_t kPrefetchBytes = 4096;
@@ -73,65 +74,91 @@ class QuantMatmul {
     GroupScales<S> scales;
   };
 
-  // Integer part of one group for kRows rows; quants: of the group, rows `stride` apart.
-  template <int kRows>
-  static void Dot(const Bytes* w, const GroupScales<S>& s, const int8_t* quants, ptrdiff_t stride,
-                  Ints* sums) {
+  // Integer part of one group for kPanels panels and kRows rows. groups: of the panels, `pitch`
+  // apart; quants: of the group, rows `stride` apart.
+  template <int kPanels, int kRows>
+  static void Dot(const UnpackedGroup* groups, ptrdiff_t pitch, const int8_t* quants,
+                  ptrdiff_t stride, Ints (*sums)[kRows]) {
     if constexpr (U::kSigned) {
       STAGECOACH_UNROLL
       for (int j = 0; j < 8; ++j) {
-        const Bytes magnitude = S::Abs(w[j]);
         STAGECOACH_UNROLL
-        for (int t = 0; t < kRows; ++t) {
-          const Bytes x = S::Sign(S::Broadcast4(quants + t * stride + 4 * j), w[j]);
-          const Ints product = S::MulAddWords(S::MulAddBytes(magnitude, x), S::OneWords());
-          sums[t] = j == 0 ? product : S::Add(sums[t], product);
+        for (int p = 0; p < kPanels; ++p) {
+          const Bytes w = groups[p * pitch].weights[j];
+          const Bytes magnitude = S::Abs(w);
+          STAGECOACH_UNROLL
+          for (int t = 0; t < kRows; ++t) {
+            const Bytes x = S::Sign(S::Broadcast4(quants + t * stride + 4 * j), w);
+            const Ints product = S::MulAddWords(S::MulAddBytes(magnitude, x), S::OneWords());
+            sums[p][t] = j == 0 ? product : S::Add(sums[p][t], product);
+          }
         }
       }
     } else {
       STAGECOACH_UNROLL
       for (int c = 0; c < 8 / U::kChain; ++c) {
-        Words dot[kRows] = {};
+        Words dot[kPanels][kRows] = {};
         STAGECOACH_UNROLL
         for (int i = 0; i < U::kChain; ++i) {
           const int j = c * U::kChain + i;
           STAGECOACH_UNROLL
           for (int t = 0; t < kRows; ++t) {
-            const Words product = S::MulAddBytes(w[j], S::Broadcast4(quants + t * stride + 4 * j));
-            dot[t] = i == 0 ? product : S::Add(dot[t], product);
+            const Bytes x = S::Broadcast4(quants + t * stride + 4 * j);
+            STAGECOACH_UNROLL
+            for (int p = 0; p < kPanels; ++p) {
+              const Words product = S::MulAddBytes(groups[p * pitch].weights[j], x);
+              dot[p][t] = i == 0 ? product : S::Add(dot[p][t], product);
+            }
           }
         }
-        const Words scale = U::kUnitScale ? S::OneWords() : s.scale[c * U::kChain * U::kHalves / 8];
         STAGECOACH_UNROLL
-        for (int t = 0; t < kRows; ++t) {
-          const Ints product = S::MulAddWords(dot[t], scale);
-          sums[t] = c == 0 ? product : S::Add(sums[t], product);
+        for (int p = 0; p < kPanels; ++p) {
+          const Words scale = U::kUnitScale
+                                  ? S::OneWords()
+                                  : groups[p * pitch].scales.scale[c * U::kChain * U::kHalves / 8];
+          STAGECOACH_UNROLL
+          for (int t = 0; t < kRows; ++t) {
+            const Ints product = S::MulAddWords(dot[p][t], scale);
+            sums[p][t] = c == 0 ? product : S::Add(sums[p][t], product);
+          }
         }
       }
     }
   }
 
-  // Adds one group to the sums of kRows rows.
-  template <int kRows>
-  static void AddGroup(const Bytes* w, const GroupScales<S>& s, const int8_t* quants,
+  // Adds one group to the sums of kPanels panels and kRows rows.
+  template <int kPanels, int kRows>
+  static void AddGroup(const UnpackedGroup* groups, ptrdiff_t pitch, const int8_t* quants,
                        ptrdiff_t stride, const ActivationScale* scales, ptrdiff_t scale_stride,
-                       Floats* acc) {
-    Ints sums[kRows] = {};
-    Dot<kRows>(w, s, quants, stride, sums);
+                       Floats (*acc)[kRows]) {
+    Ints sums[kPanels][kRows] = {};
+    Dot<kPanels, kRows>(groups, pitch, quants, stride, sums);
     STAGECOACH_UNROLL
-    for (int t = 0; t < kRows; ++t) {
-      const ActivationScale& x = scales[t * scale_stride];
-      Floats value = S::Mul(S::ToFloats(sums[t]), S::Mul(s.delta, S::Set(x.scale)));
-      if constexpr (U::kMin) {
-        if constexpr (U::kHalves == 1) {
-          value = S::Sub(value, S::Mul(s.min[0], S::Set(x.sum)));
-        } else {
-          value = S::Sub(value, S::Mul(s.min[0], S::Set(x.half_sums[0])));
-          value = S::Sub(value, S::Mul(s.min[1], S::Set(x.half_sums[1])));
+    for (int p = 0; p < kPanels; ++p) {
+      const GroupScales<S>& s = groups[p * pitch].scales;
+      STAGECOACH_UNROLL
+      for (int t = 0; t < kRows; ++t) {
+        const ActivationScale& x = scales[t * scale_stride];
+        Floats value = S::Mul(S::ToFloats(sums[p][t]), S::Mul(s.delta, S::Set(x.scale)));
+        if constexpr (U::kMin) {
+          if constexpr (U::kHalves == 1) {
+            value = S::Sub(value, S::Mul(s.min[0], S::Set(x.sum)));
+          } else {
+            value = S::Sub(value, S::Mul(s.min[0], S::Set(x.half_sums[0])));
+            value = S::Sub(value, S::Mul(s.min[1], S::Set(x.half_sums[1])));
+          }
         }
+        acc[p][t] = S::Add(acc[p][t], value);
       }
-      acc[t] = S::Add(acc[t], value);
     }
+  }
+
+  // Fetches what lies kPrefetchBytes behind a group.
+  static void Prefetch(const Record& record, int group) {
+    constexpr size_t kGroupBytes = sizeof(Record) / Record::kGroups;
+    const uint8_t* ahead =
+        reinterpret_cast<const uint8_t*>(&record) + group * kGroupBytes + kPrefetchBytes;
+    for (size_t i = 0; i < kGroupBytes; i += 64) __builtin_prefetch(ahead + i);
   }
 
   static const Record* Panel(const MatrixView& w, int panel) {
@@ -151,27 +178,23 @@ class QuantMatmul {
     const Record* record = Panel(w, panel);
     const int8_t* quants = x.quants + static_cast<ptrdiff_t>(first_row) * x.columns;
     const ActivationScale* scales = x.scales + first_row * blocks;
-    Floats acc[kRows];
+    Floats acc[1][kRows];
     STAGECOACH_UNROLL
-    for (int t = 0; t < kRows; ++t) acc[t] = S::Set(0);
+    for (int t = 0; t < kRows; ++t) acc[0][t] = S::Set(0);
     for (int i = 0; i < records; ++i, ++record) {
       for (int g = 0; g < Record::kGroups; ++g) {
-        constexpr size_t kGroupBytes = sizeof(Record) / Record::kGroups;
-        const uint8_t* ahead =
-            reinterpret_cast<const uint8_t*>(record) + g * kGroupBytes + kPrefetchBytes;
-        for (size_t i = 0; i < kGroupBytes; i += 64) __builtin_prefetch(ahead + i);
-        Bytes weights[8];
-        GroupScales<S> group;
-        U::Weights(*record, g, weights);
-        U::Scales(*record, g, &group);
-        AddGroup<kRows>(weights, group, quants, x.columns, scales, blocks, acc);
+        Prefetch(*record, g);
+        UnpackedGroup group;
+        U::Weights(*record, g, group.weights);
+        U::Scales(*record, g, &group.scales);
+        AddGroup<1, kRows>(&group, 0, quants, x.columns, scales, blocks, acc);
         quants += kActivationBlock;
         ++scales;
       }
     }
     STAGECOACH_UNROLL
     for (int t = 0; t < kRows; ++t) {
-      StorePanel<S>(acc[t], Outputs(w, panel), accumulate,
+      StorePanel<S>(acc[0][t], Outputs(w, panel), accumulate,
                     y + (first_row + t) * y_stride + panel * kPanelRows);
     }
   }
@@ -191,68 +214,97 @@ class QuantMatmul {
     }
   }
 
-  template <int kRows>
+  // acc: [kPanels][kSlabRows], from the tile's first row on.
+  template <int kPanels, int kRows>
   static void RunTile(const UnpackedGroup* groups, int count, const int8_t* quants,
                       ptrdiff_t stride, const ActivationScale* scales, ptrdiff_t scale_stride,
-                      Floats* acc) {
-    Floats local[kRows];
+                      Floats (*acc)[kSlabRows]) {
+    Floats local[kPanels][kRows];
     STAGECOACH_UNROLL
-    for (int t = 0; t < kRows; ++t) local[t] = acc[t];
+    for (int p = 0; p < kPanels; ++p) {
+      STAGECOACH_UNROLL
+      for (int t = 0; t < kRows; ++t) local[p][t] = acc[p][t];
+    }
     for (int g = 0; g < count; ++g) {
-      AddGroup<kRows>(groups[g].weights, groups[g].scales, quants + g * kActivationBlock, stride,
-                      scales + g, scale_stride, local);
+      AddGroup<kPanels, kRows>(groups + g, kChunkGroups, quants + g * kActivationBlock, stride,
+                               scales + g, scale_stride, local);
     }
     STAGECOACH_UNROLL
-    for (int t = 0; t < kRows; ++t) acc[t] = local[t];
+    for (int p = 0; p < kPanels; ++p) {
+      STAGECOACH_UNROLL
+      for (int t = 0; t < kRows; ++t) acc[p][t] = local[p][t];
+    }
   }
 
+  // groups: [kPanels][kChunkGroups], `count` of them used.
+  template <int kPanels>
   static void RunChunk(const UnpackedGroup* groups, int count, const ActivationView& x,
-                       int first_row, int rows, int first_group, Floats* acc) {
+                       int first_row, int rows, int first_group, Floats (*acc)[kSlabRows]) {
     const ptrdiff_t blocks = x.columns / kActivationBlock;
     const int8_t* quants = x.quants + static_cast<ptrdiff_t>(first_row) * x.columns +
                            static_cast<ptrdiff_t>(first_group) * kActivationBlock;
     const ActivationScale* scales = x.scales + first_row * blocks + first_group;
-    int t = 0;
-    for (; t + kTileRows <= rows; t += kTileRows) {
-      RunTile<kTileRows>(groups, count, quants + static_cast<ptrdiff_t>(t) * x.columns, x.columns,
-                         scales + t * blocks, blocks, acc + t);
-    }
-    const int8_t* rest = quants + static_cast<ptrdiff_t>(t) * x.columns;
-    switch (rows - t) {
-      case 1:
-        RunTile<1>(groups, count, rest, x.columns, scales + t * blocks, blocks, acc + t);
-        break;
-      case 2:
-        RunTile<2>(groups, count, rest, x.columns, scales + t * blocks, blocks, acc + t);
-        break;
-      case 3:
-        RunTile<3>(groups, count, rest, x.columns, scales + t * blocks, blocks, acc + t);
-        break;
-      default:
-        break;
+    for (int t = 0; t < rows; t += kTileRows) {
+      const auto at = reinterpret_cast<Floats(*)[kSlabRows]>(&acc[0][t]);
+      switch (rows - t) {
+        case 1:
+          RunTile<kPanels, 1>(groups, count, quants, x.columns, scales, blocks, at);
+          break;
+        case 2:
+          RunTile<kPanels, 2>(groups, count, quants, x.columns, scales, blocks, at);
+          break;
+        case 3:
+          RunTile<kPanels, 3>(groups, count, quants, x.columns, scales, blocks, at);
+          break;
+        default:
+          RunTile<kPanels, kTileRows>(groups, count, quants, x.columns, scales, blocks, at);
+          break;
+      }
+      quants += kTileRows * static_cast<ptrdiff_t>(x.columns);
+      scales += kTileRows * blocks;
     }
   }
 
+  // Panels that share the loads of activations: as many as leave their sums in registers.
+  static constexpr int kSlabPanels = U::kSigned || U::kChain < 8 ? 1 : 2;
+
   static void RunSlab(const MatrixView& w, int first_panel, int last_panel, const ActivationView& x,
                       int first_row, int rows, bool accumulate, float* y, ptrdiff_t y_stride) {
+    int panel = first_panel;
+    for (; panel + kSlabPanels <= last_panel; panel += kSlabPanels) {
+      RunPanels<kSlabPanels>(w, panel, x, first_row, rows, accumulate, y, y_stride);
+    }
+    for (; panel < last_panel; ++panel) {
+      RunPanels<1>(w, panel, x, first_row, rows, accumulate, y, y_stride);
+    }
+  }
+
+  template <int kPanels>
+  static void RunPanels(const MatrixView& w, int panel, const ActivationView& x, int first_row,
+                        int rows, bool accumulate, float* y, ptrdiff_t y_stride) {
     const int groups = w.columns / kActivationBlock;
-    UnpackedGroup unpacked[kChunkGroups];
-    Floats acc[kSlabRows];
-    for (int panel = first_panel; panel < last_panel; ++panel) {
-      const Record* records = Panel(w, panel);
-      for (int t = 0; t < rows; ++t) acc[t] = S::Set(0);
-      for (int g = 0; g < groups; g += kChunkGroups) {
-        const int count = groups - g < kChunkGroups ? groups - g : kChunkGroups;
+    UnpackedGroup unpacked[kPanels][kChunkGroups];
+    Floats acc[kPanels][kSlabRows];
+    for (int p = 0; p < kPanels; ++p) {
+      for (int t = 0; t < rows; ++t) acc[p][t] = S::Set(0);
+    }
+    for (int first = 0; first < groups; first += kChunkGroups) {
+      const int count = groups - first < kChunkGroups ? groups - first : kChunkGroups;
+      for (int p = 0; p < kPanels; ++p) {
+        const Record* records = Panel(w, panel + p);
         for (int i = 0; i < count; ++i) {
-          const Record& record = records[(g + i) / Record::kGroups];
-          U::Weights(record, (g + i) % Record::kGroups, unpacked[i].weights);
-          U::Scales(record, (g + i) % Record::kGroups, &unpacked[i].scales);
+          const Record& record = records[(first + i) / Record::kGroups];
+          Prefetch(record, (first + i) % Record::kGroups);
+          U::Weights(record, (first + i) % Record::kGroups, unpacked[p][i].weights);
+          U::Scales(record, (first + i) % Record::kGroups, &unpacked[p][i].scales);
         }
-        RunChunk(unpacked, count, x, first_row, rows, g, acc);
       }
+      RunChunk<kPanels>(unpacked[0], count, x, first_row, rows, first, acc);
+    }
+    for (int p = 0; p < kPanels; ++p) {
       for (int t = 0; t < rows; ++t) {
-        StorePanel<S>(acc[t], Outputs(w, panel), accumulate,
-                      y + (first_row + t) * y_stride + panel * kPanelRows);
+        StorePanel<S>(acc[p][t], Outputs(w, panel + p), accumulate,
+                      y + (first_row + t) * y_stride + (panel + p) * kPanelRows);
       }
     }
   }

@@ -12,66 +12,80 @@ namespace {
 
 constexpr uint16_t kHalfSign = 0x8000;
 
-// Unsigned quants of a group of 32 columns, as 8 words of 4 columns each.
-using Words = std::array<uint32_t, 8>;
+// Four words of four columns each; the operations are vertical.
+using Words = uint32_t __attribute__((vector_size(16)));
+constexpr int kQuad = 4;  // rows that are packed together
 
-uint32_t Word(const uint8_t* bytes, int i) {
-  uint32_t word;
-  std::memcpy(&word, bytes + 4 * i, sizeof(word));
-  return word;
+Words Load(const void* bytes) {
+  Words words;
+  std::memcpy(&words, bytes, sizeof(words));
+  return words;
 }
 
 // Bit i of `bits` to the lowest bit of byte i.
 uint32_t SpreadBits(uint32_t bits) { return (bits & 15) * 0x00204081u & 0x01010101u; }
 
-// The same as Block::quant + Record::kOffset (pack_test.cc compares), four columns at a time.
+// Columns 16 * half .. + 15 of a group of 32: the same as Block::quant + Record::kOffset
+// (pack_test.cc compares).
 template <typename Block>
-Words GroupWords(const Block& block, int group) {
-  Words w;
-  for (int i = 0; i < 8; ++i) {
-    if constexpr (requires { block.quants; }) {  // Q8_0
-      w[i] = Word(reinterpret_cast<const uint8_t*>(block.quants), i);
-    } else if constexpr (Block::kElements == 32) {
-      w[i] = Word(block.nibbles, i % 4) >> (i / 4 * 4) & 0x0f0f0f0fu;
-      if constexpr (requires { block.high_bits; }) {
-        w[i] |= SpreadBits(block.high_bits[i / 2] >> (i % 2 * 4)) << 4;
-      }
-    } else {
-      uint32_t crumbs = 0, bits = 0;
-      if constexpr (requires { block.crumbs; }) {
-        crumbs = Word(block.crumbs, group / 4 * 8 + i) >> (group % 4 * 2) & 0x03030303u;
-      }
-      if constexpr (requires { block.high_bits; }) {
-        bits = Word(block.high_bits, i) >> group & 0x01010101u;
-      }
-      if constexpr (!requires { block.nibbles; }) {  // Q2_K, Q3_K
-        w[i] = crumbs | bits << 2;
-      } else if constexpr (requires { block.crumbs; }) {  // Q6_K
-        const int at = group / 4 * 16 + group % 2 * 8 + i;
-        w[i] = (Word(block.nibbles, at) >> (group % 4 / 2 * 4) & 0x0f0f0f0fu) | crumbs << 4;
-      } else {  // Q4_K, Q5_K
-        const int at = group / 2 * 8 + i;
-        w[i] = (Word(block.nibbles, at) >> (group % 2 * 4) & 0x0f0f0f0fu) | bits << 4;
+Words HalfGroup(const Block& block, int group, int half) {
+  const int at = 16 * half;
+  if constexpr (requires { block.quants; }) {  // Q8_0
+    return Load(block.quants + at);
+  } else if constexpr (Block::kElements == 32) {
+    Words w = Load(block.nibbles) >> 4 * half & 0x0f0f0f0fu;
+    if constexpr (requires { block.high_bits; }) {
+      for (int i = 0; i < 4; ++i) {
+        w[i] |= SpreadBits(block.high_bits[2 * half + i / 2] >> (i % 2 * 4)) << 4;
       }
     }
+    return w;
+  } else {
+    Words crumbs = {}, bits = {};
+    if constexpr (requires { block.crumbs; }) {
+      crumbs = Load(block.crumbs + group / 4 * 32 + at) >> group % 4 * 2 & 0x03030303u;
+    }
+    if constexpr (requires { block.high_bits; }) {
+      bits = Load(block.high_bits + at) >> group & 0x01010101u;
+    }
+    if constexpr (!requires { block.nibbles; }) {  // Q2_K, Q3_K
+      return crumbs | bits << 2;
+    } else if constexpr (requires { block.crumbs; }) {  // Q6_K
+      const uint8_t* nibbles = block.nibbles + group / 4 * 64 + group % 2 * 32 + at;
+      return (Load(nibbles) >> group % 4 / 2 * 4 & 0x0f0f0f0fu) | crumbs << 4;
+    } else {  // Q4_K, Q5_K
+      const uint8_t* nibbles = block.nibbles + group / 2 * 32 + at;
+      return (Load(nibbles) >> group % 2 * 4 & 0x0f0f0f0fu) | bits << 4;
+    }
   }
-  return w;
 }
 
-void StoreWord(uint32_t word, uint8_t* vectors, int vector, int row) {
-  std::memcpy(vectors + 32 * vector + 4 * row, &word, sizeof(word));
+// From word j of row i to word i of row j.
+void Transpose(const Words in[kQuad], Words out[4]) {
+  const Words a = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5);
+  const Words b = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5);
+  const Words c = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7);
+  const Words d = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
+  out[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  out[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  out[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  out[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
 }
 
-// One row's part of a group of 32 columns.
+void Store(const Words& words, uint8_t* vectors, int vector, int row) {
+  std::memcpy(vectors + 32 * vector + 4 * row, &words, sizeof(words));
+}
+
+// Rows [row, row + kQuad) of a group: w[j] holds columns 4j .. 4j + 3 of each.
 template <typename Record>
-void PackQuants(const Words& w, int row, int group, Record* record) {
+void PackQuants(const Words w[8], int row, int group, Record* record) {
   if constexpr (requires { record->quants; }) {
-    for (int i = 0; i < 8; ++i) StoreWord(w[i], record->quants[group], i, row);
+    for (int i = 0; i < 8; ++i) Store(w[i], record->quants[group], i, row);
   }
   if constexpr (requires { record->nibbles; }) {
     for (int i = 0; i < 4; ++i) {
-      const uint32_t low = w[i] & 0x0f0f0f0fu, high = w[i + 4] & 0x0f0f0f0fu;
-      StoreWord(low | high << 4, record->nibbles[group], i, row);
+      const Words low = w[i] & 0x0f0f0f0fu, high = w[i + 4] & 0x0f0f0f0fu;
+      Store(low | high << 4, record->nibbles[group], i, row);
     }
   }
   // Above the nibbles, or the lowest bits.
@@ -79,24 +93,22 @@ void PackQuants(const Words& w, int row, int group, Record* record) {
   ? 4 : 0;
   if constexpr (requires { record->pairs; }) {
     for (int i = 0; i < 2; ++i) {
-      uint32_t packed = 0;
+      Words packed = {};
       for (int j = 0; j < 4; ++j) packed |= (w[4 * i + j] >> kPairsAt & 0x03030303u) << 2 * j;
-      StoreWord(packed, record->pairs[group], i, row);
+      Store(packed, record->pairs[group], i, row);
     }
   }
   constexpr int kBitsAt = requires { record->nibbles; }
   ? 4 : 2;
   if constexpr (requires { record->bits; }) {
-    uint32_t packed = 0;
+    Words packed = {};
     for (int j = 0; j < 8; ++j) packed |= (w[j] >> kBitsAt & 0x01010101u) << j;
-    StoreWord(packed, record->bits[group], 0, row);
+    Store(packed, record->bits[group], 0, row);
   }
 }
 
-// One block of one row into its record, which was zero.
 template <typename Block, typename Record>
-void PackBlock(const Block& block, int row, Record* record) {
-  static_assert(Block::kElements == Record::kGroups * kActivationBlock);
+void PackScales(const Block& block, int row, Record* record) {
   record->d[row] = block.d;
   if constexpr (requires { block.dmin; }) record->d_min[row] = block.dmin;
   // Added in the file, subtracted in the record.
@@ -112,21 +124,39 @@ void PackBlock(const Block& block, int row, Record* record) {
       record->mins[s][row] = static_cast<uint8_t>(block.min(s));
     }
   }
+}
+
+// Blocks of rows [row, row + kQuad).
+template <typename Block, typename Record>
+void PackQuad(const Block blocks[kQuad], int row, Record* record) {
+  static_assert(Block::kElements == Record::kGroups * kActivationBlock);
+  for (int i = 0; i < kQuad; ++i) PackScales(blocks[i], row + i, record);
   for (int g = 0; g < Record::kGroups; ++g) {
-    PackQuants(GroupWords(block, g), row, g, record);
+    Words columns[8];
+    for (int half = 0; half < 2; ++half) {
+      Words rows[kQuad];
+      for (int i = 0; i < kQuad; ++i) rows[i] = HalfGroup(blocks[i], g, half);
+      Transpose(rows, columns + 4 * half);
+    }
+    PackQuants(columns, row, g, record);
   }
 }
 
+// Rows beyond the last are packed from blocks of zeros, which give zeros.
 template <typename Record, typename Block>
 void PackQuantized(int rows, int columns, const std::byte* raw, uint8_t* out) {
   const int blocks = columns / Block::kElements;
-  Record* records = reinterpret_cast<Record*>(out);
-  for (int row = 0; row < rows; ++row) {
-    Record* panel = records + static_cast<size_t>(row / kPanelRows) * blocks;
-    for (int b = 0; b < blocks; ++b, raw += sizeof(Block)) {
-      Block block;
-      std::memcpy(&block, raw, sizeof(block));
-      PackBlock(block, row % kPanelRows, &panel[b]);
+  Record* record = reinterpret_cast<Record*>(out);
+  for (int first = 0; first < rows; first += kPanelRows) {
+    for (int b = 0; b < blocks; ++b, ++record) {
+      for (int quad = 0; quad < kPanelRows; quad += kQuad) {
+        Block quad_blocks[kQuad] = {};
+        for (int i = 0; i < kQuad && first + quad + i < rows; ++i) {
+          const size_t block = static_cast<size_t>(first + quad + i) * blocks + b;
+          std::memcpy(&quad_blocks[i], raw + block * sizeof(Block), sizeof(Block));
+        }
+        PackQuad(quad_blocks, quad, record);
+      }
     }
   }
 }

@@ -220,6 +220,30 @@ class ReferenceBackend final : public Backend {
     return absl::OkStatus();
   }
 
+  absl::Status CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) override {
+    Kv& cache = Own(kv);
+    for (const KvBlockCopy& copy : copies) {
+      for (int layer = 0; layer < cache.shape().layers; ++layer) {
+        std::ranges::copy(cache.block_keys(layer, copy.from),
+                          cache.block_keys(layer, copy.to).begin());
+        std::ranges::copy(cache.block_values(layer, copy.from),
+                          cache.block_values(layer, copy.to).begin());
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) override {
+    Kv& cache = Own(kv);
+    for (const int32_t block : blocks) {
+      for (int layer = 0; layer < cache.shape().layers; ++layer) {
+        std::ranges::fill(cache.block_keys(layer, block), 0.0);
+        std::ranges::fill(cache.block_values(layer, block), 0.0);
+      }
+    }
+    return absl::OkStatus();
+  }
+
   absl::Status MatMul(const TensorInfo& tensor, std::span<const std::byte> raw,
                       std::span<const float> x, int rows, std::span<float> y) override {
     STAGECOACH_ASSIGN_OR_RETURN(const Matrix w, DecodeTensor(tensor, raw));

@@ -30,6 +30,16 @@ std::span<double> Kv::value(int layer, int block, int offset, int head) {
                                     shape_.value_length);
 }
 
+std::span<double> Kv::block_keys(int layer, int block) {
+  const size_t size = size_t{kKvBlockPositions} * shape_.kv_heads * shape_.key_length;
+  return std::span(keys_).subspan(Index(layer, block, 0, 0) * shape_.key_length, size);
+}
+
+std::span<double> Kv::block_values(int layer, int block) {
+  const size_t size = size_t{kKvBlockPositions} * shape_.kv_heads * shape_.value_length;
+  return std::span(values_).subspan(Index(layer, block, 0, 0) * shape_.value_length, size);
+}
+
 std::vector<double> MatMul(const Matrix& w, std::span<const double> x) {
   const size_t rows = x.size() / w.columns;
   std::vector<double> y(rows * w.rows);

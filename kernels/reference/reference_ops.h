@@ -27,6 +27,9 @@ class Kv final : public KvCache {
   const KvShape& shape() const { return shape_; }
   std::span<double> key(int layer, int block, int offset, int head);    // [key_length]
   std::span<double> value(int layer, int block, int offset, int head);  // [value_length]
+  // In one layer: keys and values of all positions and heads of a block.
+  std::span<double> block_keys(int layer, int block);
+  std::span<double> block_values(int layer, int block);
 
  private:
   size_t Index(int layer, int block, int offset, int head) const;

@@ -1,0 +1,39 @@
+#include "worker/load_rate.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "model/file.h"
+#include "worker/read_buffer.h"
+#include "worker/tensor_reader.h"
+
+namespace stagecoach {
+namespace {
+
+constexpr absl::Duration kEnough = absl::Milliseconds(250);
+constexpr uint64_t kMaxBytes = 64 << 20;
+
+}  // namespace
+
+double MeasureLoadRate(const ModelFile& model) {
+  const TensorInfo& first = *model.UnitTensors({.kind = Unit::Kind::kLayer, .layer = 0})[0].tensor;
+  const RandomAccessFile& file = model.file(first.file_index);
+  const uint64_t alignment = file.read_alignment();
+  const uint64_t begin = first.offset / alignment * alignment;
+  const uint64_t end = std::min(begin + kMaxBytes, file.size() / alignment * alignment);
+  ReadBuffer buffer;
+  if (!buffer.Reserve(kReadChunkBytes)) return 0;
+  const absl::Time start = absl::Now();
+  uint64_t at = begin;
+  while (at < end && absl::Now() - start < kEnough) {
+    const uint64_t chunk = std::min<uint64_t>(kReadChunkBytes, end - at);
+    if (!ReadFully(file, at, {buffer.data(), chunk}).ok()) return 0;
+    at += chunk;
+  }
+  const double seconds = absl::ToDoubleSeconds(absl::Now() - start);
+  return at > begin && seconds > 0 ? static_cast<double>(at - begin) / seconds : 0;
+}
+
+}  // namespace stagecoach
