@@ -229,7 +229,8 @@ bool RunMatmulCheck(const MatmulCheck& check) {
     const auto y = Multiply(check, terms, x, rows, nullptr, nullptr);
     for (size_t i = 0; i < terms.size(); ++i) {
       if (std::memcmp(y[i].data(), reference[i].data(), y[i].size() * 4) != 0) {
-        different += " " + std::to_string(rows);
+        different += ' ';
+        different += std::to_string(rows);
         ok = false;
       }
     }
