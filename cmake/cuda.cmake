@@ -48,3 +48,12 @@ function(stagecoach_cuda_library name)
   target_compile_options(${name} PRIVATE ${cuda_flags})
   target_link_libraries(${name} PUBLIC CUDA::cudart_static)
 endfunction()
+
+# stagecoach_cuda_binary(NAME SRCS main.cu ... DEPS lib ...): -> build/<preset>/bin/NAME
+function(stagecoach_cuda_binary name)
+  cmake_parse_arguments(arg "" "" "SRCS;DEPS" ${ARGN})
+  add_executable(${name} ${arg_SRCS})
+  target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR})
+  target_compile_options(${name} PRIVATE ${cuda_flags})
+  target_link_libraries(${name} PRIVATE ${arg_DEPS})
+endfunction()

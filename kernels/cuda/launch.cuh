@@ -8,6 +8,9 @@
 
 namespace stagecoach::cuda {
 
+// Dynamic shared memory that a block may have (compute capability 9.0).
+inline constexpr int kMostSharedBytes = 227 * 1024;
+
 struct LaunchShape {
   dim3 grid;
   int threads = 0;

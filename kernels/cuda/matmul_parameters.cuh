@@ -77,17 +77,10 @@ __device__ inline void StoreResult(const MatmulParameters& p, int tile_row, int 
   *y = value;
 }
 
-// What the current device offers to one launch.
-struct DeviceLimits {
-  int multiprocessors = 0;
-  size_t shared_bytes_per_block = 0;
-};
-
 // Chooses a kernel for one type; defined and instantiated for each in quant_matmul_*.cu.
-// p.terms are of `type`.
+// p.terms are of `type`; multiprocessors: of the current device.
 template <TensorType type>
-cudaError_t LaunchTypedMatmul(const MatmulParameters& p, const DeviceLimits& limits,
-                              cudaStream_t stream);
+cudaError_t LaunchTypedMatmul(const MatmulParameters& p, int multiprocessors, cudaStream_t stream);
 
 }  // namespace stagecoach::cuda
 

@@ -6,19 +6,6 @@
 namespace stagecoach::cuda {
 namespace {
 
-cudaError_t GetDeviceLimits(DeviceLimits* limits) {
-  int device = 0, multiprocessors = 0, per_block = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  const auto get = [&](cudaDeviceAttr attribute, int* value) {
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(value, attribute, device);
-  };
-  get(cudaDevAttrMultiProcessorCount, &multiprocessors);
-  get(cudaDevAttrMaxSharedMemoryPerBlockOptin, &per_block);
-  limits->multiprocessors = multiprocessors;
-  limits->shared_bytes_per_block = per_block;
-  return status;
-}
-
 void AddTerm(const MatmulTerm& term, MatmulParameters* p) {
   MatmulParameters::Term& added = p->terms[p->term_count++];
   added.tiles = static_cast<const uint8_t*>(term.weights.data);
@@ -33,7 +20,7 @@ void AddTerm(const MatmulTerm& term, MatmulParameters* p) {
 
 // Terms [0, count) of one type.
 cudaError_t LaunchSameType(std::span<const MatmulTerm> terms, const Activations& x,
-                           const DeviceLimits& limits, cudaStream_t stream) {
+                           int multiprocessors, cudaStream_t stream) {
   MatmulParameters p = {};
   for (const MatmulTerm& term : terms) AddTerm(term, &p);
   p.superblocks = x.PaddedColumns() / kSuperblock;
@@ -44,7 +31,7 @@ cudaError_t LaunchSameType(std::span<const MatmulTerm> terms, const Activations&
   p.sums = x.sums;
   p.scales = x.scales;
   return VisitTileType(terms[0].weights.type, cudaErrorInvalidValue, [&]<TensorType type>() {
-    return LaunchTypedMatmul<type>(p, limits, stream);
+    return LaunchTypedMatmul<type>(p, multiprocessors, stream);
   });
 }
 
@@ -59,12 +46,15 @@ cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x
     }
     return cudaSuccess;
   }
-  DeviceLimits limits;
-  cudaError_t status = GetDeviceLimits(&limits);
+  int device = 0, multiprocessors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
   while (status == cudaSuccess && !terms.empty()) {
     size_t same = 1;  // neighbours of one type go together
     while (same < terms.size() && terms[same].weights.type == terms[0].weights.type) ++same;
-    status = LaunchSameType(terms.first(same), x, limits, stream);
+    status = LaunchSameType(terms.first(same), x, multiprocessors, stream);
     terms = terms.subspan(same);
   }
   return status;

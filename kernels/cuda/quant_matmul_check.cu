@@ -186,19 +186,22 @@ std::vector<std::vector<float>> Multiply(const MatmulCheck& check,
   return result;
 }
 
+// Against float64, of large matrices only some output rows.
 double ErrorOf(const CheckedTerm& term, const std::vector<double>& x, int k,
                const std::vector<float>& y) {
-  std::vector<double> expected(y.size());
+  const int step = term.n > 1000 ? 61 : 1;
+  std::vector<double> actual, expected;
   for (size_t row = 0; row < y.size() / term.n; ++row) {
-    for (int i = 0; i < term.n; ++i) {
+    for (int i = 0; i < term.n; i += step) {
       const double* w = &term.weights.values[static_cast<size_t>(i) * k];
       double sum = 0;
       for (int c = 0; c < k; ++c) sum += w[c] * x[row * k + c];
       if (term.accumulate) sum += term.host_bias[i] + term.start[row * term.n + i];
-      expected[row * term.n + i] = sum;
+      expected.push_back(sum);
+      actual.push_back(y[row * term.n + i]);
     }
   }
-  return RelativeRms({y.begin(), y.end()}, expected);
+  return RelativeRms(actual, expected);
 }
 
 }  // namespace
@@ -226,7 +229,8 @@ bool RunMatmulCheck(const MatmulCheck& check) {
     const auto y = Multiply(check, terms, x, rows, nullptr, nullptr);
     for (size_t i = 0; i < terms.size(); ++i) {
       if (std::memcmp(y[i].data(), reference[i].data(), y[i].size() * 4) != 0) {
-        different += " " + std::to_string(rows);
+        different += ' ';
+        different += std::to_string(rows);
         ok = false;
       }
     }

@@ -17,8 +17,8 @@ inline constexpr int kMaxTeams = 2;  // of a block
 template <typename Tile, int kColumns>
 struct StreamLayout {
   using Block = SuperblockActivations<Tile, kColumns>;
-  // Tiles of a warp's ring, some 5 KB: with the ring of the next kernel's block, which fills its
-  // own while this one works, that is what a multiprocessor's shared memory holds.
+  // Tiles of a warp's ring, some 5 KB: all but one are under way, 40 KB from the 16 warps of a
+  // multiprocessor together. More bought nothing.
   static constexpr int kStages = Tile::kBytes > 1900 ? 2 : Tile::kBytes > 1600 ? 3 : 4;
   static constexpr int kRingBytes = kStages * Tile::kBytes;  // of a warp
   static constexpr int kPartials = kSplits * kTileRows * kColumns;
@@ -121,11 +121,9 @@ class TileFetcher {
   int stage_ = 0;
 };
 
-// kColumns: 1, 2, 4 or 8, at least p.quant_rows. Blocks of 1 or kMaxTeams teams, any number of
-// them. With few columns registers are capped so that the next kernel's block fits beside this
-// one's.
+// kColumns: 1, 2 or 8, at least p.quant_rows. Blocks of 1 or kMaxTeams teams, any number of them.
 template <typename Tile, int kColumns>
-__global__ void __launch_bounds__(kMaxTeams* kTeamThreads, kColumns <= 4 ? 2 : 1)
+__global__ void __launch_bounds__(kMaxTeams* kTeamThreads, 1)
     StreamKernel(const __grid_constant__ MatmulParameters p) {
   using Layout = StreamLayout<Tile, kColumns>;
   using Block = typename Layout::Block;

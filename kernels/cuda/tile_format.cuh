@@ -63,18 +63,22 @@ struct TileFormat {
   static constexpr float kHighFactor = !is_signed && bits == 4 ? 16.0f : kLowFactor;
 };
 
+template <int bits, bool is_signed, Scaling scaling, bool has_min>
+struct HasTile {
+  using Tile = TileFormat<bits, is_signed, scaling, has_min>;
+};
 // clang-format off
 template <TensorType type> struct TileOfType;
-template <> struct TileOfType<TensorType::kQ4_0> { using Tile = TileFormat<4, true, Scaling::kFloat32, false>; };
-template <> struct TileOfType<TensorType::kQ4_1> { using Tile = TileFormat<4, false, Scaling::kFloat32, true>; };
-template <> struct TileOfType<TensorType::kQ5_0> { using Tile = TileFormat<5, true, Scaling::kFloat32, false>; };
-template <> struct TileOfType<TensorType::kQ5_1> { using Tile = TileFormat<5, false, Scaling::kFloat32, true>; };
-template <> struct TileOfType<TensorType::kQ8_0> { using Tile = TileFormat<8, true, Scaling::kFloat32, false>; };
-template <> struct TileOfType<TensorType::kQ2_K> { using Tile = TileFormat<2, false, Scaling::kInteger16, true>; };
-template <> struct TileOfType<TensorType::kQ3_K> { using Tile = TileFormat<3, true, Scaling::kInteger16, false>; };
-template <> struct TileOfType<TensorType::kQ4_K> { using Tile = TileFormat<4, false, Scaling::kInteger32, true>; };
-template <> struct TileOfType<TensorType::kQ5_K> { using Tile = TileFormat<5, false, Scaling::kInteger32, true>; };
-template <> struct TileOfType<TensorType::kQ6_K> { using Tile = TileFormat<6, true, Scaling::kInteger16, false>; };
+template <> struct TileOfType<TensorType::kQ4_0> : HasTile<4, true, Scaling::kFloat32, false> {};
+template <> struct TileOfType<TensorType::kQ4_1> : HasTile<4, false, Scaling::kFloat32, true> {};
+template <> struct TileOfType<TensorType::kQ5_0> : HasTile<5, true, Scaling::kFloat32, false> {};
+template <> struct TileOfType<TensorType::kQ5_1> : HasTile<5, false, Scaling::kFloat32, true> {};
+template <> struct TileOfType<TensorType::kQ8_0> : HasTile<8, true, Scaling::kFloat32, false> {};
+template <> struct TileOfType<TensorType::kQ2_K> : HasTile<2, false, Scaling::kInteger16, true> {};
+template <> struct TileOfType<TensorType::kQ3_K> : HasTile<3, true, Scaling::kInteger16, false> {};
+template <> struct TileOfType<TensorType::kQ4_K> : HasTile<4, false, Scaling::kInteger32, true> {};
+template <> struct TileOfType<TensorType::kQ5_K> : HasTile<5, false, Scaling::kInteger32, true> {};
+template <> struct TileOfType<TensorType::kQ6_K> : HasTile<6, true, Scaling::kInteger16, false> {};
 // clang-format on
 template <TensorType type>
 using TileOf = typename TileOfType<type>::Tile;

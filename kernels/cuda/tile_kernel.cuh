@@ -15,17 +15,47 @@ inline constexpr int kTileWarps = 8;
 inline constexpr int kTileThreads = kTileWarps * 32;
 inline constexpr int kBlockRows = kTileWarps * kTileRows;  // output rows of a block
 
-template <typename Tile, int kColumns>
+template <typename Tile, int kColumns, bool kSplitK>
 struct TileLayout {
   using Block = SuperblockActivations<Tile, kColumns>;
+  static constexpr int kMostBytes = 113 * 1024;  // of two blocks on a multiprocessor
   static constexpr int kWeightBytes = kTileWarps * Tile::kBytes;
   static constexpr int kStageBytes =
       kWeightBytes + Block::kQuantBytes + Block::kSumBytes + Block::kScaleBytes;
-  // Two blocks of a multiprocessor share 227 KB.
-  static constexpr int kStages = 3 * kStageBytes > 113 * 1024 ? 2 : 3;
-  static constexpr int kPartialBytes = kColumns * kBlockRows * 4;
-  static constexpr int kSharedBytes =
-      kStages * kStageBytes > kPartialBytes ? kStages* kStageBytes : kPartialBytes;
+  static constexpr int kSumsBytes = kColumns * kBlockRows * 4;  // a float per result
+  // Sums of finished splits, where registers are short and shared memory is not.
+  static constexpr bool kSharedTotals =
+      !kSplitK && kColumns == 64 && 2 * kStageBytes + kSumsBytes <= kMostBytes;
+  static constexpr int kStages = kSharedTotals || 3 * kStageBytes > kMostBytes ? 2 : 3;
+  static constexpr int kRingBytes = kStages * kStageBytes;
+  static constexpr int kSharedBytes = kSharedTotals             ? kRingBytes + kSumsBytes
+                                      : kRingBytes > kSumsBytes ? kRingBytes
+                                                                : kSumsBytes;
+};
+
+// The sums of the splits before the one at hand, a thread's own: [column tile][4].
+template <int kColumnTiles, bool kShared>
+class Totals {
+ public:
+  __device__ explicit Totals(uint8_t* shared)
+      : shared_(reinterpret_cast<float*>(shared) + threadIdx.x) {
+#pragma unroll
+    for (int c = 0; c < kColumnTiles; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) At(c, i) = 0;
+    }
+  }
+  __device__ float& At(int c, int i) {
+    if constexpr (kShared) {
+      return shared_[(c * 4 + i) * kTileThreads];
+    } else {
+      return registers_[c][i];
+    }
+  }
+
+ private:
+  float* shared_;
+  float registers_[kShared ? 1 : kColumnTiles][4];
 };
 
 // Begins the copy of one superblock's activations for rows [first_row, first_row + kColumns);
@@ -97,7 +127,7 @@ __device__ inline void StoreClusterSums(const MatmulParameters& p, int first_til
 template <typename Tile, int kColumns, bool kSplitK>
 __global__ void __launch_bounds__(kTileThreads, 2)
     TileKernel(const __grid_constant__ MatmulParameters p) {
-  using Layout = TileLayout<Tile, kColumns>;
+  using Layout = TileLayout<Tile, kColumns, kSplitK>;
   using Block = typename Layout::Block;
   constexpr int kColumnTiles = Block::kColumnTiles;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
@@ -133,8 +163,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     CommitCopies();
   }
 
-  float acc[kColumnTiles][4] = {};    // of this split
-  float total[kColumnTiles][4] = {};  // of the splits before it
+  float acc[kColumnTiles][4] = {};  // of this split
+  Totals<kColumnTiles, Layout::kSharedTotals> totals(shared + Layout::kRingBytes);
   int next_split = 1;
   for (int s = first; s < last; ++s) {
     WaitCopies<Layout::kStages - 2>();
@@ -154,7 +184,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
         for (int c = 0; c < kColumnTiles; ++c) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            total[c][i] = __fadd_rn(total[c][i], acc[c][i]);
+            totals.At(c, i) = __fadd_rn(totals.At(c, i), acc[c][i]);
             acc[c][i] = 0;
           }
         }
@@ -182,8 +212,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     for (int c = 0; c < kColumnTiles; ++c) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        StoreResult(p, tile_row, g + i / 2 * 8, first_row + c * 8 + 2 * t + i % 2, total[c][i],
-                    i % 2 == 0 ? total[c][i + 1 < 4 ? i + 1 : i] : 0.0f);
+        StoreResult(p, tile_row, g + i / 2 * 8, first_row + c * 8 + 2 * t + i % 2, totals.At(c, i),
+                    i % 2 == 0 ? totals.At(c, i + 1) : 0.0f);
       }
     }
   }

@@ -12,60 +12,55 @@
 namespace stagecoach::cuda {
 
 template <typename Tile, int kColumns>
-bool StreamFits(const MatmulParameters& p, const DeviceLimits& limits) {
-  return StreamLayout<Tile, kColumns>::SharedBytes(1, p.superblocks) <=
-         limits.shared_bytes_per_block;
+bool StreamFits(const MatmulParameters& p) {
+  return StreamLayout<Tile, kColumns>::SharedBytes(1, p.superblocks) <= kMostSharedBytes;
 }
 
 template <typename Tile, int kColumns>
-cudaError_t LaunchStream(const MatmulParameters& p, const DeviceLimits& limits,
-                         cudaStream_t stream) {
+cudaError_t LaunchStream(const MatmulParameters& p, int multiprocessors, cudaStream_t stream) {
   using Layout = StreamLayout<Tile, kColumns>;
-  // One block per multiprocessor, so that all have the same share although the next kernel's
-  // blocks come while this one's still run.
-  const bool two_teams =
-      Layout::SharedBytes(kMaxTeams, p.superblocks) <= limits.shared_bytes_per_block;
+  const bool two_teams = Layout::SharedBytes(kMaxTeams, p.superblocks) <= kMostSharedBytes;
   const int teams = two_teams ? kMaxTeams : 1;
   LaunchShape shape;
-  shape.grid = dim3(std::min((p.tile_rows + teams - 1) / teams, limits.multiprocessors));
+  shape.grid = dim3(std::min((p.tile_rows + teams - 1) / teams, multiprocessors));
   shape.threads = teams * kTeamThreads;
-  shape.shared_bytes = Layout::SharedBytes(teams, p.superblocks);
-  const cudaError_t status =
-      AllowSharedMemory(StreamKernel<Tile, kColumns>, limits.shared_bytes_per_block);
+  // One block at a time on a multiprocessor, so that all have the same share: where two fit, those
+  // of the next kernel crowd on the multiprocessors that finish first.
+  shape.shared_bytes =
+      std::max<size_t>(Layout::SharedBytes(teams, p.superblocks), kMostSharedBytes / 2 + 1024);
+  const cudaError_t status = AllowSharedMemory(StreamKernel<Tile, kColumns>, kMostSharedBytes);
   if (status != cudaSuccess) return status;
   return LaunchKernel(StreamKernel<Tile, kColumns>, shape, stream, p);
 }
 
 template <typename Tile, int kColumns>
-cudaError_t LaunchTiles(const MatmulParameters& p, const DeviceLimits& limits,
-                        cudaStream_t stream) {
+cudaError_t LaunchTiles(const MatmulParameters& p, int multiprocessors, cudaStream_t stream) {
   const int row_blocks = (p.quant_rows + kColumns - 1) / kColumns;
   const int output_blocks = (p.tile_rows + kTileWarps - 1) / kTileWarps;
-  const bool split_k = row_blocks * output_blocks < limits.multiprocessors * 3 / 2;
+  const bool split_k = row_blocks * output_blocks < multiprocessors * 3 / 2;
   LaunchShape shape;
   shape.grid = dim3(row_blocks * (split_k ? kSplits : 1), output_blocks);
   shape.threads = kTileThreads;
   shape.cluster = split_k ? kSplits : 1;
-  shape.shared_bytes = TileLayout<Tile, kColumns>::kSharedBytes;
+  shape.shared_bytes = split_k ? TileLayout<Tile, kColumns, true>::kSharedBytes
+                               : TileLayout<Tile, kColumns, false>::kSharedBytes;
   const auto kernel =
       split_k ? TileKernel<Tile, kColumns, true> : TileKernel<Tile, kColumns, false>;
-  const cudaError_t status = AllowSharedMemory(kernel, shape.shared_bytes);
+  const cudaError_t status = AllowSharedMemory(kernel, kMostSharedBytes);
   if (status != cudaSuccess) return status;
   return LaunchKernel(kernel, shape, stream, p);
 }
 
 template <TensorType type>
-cudaError_t LaunchTypedMatmul(const MatmulParameters& p, const DeviceLimits& limits,
-                              cudaStream_t stream) {
+cudaError_t LaunchTypedMatmul(const MatmulParameters& p, int multiprocessors, cudaStream_t stream) {
   using Tile = TileOf<type>;
   const int rows = p.quant_rows;
-  if (rows == 1 && StreamFits<Tile, 1>(p, limits)) return LaunchStream<Tile, 1>(p, limits, stream);
-  if (rows <= 2 && StreamFits<Tile, 2>(p, limits)) return LaunchStream<Tile, 2>(p, limits, stream);
-  if (rows <= 4 && StreamFits<Tile, 4>(p, limits)) return LaunchStream<Tile, 4>(p, limits, stream);
-  if (rows <= 8 && StreamFits<Tile, 8>(p, limits)) return LaunchStream<Tile, 8>(p, limits, stream);
-  if (rows <= 16) return LaunchTiles<Tile, 16>(p, limits, stream);
-  if (rows <= 32) return LaunchTiles<Tile, 32>(p, limits, stream);
-  return LaunchTiles<Tile, 64>(p, limits, stream);
+  if (rows == 1 && StreamFits<Tile, 1>(p)) return LaunchStream<Tile, 1>(p, multiprocessors, stream);
+  if (rows <= 2 && StreamFits<Tile, 2>(p)) return LaunchStream<Tile, 2>(p, multiprocessors, stream);
+  if (rows <= 8 && StreamFits<Tile, 8>(p)) return LaunchStream<Tile, 8>(p, multiprocessors, stream);
+  if (rows <= 16) return LaunchTiles<Tile, 16>(p, multiprocessors, stream);
+  if (rows <= 32) return LaunchTiles<Tile, 32>(p, multiprocessors, stream);
+  return LaunchTiles<Tile, 64>(p, multiprocessors, stream);
 }
 
 }  // namespace stagecoach::cuda
