@@ -43,4 +43,9 @@ uint64_t KvBytes(const KvShape& shape) {
 
 uint64_t Backend::ResidentBytes(TensorRole, const TensorInfo& tensor) const { return tensor.bytes; }
 
+absl::Status Backend::HeadTop(Workspace&, const UnitWeights&, std::span<const int32_t>, int,
+                              std::span<TopLogit>) {
+  return absl::UnimplementedError("this backend gives all logits only");
+}
+
 }  // namespace stagecoach

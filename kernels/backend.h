@@ -5,7 +5,7 @@
 // backend kind, its kernel revision and the tokens up to that row's position; never on the other
 // rows of the batch, the chunking, the thread count or the stage split. Hence every sum over
 // columns has an order fixed by the weight's shape alone, and attention walks the KV in tiles of
-// kKvBlockPositions, merged in order.
+// whole blocks, merged in order.
 #ifndef STAGECOACH_KERNELS_BACKEND_H_
 #define STAGECOACH_KERNELS_BACKEND_H_
 
@@ -18,6 +18,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/sampling.h"
 #include "model/model_file.h"
 
 namespace stagecoach {
@@ -117,8 +118,9 @@ class Backend {
   virtual absl::StatusOr<std::unique_ptr<Workspace>> NewWorkspace(const ModelParams& params,
                                                                   int max_rows) = 0;
 
-  // --- One step of a stage: Embed or SetResidual, RunLayer for each layer, then GetResidual or
-  // Head. The residual stream is float32 [rows][d_model].
+  // --- One step of a stage: Embed or SetResidual, RunLayer for each layer, all with the same
+  // batch, then GetResidual or Head; a backend may put its work off until then. The residual stream
+  // is float32 [rows][d_model].
   virtual absl::Status Embed(Workspace& workspace, const UnitWeights& embedding,
                              std::span<const int32_t> token_ids) = 0;
   virtual absl::Status SetResidual(Workspace& workspace, std::span<const float> residual) = 0;
@@ -129,6 +131,12 @@ class Backend {
   // logits: [rows.size()][vocab], for the residual rows named in `rows`.
   virtual absl::Status Head(Workspace& workspace, const UnitWeights& head,
                             std::span<const int32_t> rows, std::span<float> logits) = 0;
+  // Optional, for devices from which all logits are dear: the `count` best of each row instead, 1
+  // to MaxTopLogits() of them (0: not offered), at most the vocabulary. top: [rows.size()][count],
+  // as SampleFromTop wants them.
+  virtual int MaxTopLogits() const { return 0; }
+  virtual absl::Status HeadTop(Workspace& workspace, const UnitWeights& head,
+                               std::span<const int32_t> rows, int count, std::span<TopLogit> top);
 
   // --- KV between steps, all layers of the cache, ordered with the steps around them.
   // Keys and values of each `from` to its `to`, bit for bit. No `to` occurs twice or as a `from`.

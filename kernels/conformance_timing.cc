@@ -37,7 +37,7 @@ struct RunState {
   std::unique_ptr<UnitWeights> weights;
   std::unique_ptr<Workspace> workspace;
   std::unique_ptr<KvCache> kv;
-  std::vector<float> residual, logits;
+  std::vector<float> residual, output, logits;
   std::vector<int32_t> rows;
   std::vector<std::vector<int32_t>> blocks;
   std::vector<BatchSequence> sequences;
@@ -129,11 +129,13 @@ absl::StatusOr<PreparedRun> PrepareLayer(Backend& backend, TensorType type, Laye
                                 .blocks = state->blocks[i]});
   }
   state->residual = RandomFloats(random, static_cast<size_t>(rows) * state->params.d_model);
+  state->output.resize(state->residual.size());
   return PreparedRun([state, &backend, rows]() -> absl::Status {
     // The layer adds to the residual stream, which would grow without bound over many runs.
     STAGECOACH_RETURN_IF_ERROR(backend.SetResidual(*state->workspace, state->residual));
-    return backend.RunLayer(*state->workspace, *state->weights, *state->kv, 0,
-                            {.sequences = state->sequences, .rows = rows});
+    STAGECOACH_RETURN_IF_ERROR(backend.RunLayer(*state->workspace, *state->weights, *state->kv, 0,
+                                                {.sequences = state->sequences, .rows = rows}));
+    return backend.GetResidual(*state->workspace, state->output);
   });
 }
 

@@ -68,15 +68,31 @@ double LogSumExp(std::span<const float> logits) {
   return best + PortableLog(sum);
 }
 
+struct Penalties {
+  double repetition = 1;
+  double presence = 0;
+  double frequency = 0;
+  bool any() const { return repetition != 1 || presence != 0 || frequency != 0; }
+};
+
+// Those that are switched on.
+Penalties PenaltiesOf(const SamplingParams& params) {
+  Penalties penalties;
+  const double repetition = params.repetition_penalty;
+  if (repetition > 0 && std::isfinite(repetition)) penalties.repetition = repetition;
+  if (std::isfinite(params.presence_penalty)) penalties.presence = params.presence_penalty;
+  if (std::isfinite(params.frequency_penalty)) penalties.frequency = params.frequency_penalty;
+  return penalties;
+}
+
 // `logits`, or a changed copy of it in `scratch` if a penalty is on.
 std::span<const float> Penalise(std::span<const float> logits, const SamplingParams& params,
                                 std::span<const int32_t> history, size_t prompt_tokens,
                                 std::vector<float>& scratch) {
-  const double repetition = params.repetition_penalty;
-  const bool repetition_on = repetition > 0 && repetition != 1 && std::isfinite(repetition);
-  const double presence = std::isfinite(params.presence_penalty) ? params.presence_penalty : 0;
-  const double frequency = std::isfinite(params.frequency_penalty) ? params.frequency_penalty : 0;
-  if (!repetition_on && presence == 0 && frequency == 0) return logits;
+  const Penalties penalties = PenaltiesOf(params);
+  if (!penalties.any()) return logits;
+  const auto [repetition, presence, frequency] = penalties;
+  const bool repetition_on = repetition != 1;
 
   scratch.assign(logits.begin(), logits.end());
   // Per token: 1 + how often it was generated, 0 once it is dealt with or if it was never seen.
@@ -163,6 +179,16 @@ void KeepTopP(std::vector<Candidate>& candidates, float best, double top_p) {
   std::erase_if(candidates, [&](const Candidate& candidate) { return Better(last, candidate); });
 }
 
+// What top-p and min-p leave of the candidates; never empty.
+void FilterCandidates(float best, const SamplingParams& params,
+                      std::vector<Candidate>& candidates) {
+  if (params.top_p > 0 && params.top_p < 1) KeepTopP(candidates, best, params.top_p);
+  if (params.min_p > 0 && params.min_p < 1) {
+    const double threshold = best + PortableLog(params.min_p);
+    std::erase_if(candidates, [&](const Candidate& c) { return c.logit < threshold; });
+  }
+}
+
 // What the filters leave of `logits`; never empty.
 void Filter(std::span<const float> logits, float best, const SamplingParams& params,
             std::vector<Candidate>& out) {
@@ -172,11 +198,7 @@ void Filter(std::span<const float> logits, float best, const SamplingParams& par
     out.resize(logits.size());
     for (size_t i = 0; i < logits.size(); ++i) out[i] = {logits[i], static_cast<int32_t>(i), 0};
   }
-  if (params.top_p > 0 && params.top_p < 1) KeepTopP(out, best, params.top_p);
-  if (params.min_p > 0 && params.min_p < 1) {
-    const double threshold = best + PortableLog(params.min_p);
-    std::erase_if(out, [&](const Candidate& candidate) { return candidate.logit < threshold; });
-  }
+  FilterCandidates(best, params, out);
 }
 
 // `best`: the largest logit among the candidates.
@@ -221,6 +243,24 @@ absl::StatusOr<SampledToken> Sample(std::span<const float> logits, const Samplin
     token.top_logprobs.push_back(static_cast<float>(candidate.logit - normaliser));
   }
   return token;
+}
+
+int TopLogitsNeeded(const SamplingParams& params, int vocab) {
+  if (params.logprobs > 0 || PenaltiesOf(params).any()) return 0;
+  if (!(params.temperature > 0)) return 1;
+  return params.top_k < static_cast<uint32_t>(vocab) ? static_cast<int>(params.top_k) : 0;
+}
+
+absl::StatusOr<int32_t> SampleFromTop(std::span<const TopLogit> top, const SamplingParams& params,
+                                      uint64_t position) {
+  const float best = top.front().logit;
+  if (!std::isfinite(best)) return absl::DataLossError("non-finite logits");
+  if (!(params.temperature > 0)) return top.front().id;
+  thread_local std::vector<Candidate> candidates;
+  candidates.clear();
+  for (const TopLogit& entry : top) candidates.push_back({entry.logit, entry.id, 0});
+  FilterCandidates(best, params, candidates);
+  return Draw(candidates, best, params.temperature, PhiloxUniform(params.seed, position));
 }
 
 absl::StatusOr<float> LogProbability(std::span<const float> logits, int32_t token) {

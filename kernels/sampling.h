@@ -47,6 +47,22 @@ absl::StatusOr<SampledToken> Sample(std::span<const float> logits, const Samplin
                                     std::span<const int32_t> history, size_t prompt_tokens,
                                     uint64_t position);
 
+// One of the best logits of a row.
+struct TopLogit {
+  float logit = 0;
+  int32_t id = 0;
+};
+
+// How many of the best logits of `vocab` decide what Sample chooses with these parameters: 0 if it
+// must see all of them (penalties, log-probabilities, an unbounded draw).
+int TopLogitsNeeded(const SamplingParams& params, int vocab);
+
+// The token that Sample would choose, from the TopLogitsNeeded best logits: best first, ties to the
+// lower id. The first is NaN if any logit of the row is not finite.
+// Errors: DATA_LOSS in that case.
+absl::StatusOr<int32_t> SampleFromTop(std::span<const TopLogit> top, const SamplingParams& params,
+                                      uint64_t position);
+
 // log softmax(logits)[token], in float64 with a fixed order. DATA_LOSS as above;
 // INVALID_ARGUMENT if token is not in [0, vocab).
 absl::StatusOr<float> LogProbability(std::span<const float> logits, int32_t token);

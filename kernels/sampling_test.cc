@@ -1,6 +1,8 @@
 #include "kernels/sampling.h"
 
+#include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <set>
 #include <vector>
@@ -256,6 +258,52 @@ TEST(Sample, LogprobsAreBoundedByVocabularyAndLimit) {
   EXPECT_EQ(Sample(std::vector<float>{1, 2}, params, {}, 0, 0)->top_ids.size(), 2u);
   EXPECT_EQ(Sample(std::vector<float>(100, 0), params, {}, 0, 0)->top_ids.size(),
             static_cast<size_t>(kMaxLogprobs));
+}
+
+// The `count` best of `logits` as a device would give them.
+std::vector<TopLogit> BestOf(std::span<const float> logits, int count) {
+  std::vector<TopLogit> all;
+  for (size_t i = 0; i < logits.size(); ++i) all.push_back({logits[i], static_cast<int32_t>(i)});
+  std::ranges::stable_sort(all, std::greater<>(), &TopLogit::logit);
+  all.resize(count);
+  return all;
+}
+
+TEST(SampleFromTop, ChoosesAsSample) {
+  std::vector<float> logits;
+  uint32_t state = 1;
+  for (int i = 0; i < 500; ++i) {
+    state = state * 1664525 + 1013904223;
+    logits.push_back(static_cast<float>(state >> 24) / 32 - 4);  // with ties
+  }
+  for (const SamplingParams& params :
+       {SamplingParams{}, SamplingParams{.temperature = 1, .top_k = 40},
+        SamplingParams{.temperature = 0.7f, .top_k = 50, .top_p = 0.9f, .min_p = 0.05f},
+        SamplingParams{.temperature = 2, .top_k = 3, .top_p = 0.5f, .repetition_penalty = 1},
+        SamplingParams{.temperature = 1, .top_k = 499}}) {
+    const int needed = TopLogitsNeeded(params, 500);
+    ASSERT_GT(needed, 0);
+    const std::vector<TopLogit> top = BestOf(logits, needed);
+    for (int position = 0; position < 300; ++position) {
+      const auto token = SampleFromTop(top, params, position);
+      ASSERT_TRUE(token.ok());
+      EXPECT_EQ(*token, SampleId(logits, params, {}, 0, position));
+    }
+  }
+}
+
+TEST(SampleFromTop, IsNotForWhatNeedsAllLogits) {
+  for (const SamplingParams& params :
+       {SamplingParams{.temperature = 1}, SamplingParams{.temperature = 1, .top_k = 500},
+        SamplingParams{.repetition_penalty = 1.1f}, SamplingParams{.presence_penalty = 1},
+        SamplingParams{.frequency_penalty = -1}, SamplingParams{.logprobs = 1}}) {
+    EXPECT_EQ(TopLogitsNeeded(params, 500), 0);
+  }
+}
+
+TEST(SampleFromTop, RefusesNonFiniteLogits) {
+  const std::vector<TopLogit> top = {{std::nanf(""), 7}};
+  EXPECT_EQ(SampleFromTop(top, {}, 0).status().code(), absl::StatusCode::kDataLoss);
 }
 
 TEST(LogProbability, RefusesTokensOutsideTheVocabulary) {

@@ -2,19 +2,26 @@
 
 #include <algorithm>
 #include <cassert>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iterator>
 #include <random>
 #include <utility>
 
-#include "kernels/cpu/cpu_backend.h"
+#include "kernels/device.h"
 #include "worker/kv_slots.h"
 
 namespace stagecoach {
 
 std::string TestDataPath(const std::string& name) {
-  return std::string(STAGECOACH_SOURCE_DIR) + "/tests/data/" + name;
+  const char* const moved = std::getenv("STAGECOACH_SOURCE_DIR");
+  return std::string(moved != nullptr ? moved : STAGECOACH_SOURCE_DIR) + "/tests/data/" + name;
+}
+
+std::string TestDevice() {
+  const char* const device = std::getenv("STAGECOACH_TEST_DEVICE");
+  return device != nullptr ? device : "cpu";
 }
 
 std::string ReadTestFile(const std::string& path) {
@@ -35,7 +42,9 @@ absl::StatusOr<std::unique_ptr<StageChain>> StageChain::Create(const std::string
   auto model = ModelFile::Open(model_path);
   if (!model.ok()) return model.status();
   chain->model_ = *model;
-  chain->backend_ = MakeCpuBackend({.threads = options.threads, .isa = options.isa});
+  auto backend = OpenDevice(options.device, {.threads = options.threads, .isa = options.isa});
+  if (!backend.ok()) return backend.status();
+  chain->backend_ = *std::move(backend);
   const int layers = chain->model_->params().layers;
   const int kv_blocks = options.max_slots * KvBlocksFor(options.max_context);
   chain->slots_.resize(options.max_slots);

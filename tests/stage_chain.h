@@ -16,8 +16,12 @@
 
 namespace stagecoach {
 
+// The device that suites run on: STAGECOACH_TEST_DEVICE in the environment, else the CPU.
+std::string TestDevice();
+
 struct StageChainOptions {
   int stages = 1;
+  std::string device = TestDevice();
   int threads = 1;
   std::string isa = "auto";
   int max_slots = 8;
@@ -85,7 +89,8 @@ class StageChain {
   v1::StepHeader pending_;  // what comes in front of the next step's rows
 };
 
-// tests/data/<name>
+// tests/data/<name>; STAGECOACH_SOURCE_DIR in the environment says where tests/ is if it has moved
+// since the build.
 std::string TestDataPath(const std::string& name);
 std::string ReadTestFile(const std::string& path);
 // float32 little-endian file.

@@ -48,7 +48,8 @@ class InProcessContender : public Contender {
  public:
   static absl::StatusOr<std::unique_ptr<Contender>> Start(
       const std::shared_ptr<const ModelFile>& model, const ServiceFlags& flags, int context) {
-    auto stages = LocalStages::Create(model, {.threads = flags.threads,
+    auto stages = LocalStages::Create(model, {.device = flags.device,
+                                              .threads = flags.threads,
                                               .max_context = context,
                                               .max_step_tokens = context,
                                               .kv_type = KvTypeNames().at(flags.kv_type)});
@@ -218,6 +219,9 @@ void AddBenchDecode(CLI::App& bench, Command& run) {
                    "Worker processes, several side by side; 0 = one process without links")
       ->delimiter(',')
       ->check(CLI::Range(0, 512))
+      ->capture_default_str();
+  command
+      ->add_option("--device", flags->service.device, "Where it is computed: cpu, cuda:N or auto")
       ->capture_default_str();
   command->add_option("--threads", flags->service.threads, "Threads per process")
       ->check(CLI::Range(1, 1024))

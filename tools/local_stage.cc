@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "kernels/cpu/cpu_backend.h"
+#include "kernels/device.h"
 #include "worker/kv_slots.h"
 
 namespace stagecoach {
@@ -11,7 +11,9 @@ namespace stagecoach {
 absl::StatusOr<std::unique_ptr<LocalStages>> LocalStages::Create(
     std::shared_ptr<const ModelFile> model, const LocalStageOptions& options) {
   auto local = std::make_unique<LocalStages>();
-  local->backend_ = MakeCpuBackend({.threads = options.threads});
+  auto opened = OpenDevice(options.device, {.threads = options.threads});
+  if (!opened.ok()) return opened.status();
+  local->backend_ = *std::move(opened);
   Backend* const backend = local->backend_.get();
   const int layers = model->params().layers;
   for (int i = 0; i < options.stages; ++i) {

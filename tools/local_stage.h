@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -17,7 +18,8 @@
 namespace stagecoach {
 
 struct LocalStageOptions {
-  int stages = 1;  // of equally many layers, each with its own layer store
+  int stages = 1;              // of equally many layers, each with its own layer store
+  std::string device = "cpu";  // see OpenDevice
   int threads = 1;
   int max_context = 0;
   int max_step_tokens = 0;
@@ -28,7 +30,8 @@ struct LocalStageOptions {
 // One sequence at a time. Not thread-safe.
 class LocalStages {
  public:
-  // Starts loading weights, if options.store says so. Errors: those of Stage::Create.
+  // Starts loading weights, if options.store says so. Errors: those of OpenDevice and
+  // Stage::Create.
   static absl::StatusOr<std::unique_ptr<LocalStages>> Create(std::shared_ptr<const ModelFile> model,
                                                              const LocalStageOptions& options);
 

@@ -18,6 +18,8 @@ void AddPipelineFlags(CLI::App& command, ServiceFlags& flags) {
   command.add_option("--workers", flags.workers, "Worker processes (stages) of a private pipeline")
       ->check(CLI::Range(1, 512))
       ->capture_default_str();
+  command.add_option("--device", flags.device, "Where workers compute: cpu, cuda:N or auto")
+      ->capture_default_str();
   command.add_option("--threads", flags.threads, "CPU threads per worker; 0 = share all cores")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
@@ -57,7 +59,7 @@ LocalClusterOptions ToClusterOptions(const ServiceFlags& flags) {
     options.coordinator_flags.insert(options.coordinator_flags.end(),
                                      {"--kv-memory", flags.kv_memory});
   }
-  options.worker_flags = {"--prefetch", flags.prefetch};
+  options.worker_flags = {"--device", flags.device, "--prefetch", flags.prefetch};
   if (!flags.weight_budget.empty()) {
     options.worker_flags.insert(options.worker_flags.end(),
                                 {"--weight-budget", flags.weight_budget});

@@ -20,6 +20,7 @@ struct ServiceFlags {
   std::string server;
   std::string model;
   int workers = 1;
+  std::string device = "cpu";  // of each worker
   int threads = 0;
   int max_slots = 64;
   int context = 0;
@@ -30,7 +31,8 @@ struct ServiceFlags {
   bool verbose = false;
 };
 
-// Declares --server, --model, --workers, --threads, --context, --kv-type, --kv-memory, --prefetch,
+// Declares --server, --model, --workers, --device, --threads, --context, --kv-type, --kv-memory,
+// --prefetch,
 // --verbose.
 void AddServiceFlags(CLI::App& command, ServiceFlags& flags);
 // Those of them that a private service needs, without --server and --model.

@@ -18,8 +18,7 @@
 
 #include "absl/status/status.h"
 #include "fmt/format.h"
-#include "kernels/cpu/cpu_backend.h"
-#include "kernels/cpu/read_bandwidth.h"
+#include "kernels/device.h"
 #include "model/model_file.h"
 #include "spdlog/sinks/stdout_sinks.h"
 #include "spdlog/spdlog.h"
@@ -32,10 +31,9 @@
 namespace stagecoach {
 namespace {
 
-constexpr int kExitBadInput = 2;  // flags, model file, or refused by the coordinator
+constexpr int kExitBadInput = 2;     // flags, model file, device, or refused by the coordinator
+constexpr int kExitDeviceFault = 3;  // the GPU failed under us: starting again may help
 constexpr int kMaxLinkStreams = 128;
-constexpr uint64_t kBandwidthBytes = 64 << 20;
-constexpr int kBandwidthPasses = 2;
 
 struct Flags {
   std::string coordinator;
@@ -93,8 +91,8 @@ void AddOptions(CLI::App& app, Flags& flags) {
   app.add_option("--name", flags.name, "Unique name (default: host name and process id)");
   app.add_option("--threads", flags.threads, "Compute threads; 0 = one per core")
       ->check(CLI::Range(0, 1024));
-  app.add_option("--device", flags.device, "Where the stage computes")
-      ->check(CLI::IsMember({"cpu"}))
+  app.add_option("--device", flags.device,
+                 "Where the stage computes: cpu, cuda:N, or auto (the first GPU, if there is one)")
       ->capture_default_str();
   app.add_option("--prefetch", flags.prefetch,
                  "on: load weights ahead of their use; off: when first needed")
@@ -153,7 +151,7 @@ absl::StatusOr<std::string> AdvertisedAddress(const Flags& flags, int port) {
 }
 
 v1::WorkerHello MakeHello(const Flags& flags, const std::string& address, const Backend& backend,
-                          const ModelFile& model) {
+                          double read_bytes_per_second, const ModelFile& model) {
   const BackendInfo info = backend.info();
   const int threads = flags.threads > 0
                           ? flags.threads
@@ -168,7 +166,7 @@ v1::WorkerHello MakeHello(const Flags& flags, const std::string& address, const 
   hello.set_kernel_revision(info.kernel_revision);
   hello.set_model_hash(model.hash());
   hello.set_memory_bytes(static_cast<int64_t>(std::min<uint64_t>(info.memory_bytes, INT64_MAX)));
-  hello.set_read_bytes_per_second(MeasureReadBandwidth(threads, kBandwidthBytes, kBandwidthPasses));
+  hello.set_read_bytes_per_second(read_bytes_per_second);
   hello.set_threads(static_cast<uint32_t>(threads));
   hello.set_weight_budget_bytes(flags.store.weight_budget_bytes);
   hello.set_weight_budget_percent(flags.store.weight_budget_percent);
@@ -204,7 +202,10 @@ absl::Status Serve(const Flags& flags, Backend* backend, std::shared_ptr<const M
   if (!address.ok()) return address.status();
   spdlog::info("[{}] listening on {}, {}", flags.name, *address, backend->info().description);
 
-  ControlClient client(flags.coordinator, MakeHello(flags, *address, *backend, *model), &node);
+  const absl::StatusOr<double> bandwidth = MeasureDeviceBandwidth(*backend, flags.threads);
+  if (!bandwidth.ok()) return bandwidth.status();
+  ControlClient client(flags.coordinator, MakeHello(flags, *address, *backend, *bandwidth, *model),
+                       &node);
   std::thread stopper([&] {
     int signal = 0;
     while (sigwait(&signals, &signal) == 0 && signal == SIGUSR1) {
@@ -224,6 +225,14 @@ absl::Status Serve(const Flags& flags, Backend* backend, std::shared_ptr<const M
 int Fail(const absl::Status& status) {
   fmt::print(stderr, "stagecoach-worker: {}\n", std::string(status.message()));
   return kExitBadInput;
+}
+
+// Nothing more can be computed in this process: end at once, without destructors that would wait
+// for the device. The coordinator sees the stream break and waits for a replacement.
+void EndWithDeviceFault(const absl::Status& status) {
+  spdlog::critical("the device failed: {}", std::string(status.message()));
+  spdlog::shutdown();
+  _exit(kExitDeviceFault);
 }
 
 int Main(int argc, char** argv) {
@@ -259,16 +268,18 @@ int Main(int argc, char** argv) {
   if (!model.ok()) return Fail(model.status());
   spdlog::info("[{}] reads of weights are {}", flags.name,
                (*model)->file(0).read_alignment() > 1 ? "direct" : "buffered");
-  const std::unique_ptr<Backend> backend = MakeCpuBackend({.threads = flags.threads});
-  if (absl::Status status = CheckTensors(**model, *backend); !status.ok()) return Fail(status);
-  if (absl::Status status = CheckWeightBudget(*backend, **model, StoreOptions(flags));
+  auto backend =
+      OpenDevice(flags.device, {.threads = flags.threads, .on_device_fault = EndWithDeviceFault});
+  if (!backend.ok()) return Fail(backend.status());
+  if (absl::Status status = CheckTensors(**model, **backend); !status.ok()) return Fail(status);
+  if (absl::Status status = CheckWeightBudget(**backend, **model, StoreOptions(flags));
       !status.ok()) {
     return Fail(status);
   }
   for (const std::string& tensor : (*model)->unused_tensors()) {
     spdlog::warn("[{}] tensor '{}' is not used by this architecture", flags.name, tensor);
   }
-  const absl::Status status = Serve(flags, backend.get(), *std::move(model), signals);
+  const absl::Status status = Serve(flags, backend->get(), *std::move(model), signals);
   return status.ok() ? 0 : Fail(status);
 }
 

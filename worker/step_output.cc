@@ -65,40 +65,90 @@ absl::Status StepOutput::Run(const UnitWeights& head, const v1::StepHeader& step
   }
   payload.reserve(logits_rows * vocab_size_);
   ListRows(step, slots);
-  for (size_t first = 0; first < rows_.size(); first += kHeadRows) {
-    const size_t count = std::min<size_t>(kHeadRows, rows_.size() - first);
-    const auto row_numbers = std::span<const int32_t>(row_numbers_).subspan(first, count);
-    const std::span<float> logits(logits_.data(), count * vocab_size_);
-    STAGECOACH_RETURN_IF_ERROR(backend_->Head(*workspace_, head, row_numbers, logits));
-    for (size_t i = 0; i < count; ++i) {
-      const HeadRow& row = rows_[first + i];
-      const v1::SequenceRows& rows = step.rows(row.sequence);
-      v1::SequenceResult& sequence = *result.mutable_sequences(row.sequence);
-      if (sequence.status_code() != 0) continue;
-      const absl::Status status = Consume(
-          rows, row.index, logits.subspan(i * vocab_size_, vocab_size_), slots, sequence, payload);
-      if (status.ok()) continue;
-      SlotState& slot = slots.next(rows.slot());
-      slot.Poison(KvBlocksFor(slot.length) * kKvBlockPositions);  // its KV is finite
-      Fail(status, vocab_size_, sequence, payload);
-    }
+  const size_t full = full_rows_;
+  for (size_t first = 0, count; first < rows_.size(); first += count) {
+    const bool is_full = first < full;
+    count = std::min<size_t>(kHeadRows, (is_full ? full : rows_.size()) - first);
+    STAGECOACH_RETURN_IF_ERROR(is_full ? RunFull(head, step, first, count, slots, result, payload)
+                                       : RunTop(head, step, first, count, slots, result, payload));
   }
   return absl::OkStatus();
+}
+
+absl::Status StepOutput::RunFull(const UnitWeights& head, const v1::StepHeader& step, size_t first,
+                                 size_t count, KvSlots& slots, v1::StepResult& result,
+                                 std::vector<float>& payload) {
+  const auto row_numbers = std::span<const int32_t>(row_numbers_).subspan(first, count);
+  const std::span<float> logits(logits_.data(), count * vocab_size_);
+  STAGECOACH_RETURN_IF_ERROR(backend_->Head(*workspace_, head, row_numbers, logits));
+  for (size_t i = 0; i < count; ++i) {
+    const HeadRow& row = rows_[first + i];
+    const v1::SequenceRows& rows = step.rows(row.sequence);
+    v1::SequenceResult& sequence = *result.mutable_sequences(row.sequence);
+    if (sequence.status_code() != 0) continue;
+    const absl::Status status = Consume(
+        rows, row.index, logits.subspan(i * vocab_size_, vocab_size_), slots, sequence, payload);
+    if (status.ok()) continue;
+    SlotState& slot = slots.next(rows.slot());
+    slot.Poison(KvBlocksFor(slot.length) * kKvBlockPositions);  // its KV is finite
+    Fail(status, vocab_size_, sequence, payload);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status StepOutput::RunTop(const UnitWeights& head, const v1::StepHeader& step, size_t first,
+                                size_t count, KvSlots& slots, v1::StepResult& result,
+                                std::vector<float>& payload) {
+  const auto row_numbers = std::span<const int32_t>(row_numbers_).subspan(first, count);
+  const auto here = std::span<const HeadRow>(rows_).subspan(first, count);
+  const size_t most = std::ranges::max(here, {}, &HeadRow::top_logits).top_logits;
+  top_.resize(kHeadRows * most);
+  const std::span<TopLogit> top(top_.data(), count * most);
+  STAGECOACH_RETURN_IF_ERROR(
+      backend_->HeadTop(*workspace_, head, row_numbers, static_cast<int>(most), top));
+  for (size_t i = 0; i < count; ++i) {
+    const v1::SequenceRows& rows = step.rows(here[i].sequence);
+    v1::SequenceResult& sequence = *result.mutable_sequences(here[i].sequence);
+    SlotState& slot = slots.next(rows.slot());
+    const absl::StatusOr<int32_t> token =
+        SampleFromTop(top.subspan(i * most, here[i].top_logits), slot.sampling,
+                      static_cast<uint64_t>(slot.length));
+    if (token.ok()) {
+      sequence.set_sampled(true);
+      sequence.set_token_id(*token);
+      continue;
+    }
+    slot.Poison(KvBlocksFor(slot.length) * kKvBlockPositions);  // its KV is finite
+    Fail(token.status(), vocab_size_, sequence, payload);
+  }
+  return absl::OkStatus();
+}
+
+int StepOutput::TopLogits(const v1::SequenceRows& rows, int index, const KvSlots& slots) const {
+  if (rows.logits() || index < rows.targets_size()) return 0;
+  const int needed =
+      TopLogitsNeeded(slots.next(rows.slot()).sampling, static_cast<int>(vocab_size_));
+  return needed <= backend_->MaxTopLogits() ? needed : 0;
 }
 
 void StepOutput::ListRows(const v1::StepHeader& step, const KvSlots& slots) {
   rows_.clear();
   row_numbers_.clear();
-  int first_row = 0;
-  for (int sequence = 0; sequence < step.rows_size(); ++sequence) {
-    const v1::SequenceRows& rows = step.rows(sequence);
-    const int count = static_cast<int>(rows.row_count());
-    for (int index = 0; index < count && !slots.next(rows.slot()).poisoned(); ++index) {
-      if (!Wanted(rows, index)) continue;
-      rows_.push_back({sequence, index});
-      row_numbers_.push_back(first_row + index);
+  for (const bool full : {true, false}) {
+    int first_row = 0;
+    for (int sequence = 0; sequence < step.rows_size(); ++sequence) {
+      const v1::SequenceRows& rows = step.rows(sequence);
+      const int count = static_cast<int>(rows.row_count());
+      for (int index = 0; index < count && !slots.next(rows.slot()).poisoned(); ++index) {
+        if (!Wanted(rows, index)) continue;
+        const int top_logits = TopLogits(rows, index, slots);
+        if ((top_logits == 0) != full) continue;
+        rows_.push_back({sequence, index, top_logits});
+        row_numbers_.push_back(first_row + index);
+      }
+      first_row += count;
     }
-    first_row += count;
+    if (full) full_rows_ = rows_.size();
   }
 }
 

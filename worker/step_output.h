@@ -32,10 +32,20 @@ class StepOutput {
  private:
   // A row that must go through the head.
   struct HeadRow {
-    int sequence;  // index into step.rows()
-    int index;     // of the row within the sequence
+    int sequence;    // index into step.rows()
+    int index;       // of the row within the sequence
+    int top_logits;  // that decide what is sampled, nothing else being wanted; 0 = all logits
   };
+  // Those of which all logits are wanted first, full_rows_ of them.
   void ListRows(const v1::StepHeader& step, const KvSlots& slots);
+  int TopLogits(const v1::SequenceRows& rows, int index, const KvSlots& slots) const;
+  // Rows [first, first + count) of rows_.
+  absl::Status RunFull(const UnitWeights& head, const v1::StepHeader& step, size_t first,
+                       size_t count, KvSlots& slots, v1::StepResult& result,
+                       std::vector<float>& payload);
+  absl::Status RunTop(const UnitWeights& head, const v1::StepHeader& step, size_t first,
+                      size_t count, KvSlots& slots, v1::StepResult& result,
+                      std::vector<float>& payload);
   // Samples, scores and copies the logits of one row, as its sequence asks for.
   absl::Status Consume(const v1::SequenceRows& rows, int index, std::span<const float> logits,
                        const KvSlots& slots, v1::SequenceResult& result,
@@ -45,8 +55,10 @@ class StepOutput {
   Workspace* const workspace_;
   const size_t vocab_size_;
   std::vector<HeadRow> rows_;
+  size_t full_rows_ = 0;
   std::vector<int32_t> row_numbers_;  // of rows_, in the activation matrix
   std::vector<float> logits_;         // [kHeadRows][vocab]
+  std::vector<TopLogit> top_;         // [kHeadRows][most that one of them wants]
 };
 
 // False if any value is NaN or infinite.

@@ -1,0 +1,94 @@
+#include "kernels/cuda/attention.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "kernels/cuda/attention_task.cuh"
+#include "kernels/cuda/device_ops.cuh"
+#include "kernels/cuda/launch.cuh"
+
+namespace stagecoach::cuda {
+namespace {
+
+constexpr int kMergeThreads = 128;
+
+// Grid: x = heads, y = rows.
+__global__ void MergeChunksKernel(AttentionTask task, int chunk_positions) {
+  LetNextKernelStart();
+  WaitForPreviousKernel();
+  const size_t row = blockIdx.y, head = row * task.heads + blockIdx.x;
+  const int length = task.kv.value_length;
+  const int chunks = task.table.positions[row] / chunk_positions + 1;
+  const float* partials = task.partials + head * task.chunks * (length + 2);
+  for (int d = threadIdx.x; d < length; d += kMergeThreads) {
+    task.out[head * length + d] = MergeChunks(partials, chunks, length, d);
+  }
+}
+
+int ChunkPositions(const KvLayout& kv) {
+  return kv.tensor_cores() ? kTensorChunkPositions : kGeneralChunkPositions;
+}
+
+}  // namespace
+
+int RowsPerQueryTile(int group) { return std::max(1, kQueryTile / group); }
+
+size_t PartialFloats(int rows, int heads, int chunks, int value_length) {
+  return static_cast<size_t>(rows) * heads * chunks * (value_length + 2);
+}
+
+AttentionPlan PlanAttention(const AttentionShape& shape, int heads, const KvLayout& kv,
+                            int multiprocessors, size_t scratch_floats) {
+  AttentionPlan plan = {.rows = shape.rows, .heads = heads, .tiles = shape.tiles};
+  plan.chunks =
+      static_cast<int>(std::bit_ceil(unsigned(shape.last_position) / ChunkPositions(kv) + 1));
+  if (!kv.tensor_cores()) {
+    constexpr int kEnoughBlocks = 2;  // per multiprocessor
+    if (plan.chunks > 1 && plan.rows * kv.kv_heads < kEnoughBlocks * multiprocessors &&
+        PartialFloats(plan.rows, heads, plan.chunks, kv.value_length) <= scratch_floats) {
+      plan.merge = AttentionPlan::Merge::kScratch;
+    }
+    return plan;
+  }
+  if (plan.tiles * kv.kv_heads >= kTensorWarps * multiprocessors) return plan;
+  if (plan.chunks <= kTensorWarps) {
+    plan.chunks = kTensorWarps;  // costs no more, and there are fewer shapes
+    plan.merge = AttentionPlan::Merge::kBlock;
+  } else if (PartialFloats(plan.rows, heads, plan.chunks, kv.value_length) <= scratch_floats) {
+    plan.merge = AttentionPlan::Merge::kScratch;
+  }
+  plan.stores = plan.merge != AttentionPlan::Merge::kWalker && shape.sequences == shape.rows &&
+                heads / kv.kv_heads <= kQueryTile;
+  return plan;
+}
+
+cudaError_t StoreAndAttend(const AttentionPlan& plan, const RowTable& table,
+                           const AttentionInputs& in, const KvLayout& kv, float* scratch,
+                           float* out, cudaStream_t stream) {
+  if (!plan.stores) {
+    const cudaError_t error = RopeAndStore(in.turns, in.pairs, table, plan.rows, plan.heads, in.q,
+                                           in.k, in.v, kv, stream);
+    if (error != cudaSuccess) return error;
+  }
+  constexpr float kLog2E = 1.44269504f;
+  const bool to_scratch = plan.merge == AttentionPlan::Merge::kScratch;
+  const AttentionTask task = {.table = table,
+                              .in = in,
+                              .store = plan.stores,
+                              .out = out,
+                              .partials = to_scratch ? scratch : nullptr,
+                              .kv = kv,
+                              .heads = plan.heads,
+                              .tiles = plan.tiles,
+                              .chunks = plan.chunks,
+                              .scale = kLog2E / std::sqrt(static_cast<float>(kv.key_length))};
+  const cudaError_t error = kv.tensor_cores() ? LaunchTensorAttention(plan, task, stream)
+                                              : LaunchGeneralAttention(plan, task, stream);
+  if (error != cudaSuccess || !to_scratch) return error;
+  return LaunchKernel(MergeChunksKernel,
+                      LaunchShape{.grid = dim3(plan.heads, plan.rows), .threads = kMergeThreads},
+                      stream, task, ChunkPositions(kv));
+}
+
+}  // namespace stagecoach::cuda

@@ -1,0 +1,68 @@
+// What the attention kernels share.
+#ifndef STAGECOACH_KERNELS_CUDA_ATTENTION_TASK_CUH_
+#define STAGECOACH_KERNELS_CUDA_ATTENTION_TASK_CUH_
+
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/attention.h"
+
+namespace stagecoach::cuda {
+
+struct AttentionTask {
+  RowTable table;
+  AttentionInputs in;
+  bool store;       // `in` has neither been turned nor stored
+  float* out;       // [rows][heads][value_length]
+  float* partials;  // kScratch: [rows][heads][chunks]{ values [value_length], maximum, sum }
+  KvLayout kv;
+  int heads;
+  int tiles;
+  int chunks;
+  float scale;  // log2(e) / sqrt(key_length): scores are exponents of 2
+};
+
+// The maximum score, and the sum of 2^(score - maximum), over some positions.
+struct Softmax {
+  float max;
+  float sum;
+};
+
+// What the earlier and the later values are multiplied by when they are added up.
+struct MergeFactors {
+  float keep;
+  float add;
+};
+
+__device__ inline MergeFactors MergeInto(Softmax& state, Softmax part) {
+  const float max = fmaxf(state.max, part.max);
+  const MergeFactors factors = {exp2f(state.max - max), exp2f(part.max - max)};
+  state = {max, state.sum * factors.keep + part.sum * factors.add};
+  return factors;
+}
+
+// Dim d of the result of partials [chunks]{ values [length], maximum, sum }, merged in order.
+__device__ inline float MergeChunks(const float* partials, int chunks, int length, int d) {
+  Softmax softmax = {partials[length], partials[length + 1]};
+  float value = partials[d];
+  for (int chunk = 1; chunk < chunks; ++chunk) {
+    const float* next = partials + static_cast<size_t>(chunk) * (length + 2);
+    const MergeFactors factors = MergeInto(softmax, {next[length], next[length + 1]});
+    value = value * factors.keep + next[d] * factors.add;
+  }
+  return value * (1.0f / softmax.sum);
+}
+
+// The two kernels' launchers. Chunks of the general one:
+inline constexpr int kTilesPerChunk = 8;  // of kKvBlockPositions
+inline constexpr int kGeneralChunkPositions = kTilesPerChunk * kKvBlockPositions;
+cudaError_t LaunchGeneralAttention(const AttentionPlan& plan, const AttentionTask& task,
+                                   cudaStream_t stream);
+// Of the one with tensor cores:
+inline constexpr int kTensorChunkPositions = 2 * kKvBlockPositions;
+inline constexpr int kTensorWarps = 8;
+cudaError_t LaunchTensorAttention(const AttentionPlan& plan, const AttentionTask& task,
+                                  cudaStream_t stream);
+
+}  // namespace stagecoach::cuda
+
+#endif  // STAGECOACH_KERNELS_CUDA_ATTENTION_TASK_CUH_

@@ -1,0 +1,415 @@
+// Attention by tensor cores: products of halves, sums in float32.
+//
+// A warp takes a tile of 16 queries (some rows of one sequence times the query heads of one KV
+// head) and chunks of 64 positions. Of mma.m16n8k16, with g = lane / 4 and t = lane % 4, a lane
+// holds of
+//   a: rows g and g + 8, columns 2t, 2t + 1, 2t + 8, 2t + 9     b: the same rows of column g
+//   c: rows g and g + 8, columns 2t, 2t + 1
+// The k index of a product may be dealt out as one likes, as long as a and b agree. So that a lane
+// reads 16 bytes at once, its eight values of two products are neighbours: dims 8t .. 8t + 7 of 32
+// for scores, positions 8t .. 8t + 7 of a KV block for values. And column 2t or 2t + 1 of the j-th
+// product of scores is position 8t + 2j or 8t + 2j + 1, so that the results of scores are the
+// operands of values as they are.
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cuda/attention_task.cuh"
+#include "kernels/cuda/device_ops.cuh"
+#include "kernels/cuda/kv_store.cuh"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/warp.cuh"
+
+namespace stagecoach::cuda {
+namespace {
+
+constexpr int kThreads = kTensorWarps * kWarpLanes;
+constexpr int kTilesOfChunk = kTensorChunkPositions / kKvBlockPositions;
+constexpr int kGroups = 4;     // of 8 positions in a KV block
+constexpr int kHalfDims = 64;  // of the result that are summed up at once
+constexpr int kHalfSums = kHalfDims / 8;
+
+constexpr int CeilDivide(int a, int b) { return (a + b - 1) / b; }
+
+// c += a * b of halves.
+__device__ void MultiplyAdd(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                            uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ uint32_t PackHalves(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ float QuadMax(float value) {
+  value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
+  return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
+}
+__device__ float QuadSum(float value) {
+  value += __shfl_xor_sync(kAllLanes, value, 1);
+  return value + __shfl_xor_sync(kAllLanes, value, 2);
+}
+
+// The 16 queries of a warp; query m is head m % heads of row m / heads.
+struct QueryTile {
+  int first_row;
+  int rows;
+  int first_head;   // of all query heads
+  int heads;        // taken together
+  int valid_heads;  // of those, beyond the last of the KV head
+
+  __device__ bool Valid(int m) const { return m / heads < rows && m % heads < valid_heads; }
+  // Index of query m among [rows][all heads].
+  __device__ size_t Head(int m, int all_heads) const {
+    return static_cast<size_t>(first_row + m / heads) * all_heads + first_head + m % heads;
+  }
+  // -1: sees nothing.
+  __device__ int Position(int m, const int32_t* positions) const {
+    return Valid(m) ? positions[first_row + m / heads] : -1;
+  }
+};
+
+__device__ QueryTile MakeTile(const AttentionTask& task, int tile, int head_slice) {
+  const int group = task.heads / task.kv.kv_heads;
+  const int heads = min(group, kQueryTile), slices = CeilDivide(group, heads);
+  const int slice = head_slice % slices;
+  const uint32_t packed = task.table.tiles[tile];
+  return {.first_row = static_cast<int>(packed / (kQueryTile + 1)),
+          .rows = static_cast<int>(packed % (kQueryTile + 1)),
+          .first_head = head_slice / slices * group + slice * heads,
+          .heads = heads,
+          .valid_heads = min(heads, group - slice * heads)};
+}
+
+// Queries as halves; the rows are padded so that eight lanes read different banks.
+template <int kDims>
+struct Queries {
+  static constexpr int kRow = kDims / 8 + 4;  // in 16 bytes
+  uint4 values[kQueryTile * kRow];
+
+  // By one warp.
+  __device__ void Load(const AttentionTask& task, const QueryTile& tile) {
+    constexpr int kVectors = kDims / 8;
+    for (int i = threadIdx.x % kWarpLanes; i < kQueryTile * kVectors; i += kWarpLanes) {
+      const int m = i / kVectors, d = i % kVectors * 8;
+      uint4 packed = make_uint4(0, 0, 0, 0);
+      if (tile.Valid(m)) {
+        const float2* from =
+            reinterpret_cast<const float2*>(task.in.q + tile.Head(m, task.heads) * kDims + d);
+        const size_t row = tile.first_row + m / tile.heads;
+        uint32_t pairs[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float2 pair = from[j];
+          if (task.store && d / 2 + j < task.in.pairs) {
+            pair = TurnPair(pair.x, pair.y, task.in.turns[row * task.in.pairs + d / 2 + j]);
+          }
+          pairs[j] = PackHalves(pair.x, pair.y);
+        }
+        packed = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+      }
+      values[m * kRow + i % kVectors] = packed;
+    }
+    __syncwarp();
+  }
+};
+
+// What a warp makes of one chunk for rows g and g + 8 of its tile, before values are added up.
+struct ChunkWeights {
+  uint32_t weights[kTilesOfChunk][kGroups][2];  // two positions each
+  Softmax softmax[2];
+};
+
+// KV blocks of a chunk; one beyond the sequence's last is that one again.
+template <int kDims>
+__device__ const uint4* BlockOfTile(const AttentionTask& task, const int32_t* blocks, int kv_head,
+                                    int tile, int last_position) {
+  const size_t block = blocks[min(tile, last_position / kKvBlockPositions)];
+  const size_t bytes_per_head = size_t{kKvBlockPositions} * 2 * kDims * sizeof(__half);
+  return reinterpret_cast<const uint4*>(task.kv.data +
+                                        (block * task.kv.kv_heads + kv_head) * bytes_per_head);
+}
+
+// positions: of rows g and g + 8. block(i): the chunk's i-th KV block.
+template <int kDims, typename BlockOf>
+__device__ ChunkWeights WeighChunk(const AttentionTask& task, const Queries<kDims>& queries,
+                                   const int (&positions)[2], int chunk, const BlockOf& block) {
+  constexpr int kPairs = kDims / 32;  // of products along the dims
+  const int lane = threadIdx.x % kWarpLanes, g = lane / 4, t = lane % 4;
+  float scores[kTilesOfChunk][kGroups][4] = {};
+#pragma unroll
+  for (int i = 0; i < kTilesOfChunk; ++i) {
+    const uint4* keys = block(i) + t * kKvBlockPositions + g / 2 * 8 + g % 2;
+    uint4 k[kPairs][kGroups];
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) {
+        k[pair][j] = keys[pair * 4 * kKvBlockPositions + 2 * j];
+      }
+    }
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const uint4 a = queries.values[g * Queries<kDims>::kRow + pair * 4 + t];
+      const uint4 b = queries.values[(g + 8) * Queries<kDims>::kRow + pair * 4 + t];
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) {
+        MultiplyAdd(scores[i][j], a.x, b.x, a.y, b.y, k[pair][j].x, k[pair][j].y);
+        MultiplyAdd(scores[i][j], a.z, b.z, a.w, b.w, k[pair][j].z, k[pair][j].w);
+      }
+    }
+  }
+  ChunkWeights result;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    float max = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kTilesOfChunk; ++i) {
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int at = chunk * kTensorChunkPositions + i * kKvBlockPositions + 8 * t + 2 * j + c;
+          float& score = scores[i][j][2 * row + c];
+          score = at <= positions[row] ? score * task.scale : -INFINITY;
+          max = fmaxf(max, score);
+        }
+      }
+    }
+    max = QuadMax(max);
+    const float base = max == -INFINITY ? 0.0f : max;  // nothing seen: all weights are 0
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kTilesOfChunk; ++i) {
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) {
+        const __half2 pair = __floats2half2_rn(exp2f(scores[i][j][2 * row] - base),
+                                               exp2f(scores[i][j][2 * row + 1] - base));
+        result.weights[i][j][row] = *reinterpret_cast<const uint32_t*>(&pair);
+        const float2 rounded = __half22float2(pair);
+        sum += rounded.x + rounded.y;
+      }
+    }
+    result.softmax[row] = {max, QuadSum(sum)};
+  }
+  return result;
+}
+
+// Weighted sums of dims [kHalfDims * half, ...) over the chunk.
+template <int kDims, typename BlockOf>
+__device__ void SumValues(const ChunkWeights& chunk, int half, const BlockOf& block,
+                          float (&sums)[kHalfSums][4]) {
+  const int lane = threadIdx.x % kWarpLanes, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int m = 0; m < kHalfSums; ++m) sums[m][0] = sums[m][1] = sums[m][2] = sums[m][3] = 0;
+#pragma unroll
+  for (int i = 0; i < kTilesOfChunk; ++i) {
+    // Values lie behind the keys, 32 positions of a dim in a row.
+    const uint4* values = block(i) + kDims / 8 * kKvBlockPositions + (half * kHalfDims + g) * 4 + t;
+    const auto& w = chunk.weights[i];
+    uint4 v[kHalfSums];
+#pragma unroll
+    for (int m = 0; m < kHalfSums; ++m) v[m] = values[m * 8 * 4];
+#pragma unroll
+    for (int m = 0; m < kHalfSums; ++m) {
+      MultiplyAdd(sums[m], w[0][0], w[0][1], w[1][0], w[1][1], v[m].x, v[m].y);
+      MultiplyAdd(sums[m], w[2][0], w[2][1], w[3][0], w[3][1], v[m].z, v[m].w);
+    }
+  }
+}
+
+// One warp walks all chunks of its tile.
+template <int kDims>
+__device__ void Walk(const AttentionTask& task, const QueryTile& tile,
+                     const Queries<kDims>& queries, int kv_head) {
+  constexpr int kHalves = kDims / kHalfDims;
+  const int lane = threadIdx.x % kWarpLanes, g = lane / 4, t = lane % 4;
+  const int32_t* const positions = task.table.positions;
+  const int32_t* const blocks = task.table.blocks + task.table.first[tile.first_row];
+  const int last_position = positions[tile.first_row + tile.rows - 1];
+  const int mine[2] = {tile.Position(g, positions), tile.Position(g + 8, positions)};
+  Softmax softmax[2] = {};
+  float values[kHalves][kHalfSums][4];
+  for (int chunk = 0; chunk * kTensorChunkPositions <= last_position; ++chunk) {
+    const auto block = [&](int i) {
+      return BlockOfTile<kDims>(task, blocks, kv_head, chunk * kTilesOfChunk + i, last_position);
+    };
+    const ChunkWeights weights = WeighChunk(task, queries, mine, chunk, block);
+    MergeFactors factors[2];
+    bool seen[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      seen[row] = chunk * kTensorChunkPositions <= mine[row];
+      if (chunk == 0) {
+        softmax[row] = weights.softmax[row];
+      } else if (seen[row]) {
+        factors[row] = MergeInto(softmax[row], weights.softmax[row]);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      float sums[kHalfSums][4];
+      SumValues<kDims>(weights, half, block, sums);
+#pragma unroll
+      for (int m = 0; m < kHalfSums; ++m) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          float& value = values[half][m][c];
+          if (chunk == 0) {
+            value = sums[m][c];
+          } else if (seen[c / 2]) {
+            value = value * factors[c / 2].keep + sums[m][c] * factors[c / 2].add;
+          }
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int query = g + 8 * row;
+    if (!tile.Valid(query)) continue;
+    float* out = task.out + tile.Head(query, task.heads) * kDims + 2 * t;
+    const float inverse = 1.0f / softmax[row].sum;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+      for (int m = 0; m < kHalfSums; ++m) {
+        *reinterpret_cast<float2*>(out + half * kHalfDims + m * 8) =
+            make_float2(values[half][m][2 * row] * inverse, values[half][m][2 * row + 1] * inverse);
+      }
+    }
+  }
+}
+
+// One warp, one chunk; results of query m to partial(m), [kDims + 2] floats.
+template <int kDims, typename PartialOf>
+__device__ void RunChunk(const AttentionTask& task, const QueryTile& tile,
+                         const Queries<kDims>& queries, int kv_head, int chunk,
+                         const PartialOf& partial) {
+  const int lane = threadIdx.x % kWarpLanes, g = lane / 4, t = lane % 4;
+  const int32_t* const positions = task.table.positions;
+  const int32_t* const blocks = task.table.blocks + task.table.first[tile.first_row];
+  const int last_position = positions[tile.first_row + tile.rows - 1];
+  const int mine[2] = {tile.Position(g, positions), tile.Position(g + 8, positions)};
+  const auto block = [&](int i) {
+    return BlockOfTile<kDims>(task, blocks, kv_head, chunk * kTilesOfChunk + i, last_position);
+  };
+  const ChunkWeights weights = WeighChunk(task, queries, mine, chunk, block);
+#pragma unroll
+  for (int half = 0; half < kDims / kHalfDims; ++half) {
+    float sums[kHalfSums][4];
+    SumValues<kDims>(weights, half, block, sums);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      if (chunk * kTensorChunkPositions > mine[row]) continue;
+      float* out = partial(g + 8 * row);
+#pragma unroll
+      for (int m = 0; m < kHalfSums; ++m) {
+        *reinterpret_cast<float2*>(out + half * kHalfDims + m * 8 + 2 * t) =
+            make_float2(sums[m][2 * row], sums[m][2 * row + 1]);
+      }
+      if (half == 0 && t == 0) {
+        *reinterpret_cast<float2*>(out + kDims) =
+            make_float2(weights.softmax[row].max, weights.softmax[row].sum);
+      }
+    }
+  }
+}
+
+// Grid: x = groups of eight tiles, y = KV heads (times slices of more than 16 query heads).
+template <int kDims>
+__global__ void __launch_bounds__(kThreads) WalkKernel(const __grid_constant__ AttentionTask task) {
+  __shared__ Queries<kDims> queries[kTensorWarps];
+  LetNextKernelStart();
+  WaitForPreviousKernel();
+  const int warp = threadIdx.x / kWarpLanes, tile_index = blockIdx.x * kTensorWarps + warp;
+  if (tile_index >= task.tiles) return;
+  const QueryTile tile = MakeTile(task, tile_index, blockIdx.y);
+  const int slices = gridDim.y / task.kv.kv_heads;
+  queries[warp].Load(task, tile);
+  Walk(task, tile, queries[warp], blockIdx.y / slices);
+}
+
+// Grid: x = groups of eight chunks (one if the block merges them), y as above, z = tiles.
+template <int kDims, bool kMergeInBlock>
+__global__ void __launch_bounds__(kThreads)
+    ChunksKernel(const __grid_constant__ AttentionTask task) {
+  constexpr int kPartial = kDims + 2;
+  __shared__ Queries<kDims> queries;
+  LetNextKernelStart();
+  WaitForPreviousKernel();
+  const QueryTile tile = MakeTile(task, blockIdx.z, blockIdx.y);
+  const int slices = gridDim.y / task.kv.kv_heads, kv_head = blockIdx.y / slices;
+  const int last_position = task.table.positions[tile.first_row + tile.rows - 1];
+  const int warp = threadIdx.x / kWarpLanes, chunk = blockIdx.x * kTensorWarps + warp;
+  // The block that attends to the row's own position puts it there.
+  const bool has_last = last_position / kTensorChunkPositions / kTensorWarps == blockIdx.x;
+  if (task.store && has_last) {
+    const size_t row = tile.first_row;
+    StoreHead<uint16_t, kThreads>(task.kv, task.table, row, kv_head, task.in.k, task.in.v,
+                                  task.in.turns + row * task.in.pairs, task.in.pairs);
+  }
+  if (warp == 0) queries.Load(task, tile);
+  __syncthreads();
+  const bool needed = chunk * kTensorChunkPositions <= last_position;
+  if constexpr (kMergeInBlock) {
+    float* const partials = reinterpret_cast<float*>(SharedMemory());  // [query][chunk][kPartial]
+    const int queries_here = tile.rows * tile.heads;
+    if (needed) {
+      RunChunk(task, tile, queries, kv_head, chunk,
+               [&](int m) { return partials + (m * kTensorWarps + warp) * kPartial; });
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < queries_here * kDims; i += kThreads) {
+      const int m = i / kDims, d = i % kDims;
+      if (!tile.Valid(m)) continue;
+      const int chunks = tile.Position(m, task.table.positions) / kTensorChunkPositions + 1;
+      task.out[tile.Head(m, task.heads) * kDims + d] =
+          MergeChunks(partials + m * kTensorWarps * kPartial, chunks, kDims, d);
+    }
+  } else {
+    if (!needed) return;
+    RunChunk(task, tile, queries, kv_head, chunk, [&](int m) {
+      return task.partials + (tile.Head(m, task.heads) * task.chunks + chunk) * kPartial;
+    });
+  }
+}
+
+template <int kDims>
+cudaError_t LaunchDims(const AttentionPlan& plan, const AttentionTask& task, cudaStream_t stream) {
+  const int group = task.heads / task.kv.kv_heads;
+  const unsigned heads = task.kv.kv_heads * CeilDivide(group, std::min(group, kQueryTile));
+  LaunchShape shape = {.threads = kThreads};
+  switch (plan.merge) {
+    case AttentionPlan::Merge::kWalker:
+      shape.grid = dim3(CeilDivide(plan.tiles, kTensorWarps), heads);
+      return LaunchKernel(WalkKernel<kDims>, shape, stream, task);
+    case AttentionPlan::Merge::kScratch:
+      shape.grid = dim3(CeilDivide(plan.chunks, kTensorWarps), heads, plan.tiles);
+      return LaunchKernel(ChunksKernel<kDims, false>, shape, stream, task);
+    case AttentionPlan::Merge::kBlock:
+      break;
+  }
+  shape.grid = dim3(1, heads, plan.tiles);
+  // Of one row if each tile has one, as in decode steps.
+  const int queries = plan.tiles == plan.rows ? std::min(group, kQueryTile) : kQueryTile;
+  shape.shared_bytes = sizeof(float) * queries * kTensorWarps * (kDims + 2);
+  const cudaError_t error = AllowSharedMemory(ChunksKernel<kDims, true>, 100 << 10);
+  if (error != cudaSuccess) return error;
+  return LaunchKernel(ChunksKernel<kDims, true>, shape, stream, task);
+}
+
+}  // namespace
+
+cudaError_t LaunchTensorAttention(const AttentionPlan& plan, const AttentionTask& task,
+                                  cudaStream_t stream) {
+  return task.kv.key_length == 64 ? LaunchDims<64>(plan, task, stream)
+                                  : LaunchDims<128>(plan, task, stream);
+}
+
+}  // namespace stagecoach::cuda

@@ -1,0 +1,394 @@
+#include "kernels/cuda/cuda_backend.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fmt/format.h"
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/cuda_device.h"
+#include "kernels/cuda/cuda_kv_cache.h"
+#include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/cuda_weights.h"
+#include "kernels/cuda/cuda_workspace.h"
+#include "kernels/cuda/layer_ops.h"
+#include "kernels/cuda/quant_matmul.h"
+#include "kernels/cuda/read_all.h"
+#include "kernels/cuda/rope.h"
+#include "kernels/cuda/step_runner.h"
+#include "kernels/cuda/uploader.h"
+#include "kernels/tensor_check.h"
+#include "model/model_error.h"
+#include "model/status_macros.h"
+
+namespace stagecoach {
+namespace cuda {
+namespace {
+
+constexpr char kKernelRevision[] = "cuda-1";
+
+struct StageWorkspace final : Workspace {
+  StageWorkspace(const CudaDevice& device, std::unique_ptr<CudaWorkspace> allocated, bool graphs)
+      : buffers(std::move(allocated)), runner(device, *buffers, graphs) {}
+  const std::unique_ptr<CudaWorkspace> buffers;
+  StepRunner runner;
+};
+
+// The objects that this backend made itself.
+StageWorkspace& Own(Workspace& workspace) { return static_cast<StageWorkspace&>(workspace); }
+CudaKvCache& Own(KvCache& kv) { return static_cast<CudaKvCache&>(kv); }
+const std::shared_ptr<const UnitStorage>& Own(const UnitWeights& weights) {
+  return static_cast<const CudaUnitWeights&>(weights).storage();
+}
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(std::unique_ptr<CudaDevice> device, std::unique_ptr<Uploader> uploader, bool graphs)
+      : device_(std::move(device)), uploader_(std::move(uploader)), graphs_(graphs) {}
+
+  BackendInfo info() const override {
+    return {.kind = "cuda",
+            .kernel_revision = kKernelRevision,
+            .description =
+                fmt::format("{}, {} multiprocessors", device_->name(), device_->multiprocessors()),
+            .memory_bytes = device_->memory_bytes()};
+  }
+
+  absl::Status CheckTensor(TensorRole role, const TensorInfo& tensor) const override;
+  uint64_t ResidentBytes(TensorRole role, const TensorInfo& tensor) const override {
+    return DeviceBytes(role, tensor);
+  }
+  std::unique_ptr<UnitBuilder> NewUnitBuilder(const ModelParams&, const Unit&) override {
+    return std::make_unique<CudaUnitBuilder>(*device_, *uploader_);
+  }
+  absl::StatusOr<std::unique_ptr<KvCache>> NewKvCache(const KvShape& shape) override {
+    STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+    return CudaKvCache::Create(*device_, shape);
+  }
+  absl::StatusOr<std::unique_ptr<Workspace>> NewWorkspace(const ModelParams& params,
+                                                          int max_rows) override;
+
+  absl::Status Embed(Workspace& workspace, const UnitWeights& embedding,
+                     std::span<const int32_t> token_ids) override {
+    STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+    return Own(workspace).runner.Embed(Own(embedding), token_ids);
+  }
+  absl::Status SetResidual(Workspace& workspace, std::span<const float> residual) override {
+    STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+    return Own(workspace).runner.SetResidual(residual);
+  }
+  absl::Status RunLayer(Workspace& workspace, const UnitWeights& layer, KvCache& kv, int kv_layer,
+                        const StepBatch& batch) override {
+    STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+    return Own(workspace).runner.RunLayer(Own(layer), Own(kv).layer(kv_layer), batch);
+  }
+  absl::Status GetResidual(Workspace& workspace, std::span<float> residual) override;
+  absl::Status Head(Workspace& workspace, const UnitWeights& head, std::span<const int32_t> rows,
+                    std::span<float> logits) override;
+
+  int MaxTopLogits() const override { return kMostTopLogits; }
+  absl::Status HeadTop(Workspace& workspace, const UnitWeights& head, std::span<const int32_t> rows,
+                       int count, std::span<TopLogit> top) override;
+
+  absl::Status CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) override;
+  absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) override;
+
+  absl::Status MatMul(const TensorInfo& tensor, std::span<const std::byte> raw,
+                      std::span<const float> x, int rows, std::span<float> y) override;
+  absl::Status RmsNorm(std::span<const float> x, int rows, std::span<const float> weight,
+                       float epsilon, std::span<float> y) override;
+  absl::Status Rope(const ModelParams& params, std::span<float> x, int heads, int head_dim,
+                    std::span<const int32_t> positions) override;
+  absl::Status SwiGlu(std::span<const float> gate, std::span<const float> up,
+                      std::span<float> out) override;
+  absl::Status Attention(const ModelParams& params, std::span<const float> q,
+                         std::span<const float> k, std::span<const float> v, KvCache& kv,
+                         int kv_layer, const StepBatch& batch, std::span<float> out) override;
+
+  absl::StatusOr<double> MeasureReadBandwidth();
+
+ private:
+  template <typename Consume>
+  absl::Status RunHead(StageWorkspace& own, const UnitWeights& head, std::span<const int32_t> rows,
+                       const Consume& consume);
+  // For single operations: copies to and from pageable memory, in the order of the compute stream.
+  template <typename T>
+  absl::StatusOr<DeviceBuffer<T>> ToDevice(std::span<const T> values);
+  template <typename T>
+  absl::Status ToHost(const DeviceBuffer<T>& from, std::span<T> values);
+
+  const std::unique_ptr<CudaDevice> device_;
+  const std::unique_ptr<Uploader> uploader_;  // synchronises itself
+  const bool graphs_;
+};
+
+absl::Status CudaBackend::CheckTensor(TensorRole role, const TensorInfo& tensor) const {
+  STAGECOACH_RETURN_IF_ERROR(CheckTensorShape(role, tensor));
+  if (IsVectorRole(role) || role == TensorRole::kTokenEmbedding || Uploader::FitsPieces(tensor)) {
+    return absl::OkStatus();
+  }
+  return MakeModelError(ModelError::kBadShape,
+                        fmt::format("tensor {}: rows of {} columns are too long for the CUDA "
+                                    "backend",
+                                    tensor.name, tensor.columns()));
+}
+
+absl::StatusOr<std::unique_ptr<Workspace>> CudaBackend::NewWorkspace(const ModelParams& params,
+                                                                     int max_rows) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  STAGECOACH_ASSIGN_OR_RETURN(auto buffers, CudaWorkspace::Create(*device_, params, max_rows));
+  return std::make_unique<StageWorkspace>(*device_, std::move(buffers), graphs_);
+}
+
+absl::Status CudaBackend::GetResidual(Workspace& workspace, std::span<float> residual) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  StageWorkspace& own = Own(workspace);
+  STAGECOACH_RETURN_IF_ERROR(own.runner.Flush());
+  float* const pinned = own.buffers->out.data();
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(pinned, own.buffers->residual.data(),
+                                                  residual.size_bytes(), cudaMemcpyDeviceToHost,
+                                                  device_->compute()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(device_->compute()));
+  std::memcpy(residual.data(), pinned, residual.size_bytes());
+  return absl::OkStatus();
+}
+
+// Leaves the logits of a few rows at a time in the workspace; consume(first, count) takes those of
+// rows [first, first + count) from there.
+template <typename Consume>
+absl::Status CudaBackend::RunHead(StageWorkspace& own, const UnitWeights& head,
+                                  std::span<const int32_t> rows, const Consume& consume) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  STAGECOACH_RETURN_IF_ERROR(own.runner.Flush());
+  STAGECOACH_RETURN_IF_ERROR(Own(head)->AwaitUpload());
+  CudaWorkspace& buffers = *own.buffers;
+  const size_t most = std::min(kHeadRows, buffers.max_rows);
+  for (size_t first = 0; first < rows.size(); first += most) {
+    const size_t count = std::min(most, rows.size() - first);
+    STAGECOACH_RETURN_IF_ERROR(buffers.inputs.SetHeadRows(rows.subspan(first, count)));
+    STAGECOACH_RETURN_IF_ERROR(
+        EnqueueHead(buffers, *Own(head), static_cast<int>(count), device_->compute()));
+    STAGECOACH_RETURN_IF_ERROR(consume(first, count));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaBackend::Head(Workspace& workspace, const UnitWeights& head,
+                               std::span<const int32_t> rows, std::span<float> logits) {
+  CudaWorkspace& buffers = *Own(workspace).buffers;
+  const size_t vocab = buffers.params.vocab_size;
+  return RunHead(Own(workspace), head, rows, [&](size_t first, size_t count) -> absl::Status {
+    const size_t bytes = count * vocab * sizeof(float);
+    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(buffers.out.data(), buffers.logits.data(),
+                                                    bytes, cudaMemcpyDeviceToHost,
+                                                    device_->compute()));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(device_->compute()));
+    std::memcpy(logits.data() + first * vocab, buffers.out.data(), bytes);
+    return absl::OkStatus();
+  });
+}
+
+absl::Status CudaBackend::HeadTop(Workspace& workspace, const UnitWeights& head,
+                                  std::span<const int32_t> rows, int count,
+                                  std::span<TopLogit> top) {
+  CudaWorkspace& buffers = *Own(workspace).buffers;
+  return RunHead(Own(workspace), head, rows, [&](size_t first, size_t row_count) -> absl::Status {
+    const size_t keys = row_count * count;
+    STAGECOACH_RETURN_IF_CUDA_ERROR(
+        FindTop(buffers.logits.data(), static_cast<int>(row_count), buffers.params.vocab_size,
+                count, buffers.top_scratch.data(), buffers.top.data(), device_->compute()));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(buffers.top_out.data(), buffers.top.data(),
+                                                    keys * sizeof(TopKey), cudaMemcpyDeviceToHost,
+                                                    device_->compute()));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(device_->compute()));
+    std::transform(buffers.top_out.data(), buffers.top_out.data() + keys,
+                   top.begin() + first * count, FromTopKey);
+    return absl::OkStatus();
+  });
+}
+
+absl::Status CudaBackend::CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  for (const KvBlockCopy& copy : copies) {
+    STAGECOACH_RETURN_IF_CUDA_ERROR(Own(kv).CopyBlock(copy.from, copy.to, device_->compute()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaBackend::ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  for (const int32_t block : blocks) {
+    STAGECOACH_RETURN_IF_CUDA_ERROR(Own(kv).ClearBlock(block, device_->compute()));
+  }
+  return absl::OkStatus();
+}
+
+template <typename T>
+absl::StatusOr<DeviceBuffer<T>> CudaBackend::ToDevice(std::span<const T> values) {
+  STAGECOACH_ASSIGN_OR_RETURN(DeviceBuffer<T> array, device_->NewBuffer<T>(values.size()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(array.data(), values.data(), values.size_bytes(),
+                                                  cudaMemcpyHostToDevice, device_->compute()));
+  return array;
+}
+
+template <typename T>
+absl::Status CudaBackend::ToHost(const DeviceBuffer<T>& from, std::span<T> values) {
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(values.data(), from.data(), values.size_bytes(),
+                                                  cudaMemcpyDeviceToHost, device_->compute()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(device_->compute()));
+  return absl::OkStatus();
+}
+
+absl::Status CudaBackend::MatMul(const TensorInfo& tensor, std::span<const std::byte> raw,
+                                 std::span<const float> x, int rows, std::span<float> y) {
+  CudaUnitBuilder builder(*device_, *uploader_);
+  STAGECOACH_RETURN_IF_ERROR(CheckTensor(TensorRole::kOutput, tensor));
+  STAGECOACH_RETURN_IF_ERROR(builder.Add(TensorRole::kOutput, tensor, raw));
+  STAGECOACH_ASSIGN_OR_RETURN(const std::unique_ptr<UnitWeights> weights, builder.Finish());
+  STAGECOACH_RETURN_IF_ERROR(Own(*weights)->AwaitUpload());
+  const PackedMatrix& matrix = Own(*weights)->matrix(TensorRole::kOutput);
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> in, ToDevice(x));
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> out, device_->NewBuffer<float>(y.size()));
+  STAGECOACH_ASSIGN_OR_RETURN(
+      const DeviceBuffer<std::byte> memory,
+      device_->NewBuffer<std::byte>(ActivationBytes(rows, matrix.k, /*precise=*/false)));
+  const Activations activations =
+      LayOutActivations(memory.data(), FormFor(tensor.type), rows, matrix.k, /*precise=*/false);
+  STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchQuantize(in.data(), activations, device_->compute()));
+  const MatmulTerm term[] = {{.weights = matrix, .y = out.data(), .y_stride = matrix.n}};
+  STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(term, activations, device_->compute()));
+  return ToHost(out, y);
+}
+
+absl::Status CudaBackend::RmsNorm(std::span<const float> x, int rows, std::span<const float> weight,
+                                  float epsilon, std::span<float> y) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> in, ToDevice(x));
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> scale, ToDevice(weight));
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> out, device_->NewBuffer<float>(y.size()));
+  const Activations normed = LayOutActivations(out.data(), ActivationForm::kFloat, rows,
+                                               static_cast<int>(weight.size()), /*precise=*/false);
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      LaunchRmsNormQuantize(in.data(), scale.data(), epsilon, normed, device_->compute()));
+  return ToHost(out, y);
+}
+
+absl::Status CudaBackend::Rope(const ModelParams& params, std::span<float> x, int heads,
+                               int head_dim, std::span<const int32_t> positions) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  const std::vector<double> frequencies = RopeFrequencies(params);
+  const int pairs = static_cast<int>(frequencies.size()), rows = static_cast<int>(positions.size());
+  STAGECOACH_ASSIGN_OR_RETURN(const auto angles, ToDevice(std::span<const double>(frequencies)));
+  STAGECOACH_ASSIGN_OR_RETURN(const auto places, ToDevice(positions));
+  STAGECOACH_ASSIGN_OR_RETURN(const auto values, ToDevice(std::span<const float>(x)));
+  STAGECOACH_ASSIGN_OR_RETURN(const auto turns,
+                              device_->NewBuffer<float2>(frequencies.size() * positions.size()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      ComputeTurns(angles.data(), pairs, places.data(), rows, turns.data(), device_->compute()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      cuda::Rope(turns.data(), pairs, rows, heads, head_dim, values.data(), device_->compute()));
+  return ToHost(values, x);
+}
+
+absl::Status CudaBackend::SwiGlu(std::span<const float> gate, std::span<const float> up,
+                                 std::span<float> out) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> gates, ToDevice(gate));
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> ups, ToDevice(up));
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> result,
+                              device_->NewBuffer<float>(out.size()));
+  const int count = static_cast<int>(out.size());
+  const Activations row = LayOutActivations(result.data(), ActivationForm::kFloat, /*rows=*/1,
+                                            count, /*precise=*/false);
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      LaunchSwiGluQuantize(gates.data(), ups.data(), count, row, device_->compute()));
+  return ToHost(result, out);
+}
+
+absl::Status CudaBackend::Attention(const ModelParams& params, std::span<const float> q,
+                                    std::span<const float> k, std::span<const float> v, KvCache& kv,
+                                    int kv_layer, const StepBatch& batch, std::span<float> out) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  const KvLayout layout = Own(kv).layer(kv_layer);
+  size_t blocks = 0;
+  int last_position = 0;
+  for (const BatchSequence& sequence : batch.sequences) {
+    blocks += sequence.blocks.size();
+    last_position = std::max(last_position, sequence.start_position + sequence.row_count - 1);
+  }
+  STAGECOACH_ASSIGN_OR_RETURN(
+      StepInputs inputs,
+      StepInputs::Create(*device_, batch.rows, RowsPerQueryTile(params.heads / params.kv_heads),
+                         blocks));
+  bool moved = false;
+  STAGECOACH_RETURN_IF_ERROR(inputs.SetBatch(batch, &moved));
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> queries, ToDevice(q));
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> keys, ToDevice(k));
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> values, ToDevice(v));
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> result,
+                              device_->NewBuffer<float>(out.size()));
+  const AttentionPlan plan =
+      PlanAttention({.rows = batch.rows,
+                     .sequences = static_cast<int>(batch.sequences.size()),
+                     .tiles = inputs.tiles(),
+                     .last_position = last_position},
+                    params.heads, layout, device_->multiprocessors(), /*scratch_floats=*/SIZE_MAX);
+  const bool needs_scratch = plan.merge == AttentionPlan::Merge::kScratch;
+  STAGECOACH_ASSIGN_OR_RETURN(
+      const DeviceBuffer<float> scratch,
+      device_->NewBuffer<float>(
+          needs_scratch ? PartialFloats(plan.rows, plan.heads, plan.chunks, params.value_length)
+                        : 0));
+  const AttentionInputs in = {.q = queries.data(), .k = keys.data(), .v = values.data()};
+  STAGECOACH_RETURN_IF_CUDA_ERROR(StoreAndAttend(plan, inputs.table(), in, layout, scratch.data(),
+                                                 result.data(), device_->compute()));
+  return ToHost(result, out);
+}
+
+absl::StatusOr<double> CudaBackend::MeasureReadBandwidth() {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  constexpr size_t kFloats = size_t{256} << 20;  // 1 GiB, many times the cache
+  constexpr int kPasses = 6;
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> data, device_->NewBuffer<float>(kFloats));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      cudaMemsetAsync(data.data(), 0, data.bytes(), device_->compute()));
+  cudaEvent_t begin = nullptr, end = nullptr;
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventCreate(&begin));
+  const Event begin_owner(begin);
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventCreate(&end));
+  const Event end_owner(end);
+  float best_ms = 0;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(begin, device_->compute()));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(ReadAll(data.data(), kFloats, device_->multiprocessors(),
+                                            /*never=*/1, data.data(), device_->compute()));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(end, device_->compute()));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(end));
+    float ms = 0;
+    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventElapsedTime(&ms, begin, end));
+    best_ms = pass == 0 ? ms : std::min(best_ms, ms);
+  }
+  return static_cast<double>(data.bytes()) / (1e-3 * best_ms);
+}
+
+}  // namespace
+}  // namespace cuda
+
+absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaOptions& options) {
+  if (options.on_device_fault) cuda::SetDeviceFaultHandler(options.on_device_fault);
+  STAGECOACH_ASSIGN_OR_RETURN(std::unique_ptr<cuda::CudaDevice> device,
+                              cuda::CudaDevice::Open(options.device));
+  STAGECOACH_ASSIGN_OR_RETURN(std::unique_ptr<cuda::Uploader> uploader,
+                              cuda::Uploader::Create(*device));
+  return std::make_unique<cuda::CudaBackend>(std::move(device), std::move(uploader),
+                                             options.graphs);
+}
+
+absl::StatusOr<double> MeasureCudaReadBandwidth(Backend& backend) {
+  return static_cast<cuda::CudaBackend&>(backend).MeasureReadBandwidth();
+}
+
+}  // namespace stagecoach

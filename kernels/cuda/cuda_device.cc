@@ -1,0 +1,128 @@
+#include "kernels/cuda/cuda_device.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "fmt/format.h"
+#include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/embed.h"
+#include "model/checked_math.h"
+#include "model/status_macros.h"
+
+namespace stagecoach::cuda {
+namespace {
+
+// Left to the driver, to graphs and to the fragmentation of the memory pool.
+constexpr uint64_t kReserveBytes = uint64_t{512} << 20;
+
+absl::Status CheckDriver(int index) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorInsufficientDriver) {
+    int driver = 0, runtime = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    if (driver == 0) return absl::UnavailableError("no NVIDIA driver is installed");
+    return absl::UnavailableError(
+        fmt::format("the NVIDIA driver knows CUDA {}.{}, but {}.{} is needed: update the driver",
+                    driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10));
+  }
+  if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0)) {
+    return absl::UnavailableError("no CUDA GPU is visible");
+  }
+  if (error != cudaSuccess) {
+    return absl::UnavailableError(fmt::format("CUDA does not start: {} ({})",
+                                              cudaGetErrorString(error), cudaGetErrorName(error)));
+  }
+  if (index < 0 || index >= count) {
+    return absl::OutOfRangeError(fmt::format("there is no cuda:{}: {} GPU{} visible", index, count,
+                                             count == 1 ? " is" : "s are"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<CudaDevice>> CudaDevice::Open(int index) {
+  STAGECOACH_RETURN_IF_ERROR(CheckDriver(index));
+  std::unique_ptr<CudaDevice> device(new CudaDevice);
+  STAGECOACH_RETURN_IF_ERROR(device->Init(index));
+  return device;
+}
+
+absl::Status CudaDevice::Init(int index) {
+  index_ = index;
+  STAGECOACH_RETURN_IF_ERROR(MakeCurrent());
+  cudaDeviceProp properties;
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaGetDeviceProperties(&properties, index));
+  name_ = properties.name;
+  multiprocessors_ = properties.multiProcessorCount;
+  if (ProbeKernels() != cudaSuccess) {
+    cudaGetLastError();
+    return absl::FailedPreconditionError(fmt::format(
+        "this program has no kernels for cuda:{} ({}, compute capability {}.{}); build it with "
+        "-DSTAGECOACH_CUDA_ARCHITECTURES={}{}",
+        index, name_, properties.major, properties.minor, properties.major, properties.minor));
+  }
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&compute_, cudaStreamNonBlocking));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&copy_, cudaStreamNonBlocking));
+  // Freed memory stays with the process: giving it back would stall streaming weights.
+  cudaMemPool_t pool = nullptr;
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaDeviceGetDefaultMemPool(&pool, index));
+  uint64_t keep = UINT64_MAX;
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));
+  size_t free_bytes = 0, total_bytes = 0;
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemGetInfo(&free_bytes, &total_bytes));
+  memory_bytes_ = free_bytes - std::min<uint64_t>(free_bytes, kReserveBytes);
+  return absl::OkStatus();
+}
+
+CudaDevice::~CudaDevice() {
+  if (!MakeCurrent().ok()) return;
+  for (const cudaStream_t stream : {copy_, compute_}) {
+    if (stream == nullptr) continue;
+    cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+  }
+}
+
+absl::Status CudaDevice::MakeCurrent() const {
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaSetDevice(index_));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Event> CudaDevice::NewEvent() const {
+  cudaEvent_t event = nullptr;
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  return Event(event);
+}
+
+absl::StatusOr<void*> CudaDevice::Allocate(size_t count, size_t element,
+                                           cudaStream_t stream) const {
+  const std::optional<uint64_t> bytes = CheckedMul(count, element);
+  if (!bytes) return absl::ResourceExhaustedError("size of a device buffer overflows");
+  void* data = nullptr;
+  const cudaError_t error = cudaMallocAsync(&data, std::max<size_t>(*bytes, 1), stream);
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    return absl::ResourceExhaustedError(fmt::format("no {} bytes left on cuda:{}", *bytes, index_));
+  }
+  STAGECOACH_RETURN_IF_CUDA_ERROR(error);
+  return data;
+}
+
+absl::StatusOr<void*> CudaDevice::AllocatePinned(size_t count, size_t element) const {
+  const std::optional<uint64_t> bytes = CheckedMul(count, element);
+  if (!bytes) return absl::ResourceExhaustedError("size of a pinned buffer overflows");
+  void* data = nullptr;
+  const cudaError_t error = cudaMallocHost(&data, std::max<size_t>(*bytes, 1));
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    return absl::ResourceExhaustedError(fmt::format("no {} bytes of pinned host memory", *bytes));
+  }
+  STAGECOACH_RETURN_IF_CUDA_ERROR(error);
+  return data;
+}
+
+}  // namespace stagecoach::cuda

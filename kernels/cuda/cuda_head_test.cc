@@ -1,0 +1,91 @@
+// The best logits found on the GPU are those of the logits themselves.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "kernels/cuda/cuda_test.h"
+#include "kernels/random_tensor.h"
+
+namespace stagecoach {
+namespace {
+
+constexpr int kRows = 70;  // more than go through the head at once
+
+class CudaHead : public CudaTest {
+ protected:
+  void Open(int vocab) {
+    params_.layers = 1;
+    params_.d_model = 256;
+    params_.heads = params_.kv_heads = 4;
+    params_.key_length = params_.value_length = params_.rope_dims = 64;
+    params_.ffn_length = 256;
+    params_.vocab_size = vocab;
+    params_.context_length = 64;
+    params_.norm_epsilon = 1e-5f;
+    RandomSource random(vocab);
+    auto head = BuildUnit(
+        *backend_, params_,
+        MakeRandomUnit(random, params_, {Unit::Kind::kHead}, TensorType::kQ4_0, /*biases=*/false));
+    ASSERT_TRUE(head.ok()) << head.status();
+    head_ = *std::move(head);
+    auto workspace = backend_->NewWorkspace(params_, kRows);
+    ASSERT_TRUE(workspace.ok()) << workspace.status();
+    workspace_ = *std::move(workspace);
+    residual_ = RandomFloats(random, size_t{kRows} * params_.d_model);
+  }
+
+  // Compares the `count` best of every row, last row first.
+  void ExpectTop(int count) {
+    std::vector<int32_t> rows(kRows);
+    std::iota(rows.rbegin(), rows.rend(), 0);
+    const size_t vocab = params_.vocab_size;
+    std::vector<float> logits(kRows * vocab);
+    std::vector<TopLogit> top(size_t{kRows} * count);
+    ASSERT_TRUE(backend_->SetResidual(*workspace_, residual_).ok());
+    ASSERT_TRUE(backend_->Head(*workspace_, *head_, rows, logits).ok());
+    ASSERT_TRUE(backend_->HeadTop(*workspace_, *head_, rows, count, top).ok());
+    for (int row = 0; row < kRows; ++row) {
+      const auto of_row = std::span(logits).subspan(row * vocab, vocab);
+      if (!std::isfinite(std::accumulate(of_row.begin(), of_row.end(), 0.0))) {
+        EXPECT_TRUE(std::isnan(top[row * count].logit)) << row;
+        continue;
+      }
+      std::vector<int32_t> ids(vocab);
+      std::iota(ids.begin(), ids.end(), 0);
+      std::ranges::stable_sort(ids, std::greater<>(), [&](int32_t id) { return of_row[id]; });
+      for (int i = 0; i < count; ++i) {
+        const TopLogit& entry = top[row * count + i];
+        ASSERT_EQ(entry.id, ids[i]) << "row " << row << ", place " << i;
+        ASSERT_EQ(entry.logit, of_row[ids[i]]) << "row " << row << ", place " << i;
+      }
+    }
+  }
+
+  ModelParams params_;
+  std::unique_ptr<UnitWeights> head_;
+  std::unique_ptr<Workspace> workspace_;
+  std::vector<float> residual_;
+};
+
+TEST_F(CudaHead, TopOfSmallAndLargeVocabularies) {
+  for (const int vocab : {7, 325, 4096, 32000, 300000}) {
+    Open(vocab);
+    for (const int count : {1, 5, backend_->MaxTopLogits()}) {
+      if (count <= vocab) ExpectTop(count);
+    }
+  }
+}
+
+TEST_F(CudaHead, NonFiniteRowsShow) {
+  Open(5000);
+  residual_[3 * params_.d_model] = std::numeric_limits<float>::quiet_NaN();
+  residual_[69 * params_.d_model + 5] = std::numeric_limits<float>::infinity();
+  ExpectTop(2);
+}
+
+}  // namespace
+}  // namespace stagecoach

@@ -1,0 +1,93 @@
+// Weights of one unit on the GPU.
+#ifndef STAGECOACH_KERNELS_CUDA_CUDA_WEIGHTS_H_
+#define STAGECOACH_KERNELS_CUDA_CUDA_WEIGHTS_H_
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "kernels/cuda/cuda_device.h"
+#include "kernels/cuda/quant_matmul.h"
+#include "kernels/cuda/uploader.h"
+
+namespace stagecoach::cuda {
+
+inline constexpr int kTensorRoles = static_cast<int>(TensorRole::kFfnDown) + 1;
+
+// Bytes on the GPU of a tensor whose type and shape have been checked.
+uint64_t DeviceBytes(TensorRole role, const TensorInfo& tensor);
+
+// The tensors themselves: alive while a UnitWeights or a recorded step holds them, and then until
+// the work that was launched before has run.
+class UnitStorage {
+ public:
+  explicit UnitStorage(const CudaDevice& device) : device_(device) {}
+  ~UnitStorage();
+  UnitStorage(const UnitStorage&) = delete;
+  UnitStorage& operator=(const UnitStorage&) = delete;
+
+  // data is null if the unit has none of this role.
+  const PackedMatrix& matrix(TensorRole role) const { return matrices_[static_cast<int>(role)]; }
+  // Norm weights and biases as float32; nullptr if the unit has none of this role.
+  const float* vector(TensorRole role) const { return vectors_[static_cast<int>(role)]; }
+  // The token embedding, with its bytes as in the file.
+  const PackedMatrix& embedding() const { return matrix(TensorRole::kTokenEmbedding); }
+  uint64_t bytes() const { return bytes_; }
+
+  // Makes the compute stream wait for the upload. Any thread.
+  absl::Status AwaitUpload() const;
+  // True once the upload is over and nothing has to wait for it.
+  bool Uploaded() const;
+
+ private:
+  friend class CudaUnitBuilder;
+  const CudaDevice& device_;
+  std::array<PackedMatrix, kTensorRoles> matrices_;
+  std::array<const float*, kTensorRoles> vectors_ = {};
+  std::vector<DeviceBuffer<std::byte>> memory_;
+  uint64_t bytes_ = 0;
+  Event ready_;  // on the copy stream, behind the last tensor; none before Finish
+  mutable std::atomic<bool> uploaded_ = false;
+};
+
+class CudaUnitWeights : public UnitWeights {
+ public:
+  explicit CudaUnitWeights(std::shared_ptr<const UnitStorage> storage)
+      : storage_(std::move(storage)) {}
+  uint64_t bytes() const override { return storage_->bytes(); }
+  const std::shared_ptr<const UnitStorage>& storage() const { return storage_; }
+
+ private:
+  const std::shared_ptr<const UnitStorage> storage_;
+};
+
+class CudaUnitBuilder : public UnitBuilder {
+ public:
+  // Both must outlive the builder.
+  CudaUnitBuilder(const CudaDevice& device, Uploader& uploader)
+      : device_(device), uploader_(uploader), storage_(std::make_shared<UnitStorage>(device)) {}
+
+  absl::Status Add(TensorRole role, const TensorInfo& tensor,
+                   std::span<const std::byte> raw) override;
+  absl::StatusOr<std::unique_ptr<UnitWeights>> Finish() override;
+
+ private:
+  absl::Status Upload(TensorRole role, const TensorInfo& tensor, std::span<const std::byte> raw,
+                      std::byte* to);
+
+  const CudaDevice& device_;
+  Uploader& uploader_;
+  std::shared_ptr<UnitStorage> storage_;
+};
+
+}  // namespace stagecoach::cuda
+
+#endif  // STAGECOACH_KERNELS_CUDA_CUDA_WEIGHTS_H_

@@ -1,0 +1,167 @@
+#include "kernels/cuda/cuda_workspace.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cstring>
+#include <vector>
+
+#include "fmt/format.h"
+#include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/quant_matmul.h"
+#include "model/status_macros.h"
+
+namespace stagecoach::cuda {
+namespace {
+
+// Enough to split 2000 (row, chunk) pairs of 32 heads of 128 values.
+constexpr size_t kPartialFloats = size_t{8} << 20;
+// Blocks of a step that there is room for from the start.
+constexpr size_t kInitialBlocks = 16384;
+
+size_t FixedInputs(int max_rows) { return 5 * static_cast<size_t>(max_rows); }
+
+int BlocksOf(const BatchSequence& sequence) {
+  return (sequence.start_position + sequence.row_count + kKvBlockPositions - 1) / kKvBlockPositions;
+}
+
+}  // namespace
+
+absl::StatusOr<StepInputs> StepInputs::Create(const CudaDevice& device, int max_rows,
+                                              int rows_per_tile, size_t max_blocks) {
+  StepInputs inputs;
+  inputs.device_ = &device;
+  inputs.max_rows_ = max_rows;
+  inputs.rows_per_tile_ = rows_per_tile;
+  const size_t size = FixedInputs(max_rows) + max_blocks;
+  STAGECOACH_ASSIGN_OR_RETURN(inputs.host_, device.NewPinnedBuffer<int32_t>(size));
+  STAGECOACH_ASSIGN_OR_RETURN(inputs.device_array_, device.NewBuffer<int32_t>(size));
+  for (Part* part : {&inputs.tokens_, &inputs.head_rows_, &inputs.batch_}) {
+    STAGECOACH_ASSIGN_OR_RETURN(part->sent, device.NewEvent());
+  }
+  inputs.head_rows_.first = max_rows;
+  inputs.batch_.first = 2 * static_cast<size_t>(max_rows);
+  return inputs;
+}
+
+absl::Status StepInputs::AwaitSent(const Part& part) const {
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(part.sent.get()));
+  return absl::OkStatus();
+}
+
+absl::Status StepInputs::Send(const Part& part, size_t count) {
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      cudaMemcpyAsync(device_array_.data() + part.first, host_.data() + part.first,
+                      count * sizeof(int32_t), cudaMemcpyHostToDevice, device_->compute()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(part.sent.get(), device_->compute()));
+  return absl::OkStatus();
+}
+
+absl::Status StepInputs::SetTokens(std::span<const int32_t> token_ids) {
+  STAGECOACH_RETURN_IF_ERROR(AwaitSent(tokens_));
+  std::ranges::copy(token_ids, host_.data() + tokens_.first);
+  return Send(tokens_, token_ids.size());
+}
+
+absl::Status StepInputs::SetHeadRows(std::span<const int32_t> rows) {
+  STAGECOACH_RETURN_IF_ERROR(AwaitSent(head_rows_));
+  std::ranges::copy(rows, host_.data() + head_rows_.first);
+  return Send(head_rows_, rows.size());
+}
+
+absl::Status StepInputs::MakeRoom(size_t blocks) {
+  STAGECOACH_RETURN_IF_ERROR(AwaitSent(tokens_));
+  STAGECOACH_ASSIGN_OR_RETURN(StepInputs larger,
+                              Create(*device_, max_rows_, rows_per_tile_, 2 * blocks));
+  std::memcpy(larger.host_.data(), host_.data(), max_rows_ * sizeof(int32_t));
+  *this = std::move(larger);
+  return Send(tokens_, max_rows_);
+}
+
+absl::Status StepInputs::SetBatch(const StepBatch& batch, bool* moved) {
+  STAGECOACH_RETURN_IF_ERROR(AwaitSent(batch_));
+  size_t blocks = 0;
+  for (const BatchSequence& sequence : batch.sequences) blocks += BlocksOf(sequence);
+  *moved = FixedInputs(max_rows_) + blocks > host_.size();
+  if (*moved) STAGECOACH_RETURN_IF_ERROR(MakeRoom(blocks));
+  int32_t* const positions = host_.data() + batch_.first;
+  int32_t* const first = positions + max_rows_;
+  int32_t* const tiles = first + max_rows_;
+  int32_t* const table = tiles + max_rows_;
+  int32_t used = 0;
+  tile_count_ = 0;
+  for (const BatchSequence& sequence : batch.sequences) {
+    for (int i = 0; i < sequence.row_count; ++i) {
+      positions[sequence.first_row + i] = sequence.start_position + i;
+      first[sequence.first_row + i] = used;
+    }
+    for (int i = 0; i < sequence.row_count; i += rows_per_tile_) {
+      tiles[tile_count_++] =
+          PackQueryTile(sequence.first_row + i, std::min(rows_per_tile_, sequence.row_count - i));
+    }
+    std::ranges::copy(sequence.blocks.first(BlocksOf(sequence)), table + used);
+    used += BlocksOf(sequence);
+  }
+  return Send(batch_, 3 * static_cast<size_t>(max_rows_) + used);
+}
+
+absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaDevice& device,
+                                                                     const ModelParams& params,
+                                                                     int max_rows) {
+  if (max_rows < 1 || max_rows > kMaxWorkspaceRows) {
+    return absl::InvalidArgumentError(fmt::format(
+        "{} rows per step: the CUDA backend takes 1 to {}", max_rows, kMaxWorkspaceRows));
+  }
+  auto workspace = std::make_unique<CudaWorkspace>(params);
+  workspace->max_rows = max_rows;
+  STAGECOACH_ASSIGN_OR_RETURN(
+      workspace->inputs,
+      StepInputs::Create(device, max_rows, RowsPerQueryTile(params.heads / params.kv_heads),
+                         kInitialBlocks));
+  const size_t attended = static_cast<size_t>(params.heads) * params.value_length;
+  const struct {
+    DeviceBuffer<float>* array;
+    size_t rows, columns;
+  } arrays[] = {
+      {&workspace->residual, size_t(max_rows), size_t(params.d_model)},
+      {&workspace->q, size_t(max_rows), size_t(params.heads) * params.key_length},
+      {&workspace->k, size_t(max_rows), size_t(params.kv_heads) * params.key_length},
+      {&workspace->v, size_t(max_rows), size_t(params.kv_heads) * params.value_length},
+      {&workspace->attended, size_t(max_rows), attended},
+      {&workspace->gate, size_t(max_rows), size_t(params.ffn_length)},
+      {&workspace->up, size_t(max_rows), size_t(params.ffn_length)},
+      {&workspace->partials, 1, kPartialFloats},
+      {&workspace->head_input, kHeadRows, size_t(params.d_model)},
+      {&workspace->logits, kHeadRows, size_t(params.vocab_size)},
+  };
+  for (const auto& [array, rows, columns] : arrays) {
+    STAGECOACH_ASSIGN_OR_RETURN(*array, device.NewBuffer<float>(rows * columns));
+  }
+  const int widest = std::max({params.d_model, static_cast<int>(attended), params.ffn_length});
+  STAGECOACH_ASSIGN_OR_RETURN(
+      workspace->activations,
+      device.NewBuffer<std::byte>(std::max(ActivationBytes(max_rows, widest, /*precise=*/false),
+                                           ActivationBytes(kHeadRows, params.d_model, true))));
+  const size_t tops = size_t{kHeadRows} * kMostTopLogits;
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->top, device.NewBuffer<TopKey>(tops));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->top_out, device.NewPinnedBuffer<TopKey>(tops));
+  STAGECOACH_ASSIGN_OR_RETURN(
+      workspace->top_scratch,
+      device.NewBuffer<TopKey>(TopScratchKeys(kHeadRows, params.vocab_size, kMostTopLogits)));
+  const size_t residuals = static_cast<size_t>(max_rows) * params.d_model;
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->residual_in, device.NewPinnedBuffer<float>(residuals));
+  STAGECOACH_ASSIGN_OR_RETURN(
+      workspace->out, device.NewPinnedBuffer<float>(
+                          std::max(residuals, static_cast<size_t>(kHeadRows) * params.vocab_size)));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->residual_sent, device.NewEvent());
+  const std::vector<double> frequencies = RopeFrequencies(params);
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->turns,
+                              device.NewBuffer<float2>(max_rows * frequencies.size()));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->frequencies, device.NewBuffer<double>(frequencies.size()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(workspace->frequencies.data(), frequencies.data(),
+                                                  frequencies.size() * sizeof(double),
+                                                  cudaMemcpyHostToDevice, device.compute()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(device.compute()));
+  return workspace;
+}
+
+}  // namespace stagecoach::cuda

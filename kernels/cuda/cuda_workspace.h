@@ -1,0 +1,106 @@
+// Residual stream, scratch and step inputs of one stage on the GPU, at addresses that stay.
+#ifndef STAGECOACH_KERNELS_CUDA_CUDA_WORKSPACE_H_
+#define STAGECOACH_KERNELS_CUDA_CUDA_WORKSPACE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/cuda_device.h"
+#include "kernels/cuda/rope.h"
+#include "kernels/cuda/top_logits.h"
+#include "model/model_file.h"
+
+namespace stagecoach::cuda {
+
+// Rows that go through the head at once: bounds the logits held on the device.
+inline constexpr int kHeadRows = 64;
+inline constexpr int kMaxWorkspaceRows = 65535;  // a dimension of a launch
+
+// The int32 inputs of a step, side by side in one array on the host and one on the device.
+class StepInputs {
+ public:
+  // max_blocks: of all sequences of a step together; more are made room for when they come.
+  // rows_per_tile: see RowsPerQueryTile.
+  static absl::StatusOr<StepInputs> Create(const CudaDevice& device, int max_rows,
+                                           int rows_per_tile, size_t max_blocks);
+
+  int tiles() const { return tile_count_; }  // of the latest batch
+  // What the device will read, once the uploads below have been ordered before it.
+  const int32_t* tokens() const { return device_array_.data(); }
+  const int32_t* head_rows() const { return device_array_.data() + head_rows_.first; }
+  RowTable table() const {
+    const int32_t* rows = device_array_.data() + batch_.first;
+    return {.positions = rows,
+            .first = rows + max_rows_,
+            .tiles = rows + 2 * max_rows_,
+            .blocks = rows + 3 * max_rows_};
+  }
+
+  // Each goes out on the compute stream, after the same part of an earlier step has.
+  absl::Status SetTokens(std::span<const int32_t> token_ids);
+  absl::Status SetHeadRows(std::span<const int32_t> rows);
+  // *moved: the arrays had to grow and are elsewhere now; tokens have been sent again.
+  absl::Status SetBatch(const StepBatch& batch, bool* moved);
+
+ private:
+  // Parts of the arrays that go out by themselves.
+  struct Part {
+    size_t first = 0;
+    Event sent;  // the device has taken it from the host array
+  };
+  absl::Status MakeRoom(size_t blocks);
+  absl::Status AwaitSent(const Part& part) const;
+  absl::Status Send(const Part& part, size_t count);
+
+  const CudaDevice* device_ = nullptr;
+  int max_rows_ = 0;
+  int rows_per_tile_ = 1;
+  int tile_count_ = 0;
+  PinnedBuffer<int32_t> host_;          // tokens, head rows, batch: positions ... blocks
+  DeviceBuffer<int32_t> device_array_;  // the same
+  Part tokens_, head_rows_, batch_;
+};
+
+struct CudaWorkspace {
+  // Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED.
+  static absl::StatusOr<std::unique_ptr<CudaWorkspace>> Create(const CudaDevice& device,
+                                                               const ModelParams& params,
+                                                               int max_rows);
+  explicit CudaWorkspace(const ModelParams& model) : params(model) {}
+
+  const ModelParams params;
+  int max_rows = 0;
+  StepInputs inputs;
+  DeviceBuffer<double> frequencies;     // [rope_dims / 2]
+  DeviceBuffer<float2> turns;           // [max_rows][rope_dims / 2] of this step's positions
+  DeviceBuffer<float> residual;         // [max_rows][d_model]
+  DeviceBuffer<float> q;                // [max_rows][heads][key_length]
+  DeviceBuffer<float> k;                // [max_rows][kv_heads][key_length]
+  DeviceBuffer<float> v;                // [max_rows][kv_heads][value_length]
+  DeviceBuffer<float> attended;         // [max_rows][heads][value_length]
+  DeviceBuffer<float> gate;             // [max_rows][ffn_length]
+  DeviceBuffer<float> up;               // [max_rows][ffn_length]
+  DeviceBuffer<float> partials;         // of split attention
+  DeviceBuffer<std::byte> activations;  // what the next matrices read, in any form
+  DeviceBuffer<float> head_input;       // [kHeadRows][d_model]
+  DeviceBuffer<float> logits;           // [kHeadRows][vocab]
+  DeviceBuffer<TopKey> top_scratch;     // for kMostTopLogits of kHeadRows rows
+  DeviceBuffer<TopKey> top;             // [kHeadRows][kMostTopLogits]
+  PinnedBuffer<TopKey> top_out;         // [kHeadRows][kMostTopLogits]
+  PinnedBuffer<float> residual_in;      // [max_rows][d_model]
+  PinnedBuffer<float> out;              // [max_rows][d_model] or [kHeadRows][vocab]
+  Event residual_sent;                  // the device has taken residual_in
+
+  int rows = 0;        // of the step under way
+  AttentionPlan plan;  // of the step under way
+};
+
+}  // namespace stagecoach::cuda
+
+#endif  // STAGECOACH_KERNELS_CUDA_CUDA_WORKSPACE_H_

@@ -1,0 +1,48 @@
+#include "kernels/cuda/embed.h"
+
+#include "kernels/cuda/device_ops.cuh"
+#include "kernels/cuda/launch.cuh"
+#include "model/block_decode.h"
+
+namespace stagecoach::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename Block>
+__global__ void EmbedKernel(const Block* table, int columns, const int32_t* ids, float* out) {
+  LetNextKernelStart();
+  WaitForPreviousKernel();
+  const int blocks_per_row = columns / Block::kElements;
+  const Block* row = table + static_cast<size_t>(ids[blockIdx.x]) * blocks_per_row;
+  out += static_cast<size_t>(blockIdx.x) * columns;
+  for (int k = threadIdx.x; k < columns; k += kThreads) {
+    const Block& block = row[k / Block::kElements];
+    if constexpr (Block::kElements == 1) {
+      out[k] = block.value();
+    } else {  // as DecodeBlock
+      const int i = k % Block::kElements, group = i / Block::kGroup;
+      const float scale = block.delta() * static_cast<float>(block.scale(group));
+      const float min = block.delta_min() * static_cast<float>(block.min(group));
+      out[k] = scale * static_cast<float>(block.quant(i)) - min;
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t EmbedRows(TensorType type, const void* table, int columns, const int32_t* ids, int rows,
+                      float* out, cudaStream_t stream) {
+  const LaunchShape shape = {.grid = dim3(rows), .threads = kThreads};
+  return VisitBlockType(type, [&]<typename Block>() {
+    return LaunchKernel(EmbedKernel<Block>, shape, stream, static_cast<const Block*>(table),
+                        columns, ids, out);
+  });
+}
+
+cudaError_t ProbeKernels() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, EmbedKernel<BlockF32>);
+}
+
+}  // namespace stagecoach::cuda

@@ -1,0 +1,82 @@
+// How keys are turned and keys and values get into the KV cache, for the kernels that do so.
+#ifndef STAGECOACH_KERNELS_CUDA_KV_STORE_CUH_
+#define STAGECOACH_KERNELS_CUDA_KV_STORE_CUH_
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+
+#include "kernels/cuda/cuda_kv_cache.h"
+#include "kernels/cuda/rope.h"
+#include "model/half.h"
+
+namespace stagecoach::cuda {
+
+__device__ inline float2 TurnPair(float even, float odd, float2 turn) {
+  return make_float2(even * turn.x - odd * turn.y, even * turn.y + odd * turn.x);
+}
+
+// Dims 2i and 2i + 1 of a head of `length` dims, turned if they are among the first `pairs`; zero
+// beyond the head.
+__device__ inline float2 TurnedPair(const float* head, int i, int length, const float2* turns,
+                                    int pairs) {
+  const float even = 2 * i < length ? head[2 * i] : 0.0f;
+  const float odd = 2 * i + 1 < length ? head[2 * i + 1] : 0.0f;
+  return i < pairs ? TurnPair(even, odd, turns[i]) : make_float2(even, odd);
+}
+
+__device__ inline void StorePair(float2 pair, float* out) {
+  *reinterpret_cast<float2*>(out) = pair;
+}
+__device__ inline void StorePair(float2 pair, uint16_t* out) {
+  *reinterpret_cast<ushort2*>(out) = make_ushort2(FloatToHalf(pair.x), FloatToHalf(pair.y));
+}
+
+// Values for tensor cores, by all kThreads threads of the block. Returns whether one was not
+// finite; then zeros are stored.
+template <int kThreads>
+__device__ bool StoreTransposed(const float* v, int length, uint16_t* values, int place) {
+  bool finite = true;
+  for (int d = threadIdx.x; d < length; d += kThreads) {
+    finite = finite && HalfIsFinite(FloatToHalf(v[d]));
+  }
+  const bool broken = __syncthreads_or(!finite);
+  for (int d = threadIdx.x; d < length; d += kThreads) {
+    values[d * kKvBlockPositions + place] = broken ? 0 : FloatToHalf(v[d]);
+  }
+  return broken;
+}
+
+// Stores one KV head of one row, by all kThreads threads of the block. k, v: [rows][kv_heads][..];
+// turns: of this row.
+template <typename Element, int kThreads>
+__device__ void StoreHead(const KvLayout& kv, const RowTable& table, size_t row, int head,
+                          const float* k, const float* v, const float2* turns, int pairs) {
+  const int position = table.positions[row], place = position % kKvBlockPositions;
+  const size_t block = table.blocks[table.first[row] + position / kKvBlockPositions];
+  Element* const keys =
+      reinterpret_cast<Element*>(kv.data) + (block * kv.kv_heads + head) * kv.head_elements();
+  Element* const values = keys + kv.padded_keys() * kKvBlockPositions;
+  k += (row * kv.kv_heads + head) * kv.key_length;
+  v += (row * kv.kv_heads + head) * kv.value_length;
+  bool broken = false;
+  if constexpr (sizeof(Element) == sizeof(uint16_t)) {
+    if (kv.tensor_cores()) {
+      broken = StoreTransposed<kThreads>(v, kv.value_length, values, place);
+    }
+  }
+  for (int i = threadIdx.x; i < kv.padded_keys() / 2; i += kThreads) {
+    float2 pair = TurnedPair(k, i, kv.key_length, turns, pairs);
+    if (broken) pair.x = NAN;
+    StorePair(pair, keys + (i / 4 * kKvBlockPositions + place) * 8 + i % 4 * 2);
+  }
+  if (kv.tensor_cores()) return;
+  for (int i = threadIdx.x; i < kv.padded_values() / 2; i += kThreads) {
+    StorePair(TurnedPair(v, i, kv.value_length, nullptr, /*pairs=*/0),
+              values + place * kv.padded_values() + 2 * i);
+  }
+}
+
+}  // namespace stagecoach::cuda
+
+#endif  // STAGECOACH_KERNELS_CUDA_KV_STORE_CUH_

@@ -1,0 +1,118 @@
+#include "kernels/cuda/layer_ops.h"
+
+#include <array>
+#include <cassert>
+
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/embed.h"
+#include "kernels/cuda/rope.h"
+#include "model/status_macros.h"
+
+namespace stagecoach::cuda {
+namespace {
+
+// The products of `terms`, which read the same rows x k activations; prepare(Activations) makes
+// these, once for each form that the terms' types need.
+template <typename Prepare>
+absl::Status Project(const CudaWorkspace& workspace, std::span<const MatmulTerm> terms, int rows,
+                     bool precise, cudaStream_t stream, const Prepare& prepare) {
+  for (const ActivationForm form :
+       {ActivationForm::kFloat, ActivationForm::kQuant32, ActivationForm::kQuant256}) {
+    std::array<MatmulTerm, kMaxMatmulTerms> same;
+    size_t count = 0;
+    for (const MatmulTerm& term : terms) {
+      if (FormFor(term.weights.type) == form) same[count++] = term;
+    }
+    if (count == 0) continue;
+    const Activations x =
+        LayOutActivations(workspace.activations.data(), form, rows, same[0].weights.k,
+                          precise && form != ActivationForm::kFloat);
+    STAGECOACH_RETURN_IF_CUDA_ERROR(prepare(x));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(std::span(same).first(count), x, stream));
+  }
+  return absl::OkStatus();
+}
+
+MatmulTerm Term(const PackedMatrix& weights, float* y, const float* bias = nullptr,
+                bool accumulate = false) {
+  assert(weights.data != nullptr);
+  return {
+      .weights = weights, .y = y, .y_stride = weights.n, .bias = bias, .accumulate = accumulate};
+}
+
+}  // namespace
+
+absl::Status EnqueueEmbed(CudaWorkspace& ws, const UnitStorage& embedding, cudaStream_t stream) {
+  const PackedMatrix& table = embedding.embedding();
+  STAGECOACH_RETURN_IF_CUDA_ERROR(EmbedRows(table.type, table.data, table.k, ws.inputs.tokens(),
+                                            ws.rows, ws.residual.data(), stream));
+  return absl::OkStatus();
+}
+
+absl::Status EnqueueSetResidual(CudaWorkspace& ws, cudaStream_t stream) {
+  const size_t bytes = sizeof(float) * ws.rows * ws.params.d_model;
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(ws.residual.data(), ws.residual_in.data(), bytes,
+                                                  cudaMemcpyHostToDevice, stream));
+  return absl::OkStatus();
+}
+
+absl::Status EnqueueTurns(CudaWorkspace& ws, cudaStream_t stream) {
+  STAGECOACH_RETURN_IF_CUDA_ERROR(ComputeTurns(ws.frequencies.data(), ws.params.rope_dims / 2,
+                                               ws.inputs.table().positions, ws.rows,
+                                               ws.turns.data(), stream));
+  return absl::OkStatus();
+}
+
+absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayout& kv,
+                          cudaStream_t stream) {
+  const ModelParams& params = ws.params;
+  const auto norm = [&](TensorRole role) {
+    return [&ws, &params, stream, weight = w.vector(role)](const Activations& x) {
+      return LaunchRmsNormQuantize(ws.residual.data(), weight, params.norm_epsilon, x, stream);
+    };
+  };
+  const MatmulTerm qkv[] = {
+      Term(w.matrix(TensorRole::kAttnQ), ws.q.data(), w.vector(TensorRole::kAttnQBias)),
+      Term(w.matrix(TensorRole::kAttnK), ws.k.data(), w.vector(TensorRole::kAttnKBias)),
+      Term(w.matrix(TensorRole::kAttnV), ws.v.data(), w.vector(TensorRole::kAttnVBias))};
+  STAGECOACH_RETURN_IF_ERROR(
+      Project(ws, qkv, ws.rows, /*precise=*/false, stream, norm(TensorRole::kAttnNorm)));
+  const AttentionInputs inputs = {.q = ws.q.data(),
+                                  .k = ws.k.data(),
+                                  .v = ws.v.data(),
+                                  .turns = ws.turns.data(),
+                                  .pairs = params.rope_dims / 2};
+  STAGECOACH_RETURN_IF_CUDA_ERROR(StoreAndAttend(ws.plan, ws.inputs.table(), inputs, kv,
+                                                 ws.partials.data(), ws.attended.data(), stream));
+  const MatmulTerm output[] = {Term(w.matrix(TensorRole::kAttnOutput), ws.residual.data(),
+                                    w.vector(TensorRole::kAttnOutputBias), /*accumulate=*/true)};
+  STAGECOACH_RETURN_IF_ERROR(
+      Project(ws, output, ws.rows, /*precise=*/false, stream,
+              [&](const Activations& x) { return LaunchQuantize(ws.attended.data(), x, stream); }));
+
+  const MatmulTerm inward[] = {Term(w.matrix(TensorRole::kFfnGate), ws.gate.data()),
+                               Term(w.matrix(TensorRole::kFfnUp), ws.up.data())};
+  STAGECOACH_RETURN_IF_ERROR(
+      Project(ws, inward, ws.rows, /*precise=*/false, stream, norm(TensorRole::kFfnNorm)));
+  const MatmulTerm outward[] = {Term(w.matrix(TensorRole::kFfnDown), ws.residual.data(),
+                                     /*bias=*/nullptr, /*accumulate=*/true)};
+  return Project(ws, outward, ws.rows, /*precise=*/false, stream, [&](const Activations& x) {
+    return LaunchSwiGluQuantize(ws.gate.data(), ws.up.data(), params.ffn_length, x, stream);
+  });
+}
+
+absl::Status EnqueueHead(CudaWorkspace& ws, const UnitStorage& head, int count,
+                         cudaStream_t stream) {
+  STAGECOACH_RETURN_IF_CUDA_ERROR(EmbedRows(TensorType::kF32, ws.residual.data(), ws.params.d_model,
+                                            ws.inputs.head_rows(), count, ws.head_input.data(),
+                                            stream));
+  const MatmulTerm output[] = {Term(head.matrix(TensorRole::kOutput), ws.logits.data())};
+  // Nothing after the head evens its errors out, hence the precise activations.
+  return Project(ws, output, count, /*precise=*/true, stream, [&](const Activations& x) {
+    return LaunchRmsNormQuantize(ws.head_input.data(), head.vector(TensorRole::kOutputNorm),
+                                 ws.params.norm_epsilon, x, stream);
+  });
+}
+
+}  // namespace stagecoach::cuda

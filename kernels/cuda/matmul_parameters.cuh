@@ -1,0 +1,87 @@
+// What the matmul kernels share: their parameters, the split of k, and how results are stored.
+#ifndef STAGECOACH_KERNELS_CUDA_MATMUL_PARAMETERS_CUH_
+#define STAGECOACH_KERNELS_CUDA_MATMUL_PARAMETERS_CUH_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/device_ops.cuh"
+#include "kernels/cuda/quant_matmul.h"
+#include "kernels/cuda/tile_format.cuh"
+
+namespace stagecoach::cuda {
+
+inline constexpr int kSplits = 8;  // of k; fixes the order of sums, so it is part of the contract
+
+// The first superblock of a split.
+__host__ __device__ inline int SplitBegin(int split, int superblocks) {
+  return split * superblocks / kSplits;
+}
+
+// Terms of one type over the same activations, by value in a kernel's parameters. Their tile rows
+// are numbered through.
+struct MatmulParameters {
+  struct Term {
+    const uint8_t* tiles;
+    float* y;
+    const float* bias;
+    int y_stride;
+    int n;
+    int first_tile_row;
+    bool accumulate;
+  };
+  Term terms[kMaxMatmulTerms];
+  int term_count;
+  int tile_rows;    // of all terms
+  int superblocks;  // per row
+  int quant_rows;
+  int scale_stride;
+  bool precise;
+  const int8_t* quants;
+  const int16_t* sums;
+  const float* scales;
+
+  __device__ const Term& TermOf(int tile_row) const {
+    int i = 0;
+    while (i + 1 < term_count && tile_row >= terms[i + 1].first_tile_row) ++i;
+    return terms[i];
+  }
+};
+
+// The first tile of a row of tiles.
+template <typename Tile>
+__device__ inline const uint8_t* TileRow(const MatmulParameters& p, int tile_row) {
+  const MatmulParameters::Term& term = p.TermOf(tile_row);
+  return term.tiles +
+         static_cast<size_t>(tile_row - term.first_tile_row) * p.superblocks * Tile::kBytes;
+}
+
+// value: the sum of quant row `quant_row`; rest: that of the next one, used if p.precise. Rows
+// outside the matrix and the activations are left out.
+__device__ inline void StoreResult(const MatmulParameters& p, int tile_row, int row_in_tile,
+                                   int quant_row, float value, float rest) {
+  if (quant_row >= p.quant_rows) return;
+  const MatmulParameters::Term& term = p.TermOf(tile_row);
+  const int n = (tile_row - term.first_tile_row) * kTileRows + row_in_tile;
+  if (n >= term.n) return;
+  int row = quant_row;
+  if (p.precise) {
+    if (quant_row % 2 != 0) return;
+    row = quant_row / 2;
+    value = __fadd_rn(value, rest);
+  }
+  if (term.bias != nullptr) value = __fadd_rn(value, __ldcg(term.bias + n));
+  float* y = term.y + static_cast<size_t>(row) * term.y_stride + n;
+  if (term.accumulate) value = __fadd_rn(__ldcg(y), value);
+  *y = value;
+}
+
+// Chooses a kernel for one type; defined and instantiated for each in quant_matmul_*.cu.
+// p.terms are of `type`; multiprocessors: of the current device.
+template <TensorType type>
+cudaError_t LaunchTypedMatmul(const MatmulParameters& p, int multiprocessors, cudaStream_t stream);
+
+}  // namespace stagecoach::cuda
+
+#endif  // STAGECOACH_KERNELS_CUDA_MATMUL_PARAMETERS_CUH_

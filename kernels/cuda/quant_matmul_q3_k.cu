@@ -1,0 +1,8 @@
+#include "kernels/cuda/typed_matmul.cuh"
+
+namespace stagecoach::cuda {
+
+template cudaError_t LaunchTypedMatmul<TensorType::kQ3_K>(const MatmulParameters&, int,
+                                                          cudaStream_t);
+
+}  // namespace stagecoach::cuda

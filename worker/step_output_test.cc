@@ -1,0 +1,146 @@
+// What is sampled from the best logits alone is what is sampled from all of them.
+#include "worker/step_output.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "worker/fake_backend.h"
+
+namespace stagecoach {
+namespace {
+
+constexpr int kVocab = 300;
+constexpr int kSequences = 40;  // more than go through the head at once
+
+// Logits are a function of the row's number. With most_top > 0 it offers HeadTop.
+class LogitsBackend : public FakeBackend {
+ public:
+  explicit LogitsBackend(int most_top) : most_top_(most_top) {}
+
+  int MaxTopLogits() const override { return most_top_; }
+  absl::Status Head(Workspace&, const UnitWeights&, std::span<const int32_t> rows,
+                    std::span<float> logits) override {
+    full_rows += static_cast<int>(rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      std::ranges::copy(Logits(rows[i]), logits.begin() + static_cast<ptrdiff_t>(i * kVocab));
+    }
+    return absl::OkStatus();
+  }
+  absl::Status HeadTop(Workspace&, const UnitWeights&, std::span<const int32_t> rows, int count,
+                       std::span<TopLogit> top) override {
+    EXPECT_LE(count, most_top_);
+    top_rows += static_cast<int>(rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const std::vector<float> logits = Logits(rows[i]);
+      std::vector<TopLogit> all;
+      for (int id = 0; id < kVocab; ++id) all.push_back({logits[id], id});
+      std::ranges::stable_sort(all, std::greater<>(), &TopLogit::logit);
+      if (!std::isfinite(logits[bad_token])) all[0].logit = std::nanf("");
+      std::copy_n(all.begin(), count, top.begin() + static_cast<ptrdiff_t>(i) * count);
+    }
+    return absl::OkStatus();
+  }
+
+  int bad_row = -1;
+  int full_rows = 0;
+  int top_rows = 0;
+
+ private:
+  static constexpr int bad_token = 7;
+  std::vector<float> Logits(int row) const {
+    std::vector<float> logits;
+    for (int id = 0; id < kVocab; ++id) {
+      logits.push_back(static_cast<float>((id * 37 + row * 101) % 64) / 8);  // with ties
+    }
+    if (row == bad_row) logits[bad_token] = -std::numeric_limits<float>::infinity();
+    return logits;
+  }
+
+  const int most_top_;
+};
+
+// A bit of everything: greedy, top-k within and beyond what HeadTop gives, penalties, raw logits.
+SamplingParams ParamsOf(int sequence) {
+  switch (sequence % 5) {
+    case 0:
+      return {};
+    case 1:
+      return {.temperature = 1, .top_k = 20, .top_p = 0.9f, .seed = 5};
+    case 2:
+      return {.temperature = 1, .top_k = 100, .seed = 6};
+    case 3:
+      return {.temperature = 0.5f, .top_k = 4, .repetition_penalty = 1.5f, .seed = 7};
+    default:
+      return {.temperature = 2, .seed = 8};
+  }
+}
+
+struct Output {
+  v1::StepResult result;
+  std::vector<float> payload;
+};
+
+// One row of each sequence; every seventh wants its logits, too.
+Output RunOn(LogitsBackend& backend) {
+  KvSlots slots(kSequences, 64, 2 * kSequences, /*keep_history=*/true);
+  Workspace workspace;
+  const FakeWeights head(std::make_shared<LiveBytes>());
+  StepOutput output(&backend, &workspace, kVocab, kSequences);
+  v1::StepHeader step;
+  slots.Begin();
+  for (int i = 0; i < kSequences; ++i) {
+    slots.Open(i, {.open = true, .sequence_id = 100u + i, .sampling = ParamsOf(i)});
+    const int32_t token = i;
+    slots.SetTokens(i, 0, {&token, 1});
+    slots.next(i).length = 1;
+    v1::SequenceRows& rows = *step.add_rows();
+    rows.set_slot(i);
+    rows.set_sequence_id(100u + i);
+    rows.set_row_count(1);
+    rows.set_sample(true);
+    rows.set_logits(i % 7 == 0);
+  }
+  Output out;
+  EXPECT_TRUE(output.Run(head, step, slots, out.result, out.payload).ok());
+  return out;
+}
+
+TEST(StepOutput, BestLogitsSufficeWhereTheyDo) {
+  LogitsBackend all(0), best(64);
+  const Output want = RunOn(all), got = RunOn(best);
+  ASSERT_EQ(got.result.sequences_size(), kSequences);
+  for (int i = 0; i < kSequences; ++i) {
+    EXPECT_EQ(got.result.sequences(i).SerializeAsString(),
+              want.result.sequences(i).SerializeAsString())
+        << i;
+  }
+  EXPECT_EQ(got.payload, want.payload);
+  EXPECT_EQ(all.top_rows, 0);
+  EXPECT_EQ(all.full_rows, kSequences);
+  // Greedy ones and those with top-k of 20, unless their logits are wanted.
+  EXPECT_EQ(best.full_rows + best.top_rows, kSequences);
+  EXPECT_GT(best.top_rows, kSequences / 4);
+  EXPECT_LT(best.top_rows, kSequences / 2);
+}
+
+TEST(StepOutput, NonFiniteLogitsEndTheirSequenceEitherWay) {
+  for (const int most_top : {0, 64}) {
+    LogitsBackend backend(most_top);
+    backend.bad_row = 10;  // greedy
+    const Output out = RunOn(backend);
+    for (int i = 0; i < kSequences; ++i) {
+      EXPECT_EQ(out.result.sequences(i).status_code() != 0, i == 10) << i;
+      EXPECT_EQ(out.result.sequences(i).sampled(), i != 10) << i;
+    }
+    EXPECT_EQ(out.result.sequences(10).status_code(),
+              static_cast<uint32_t>(absl::StatusCode::kDataLoss));
+  }
+}
+
+}  // namespace
+}  // namespace stagecoach
