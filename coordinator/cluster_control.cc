@@ -156,7 +156,7 @@ void ClusterControl::Do(CloseStream& action) {
 }
 
 void ClusterControl::Do(ExpectResults& action) {
-  pipeline_->ExpectEpoch(action.epoch, action.stages);
+  pipeline_->ExpectEpoch(action.epoch, action.stages, action.kv_blocks);
 }
 
 void ClusterControl::Do(DialFirstStage& action) {

@@ -8,14 +8,20 @@ namespace stagecoach {
 GenerateStream::GenerateStream(grpc::CallbackServerContext* context, Pipeline* pipeline,
                                std::shared_ptr<const Tokenizer> tokenizer,
                                const v1::GenerateRequest& request, bool at_start)
-    : RequestStream(context, pipeline),
+    : RequestStream(context, pipeline, kMaxUnreadTokens * std::max(1u, request.n())),
       tokenizer_(std::move(tokenizer)),
       stops_(request.stop().begin(), request.stop().end()),
       stop_token_ids_(request.stop_token_ids().begin(), request.stop_token_ids().end()),
       include_stop_(request.include_stop()),
       logprobs_(request.sampling().logprobs()),
-      text_(tokenizer_.get(),
-            {.stops = stops_, .include_stop = include_stop_, .at_start = at_start}) {}
+      choices_(std::max(1u, request.n())),
+      choices_left_(choices_.size()) {
+  for (Choice& choice : choices_) {
+    choice.text = std::make_unique<TextStream>(
+        tokenizer_.get(),
+        TextStream::Options{.stops = stops_, .include_stop = include_stop_, .at_start = at_start});
+  }
+}
 
 bool GenerateStream::IsText(int32_t id) const {
   // A model may have more rows in its head than its vocabulary has pieces.
@@ -40,18 +46,41 @@ v1::GeneratedToken GenerateStream::Describe(uint32_t index, const SampledToken& 
   return description;
 }
 
-void GenerateStream::OnToken(uint32_t index, const SampledToken& token) {
-  if (!stop_match_.empty()) return;  // was on its way when the stop string matched
+void GenerateStream::OnToken(int number, uint32_t index, const SampledToken& token) {
+  Choice& choice = choices_[number];
+  if (!choice.stop_match.empty()) return;  // was on its way when the stop string matched
   ++tokens_;
   v1::GenerateEvent event;
+  event.set_choice(number);
   *event.add_tokens() = Describe(index, token);
   if (IsText(token.token_id)) {
-    TextStream::Output output = text_.Push(token.token_id);
+    TextStream::Output output = choice.text->Push(token.token_id);
     event.set_text(std::move(output.text));
-    if (output.stop_index.has_value()) stop_match_ = stops_[*output.stop_index];
+    if (output.stop_index.has_value()) choice.stop_match = stops_[*output.stop_index];
   }
   Write(std::move(event));
-  if (!stop_match_.empty()) FinishEarly();
+  if (!choice.stop_match.empty()) FinishEarly(number);
+}
+
+void GenerateStream::OnChoiceEnd(int number, const absl::Status& status,
+                                 stagecoach::Finish finish) {
+  --choices_left_;
+  if (!status.ok()) return;  // the request will end with it
+  Choice& choice = choices_[number];
+  v1::GenerateEvent event;
+  event.set_choice(number);
+  TextStream::Output rest = choice.text->Flush();
+  event.set_text(std::move(rest.text));
+  if (rest.stop_index.has_value()) choice.stop_match = stops_[*rest.stop_index];
+  event.set_finish_reason(finish == stagecoach::Finish::kStop || !choice.stop_match.empty()
+                              ? v1::FINISH_REASON_STOP
+                              : v1::FINISH_REASON_LENGTH);
+  event.set_stop_match(choice.stop_match);
+  if (choices_left_ == 0) {
+    last_ = std::move(event);
+  } else {
+    Write(std::move(event));
+  }
 }
 
 void GenerateStream::OnScores(uint32_t, std::span<const float>, std::span<const float>) {}
@@ -61,27 +90,24 @@ void GenerateStream::OnEnd(const absl::Status& status, const RequestSummary& sum
     End(status);
     return;
   }
-  v1::GenerateEvent event;
-  TextStream::Output rest = text_.Flush();
-  event.set_text(std::move(rest.text));
-  if (rest.stop_index.has_value()) stop_match_ = stops_[*rest.stop_index];
-  event.set_finish_reason(summary.finish == Finish::kStop || !stop_match_.empty()
-                              ? v1::FINISH_REASON_STOP
-                              : v1::FINISH_REASON_LENGTH);
-  event.set_stop_match(stop_match_);
-  event.mutable_usage()->set_prompt_tokens(summary.prompt_tokens);
-  event.mutable_usage()->set_completion_tokens(tokens_);
-  event.mutable_timings()->set_queue_ms(summary.queue_seconds * 1e3);
-  event.mutable_timings()->set_prompt_ms(summary.prompt_seconds * 1e3);
-  event.mutable_timings()->set_decode_ms(summary.decode_seconds * 1e3);
-  Write(std::move(event));
+  v1::Usage& usage = *last_.mutable_usage();
+  usage.set_prompt_tokens(summary.prompt_tokens);
+  usage.set_completion_tokens(tokens_);
+  usage.set_cached_tokens(summary.cached_tokens);
+  v1::Timings& timings = *last_.mutable_timings();
+  timings.set_queue_ms(summary.queue_seconds * 1e3);
+  timings.set_prompt_ms(summary.prompt_seconds * 1e3);
+  timings.set_decode_ms(summary.decode_seconds * 1e3);
+  Write(std::move(last_));
   End(absl::OkStatus());
 }
 
 ScoreStream::ScoreStream(grpc::CallbackServerContext* context, Pipeline* pipeline, int vocab_size)
-    : RequestStream(context, pipeline), vocab_size_(vocab_size) {}
+    : RequestStream(context, pipeline, kMaxUnreadTokens), vocab_size_(vocab_size) {}
 
-void ScoreStream::OnToken(uint32_t, const SampledToken&) {}
+void ScoreStream::OnToken(int, uint32_t, const SampledToken&) {}
+
+void ScoreStream::OnChoiceEnd(int, const absl::Status&, stagecoach::Finish) {}
 
 // Logits are cut so that no message exceeds what clients accept by default. There is a row of them
 // for every position, and one log-probability fewer at the end of the text.

@@ -22,7 +22,8 @@ class GenerateStream : public RequestStream<v1::GenerateEvent> {
                  std::shared_ptr<const Tokenizer> tokenizer, const v1::GenerateRequest& request,
                  bool at_start);
 
-  void OnToken(uint32_t index, const SampledToken& token) override;
+  void OnToken(int choice, uint32_t index, const SampledToken& token) override;
+  void OnChoiceEnd(int choice, const absl::Status& status, stagecoach::Finish finish) override;
   void OnScores(uint32_t first, std::span<const float> logprobs,
                 std::span<const float> logits) override;  // never comes
   void OnEnd(const absl::Status& status, const RequestSummary& summary) override;
@@ -37,9 +38,14 @@ class GenerateStream : public RequestStream<v1::GenerateEvent> {
   const std::unordered_set<int32_t> stop_token_ids_;
   const bool include_stop_;
   const uint32_t logprobs_;
+  struct Choice {
+    std::unique_ptr<TextStream> text;
+    std::string stop_match;
+  };
   // On the pipeline's thread only.
-  TextStream text_;
-  std::string stop_match_;
+  std::vector<Choice> choices_;
+  size_t choices_left_;
+  v1::GenerateEvent last_;  // of the choice that ended last, until OnEnd
   uint32_t tokens_ = 0;
 };
 
@@ -47,7 +53,8 @@ class ScoreStream : public RequestStream<v1::ScoreChunk> {
  public:
   ScoreStream(grpc::CallbackServerContext* context, Pipeline* pipeline, int vocab_size);
 
-  void OnToken(uint32_t index, const SampledToken& token) override;  // never comes
+  void OnToken(int choice, uint32_t index, const SampledToken& token) override;  // never comes
+  void OnChoiceEnd(int choice, const absl::Status& status, stagecoach::Finish finish) override;
   void OnScores(uint32_t first, std::span<const float> logprobs,
                 std::span<const float> logits) override;
   void OnEnd(const absl::Status& status, const RequestSummary& summary) override;

@@ -103,6 +103,11 @@ void InferenceService::AddPipelineStatus(v1::GetStatusResponse* response) const 
   response->set_failed_requests(stats.failed);
   response->set_prompt_tokens(stats.prompt_tokens);
   response->set_completion_tokens(stats.completion_tokens);
+  response->set_cached_tokens(stats.cached_tokens);
+  response->set_preemptions(stats.preemptions);
+  response->set_kv_blocks_used(stats.blocks_used);
+  response->set_kv_blocks_cached(stats.blocks_cached);
+  response->set_kv_blocks_free(stats.blocks_free);
   response->set_recent_tokens_per_second(stats.recent_tokens_per_second);
   response->set_uptime_seconds(
       std::chrono::duration<double>(std::chrono::steady_clock::now() - started_).count());

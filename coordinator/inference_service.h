@@ -16,7 +16,8 @@
 namespace stagecoach {
 
 // Thread-safe. Errors of all calls: INVALID_ARGUMENT naming the field, OUT_OF_RANGE for a prompt
-// over the context, RESOURCE_EXHAUSTED with `retry-after-ms` in the trailing metadata, UNAVAILABLE
+// over the context, RESOURCE_EXHAUSTED with `retry-after-ms` and `grpc-retry-pushback-ms` (the same
+// number; gRPC clients with a retry policy heed the latter) in the trailing metadata, UNAVAILABLE
 // naming what is missing.
 class InferenceService : public v1::Inference::CallbackService {
  public:

@@ -17,6 +17,10 @@ inline constexpr size_t kMaxTextBytes = 4 << 20;  // prompt, or text to tokenize
 inline constexpr int kMaxStopStrings = 16;
 inline constexpr size_t kMaxStopStringBytes = 256;
 inline constexpr int kMaxStopTokenIds = 64;
+inline constexpr int kMaxChoices = 16;
+inline constexpr int kMaxPriority = 8;  // [-8, 8]
+inline constexpr size_t kMaxUserBytes = 128;
+inline constexpr size_t kMaxCacheSaltBytes = 128;
 inline constexpr int kMaxDetokenizeIds = 1 << 20;
 inline constexpr float kMaxTemperature = 100;
 inline constexpr float kMinRepetitionPenalty = 0.01f;  // 0 itself means off
@@ -27,7 +31,8 @@ inline constexpr size_t kMaxScoreChunkBytes = 1 << 20;      // logits in one Sco
 inline constexpr size_t kMaxChatTemplateBytes = 256 << 10;  // longer ones are not told to clients
 
 // --- Streams to clients.
-// Tokens that wait for a client that does not read; more end the call with RESOURCE_EXHAUSTED.
+// Tokens of one choice that wait for a client that does not read; more end the call with
+// RESOURCE_EXHAUSTED.
 inline constexpr int kMaxUnreadTokens = 256;
 
 // --- The gRPC server.

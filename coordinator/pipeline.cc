@@ -21,12 +21,13 @@ absl::Duration ToMonotonic(absl::Time deadline) {
 
 // --- Epochs.
 
-void Pipeline::Impl::ExpectEpoch(uint64_t epoch, int stages) {
+void Pipeline::Impl::ExpectEpoch(uint64_t epoch, int stages, int kv_blocks) {
   EndEpoch(0, absl::UnavailableError(fmt::format("epoch {} takes over", epoch)), false);
   absl::MutexLock lock(&mu_);
   expected_epoch_ = epoch;
   last_epoch_ = std::max(last_epoch_, epoch);
   stages_ = stages;
+  kv_blocks_ = kv_blocks;
 }
 
 void Pipeline::Impl::StartEpoch(uint64_t epoch, std::shared_ptr<LinkSender> sender) {
@@ -36,7 +37,7 @@ void Pipeline::Impl::StartEpoch(uint64_t epoch, std::shared_ptr<LinkSender> send
       serving_ = true;
       current_sender_ = sender;
       timings_.assign(stages_, {});
-      Enqueue(Started{epoch, stages_, std::move(sender)});
+      Enqueue(Started{epoch, stages_, kv_blocks_, std::move(sender)});
       return;
     }
   }
@@ -82,17 +83,26 @@ absl::StatusOr<RequestId> Pipeline::Impl::Submit(Request request,
         fmt::format("a prompt of {} tokens and {} more do not fit a context of {}",
                     request.prompt.size(), request.max_tokens, options_.max_context));
   }
+  const int places = options_.max_slots + options_.max_waiting;
+  if (request.choices < 1 || request.choices > places) {
+    return absl::InvalidArgumentError(
+        fmt::format("n: {} choices where {} sequences may run or wait", request.choices, places));
+  }
   const absl::Duration deadline = ToMonotonic(request.deadline);
   absl::MutexLock lock(&mu_);
   if (!serving_) return reason_;
-  if (live_.size() >= static_cast<size_t>(options_.max_slots + options_.max_waiting)) {
+  if (!places_.Take(request.client, request.choices)) {
     return absl::ResourceExhaustedError(
-        fmt::format("{} requests are running or waiting; retry in ~{} ms", live_.size(),
+        fmt::format("{} sequences are running or waiting, {} of them of this client, out of {}; "
+                    "retry in ~{} ms",
+                    places_.taken(), places_.taken_by(request.client), places_.total(),
                     absl::ToInt64Milliseconds(retry_.Wait(options_.max_slots))));
   }
   RequestId id = 0;
   while (id == 0 || live_.contains(id)) id = random_();
-  live_.emplace(id, Signals{});
+  live_.emplace(id, Accepted{.client = request.client,
+                             .choices = request.choices,
+                             .finished = std::vector<bool>(request.choices)});
   Enqueue(Submitted{id, std::move(request), std::move(observer), MonotonicNow(), deadline});
   return id;
 }
@@ -104,11 +114,13 @@ void Pipeline::Impl::Cancel(RequestId id) {
   Enqueue(Cancelled{id});
 }
 
-void Pipeline::Impl::FinishEarly(RequestId id) {
+void Pipeline::Impl::FinishEarly(RequestId id, int choice) {
   absl::MutexLock lock(&mu_);
   const auto found = live_.find(id);
-  if (found == live_.end() || std::exchange(found->second.finished, true)) return;
-  Enqueue(FinishedEarly{id});
+  if (found == live_.end() || choice < 0 || choice >= found->second.choices) return;
+  if (found->second.finished[choice]) return;
+  found->second.finished[choice] = true;
+  Enqueue(FinishedEarly{id, choice});
 }
 
 PipelineStats Pipeline::Impl::Stats() const {
@@ -222,7 +234,9 @@ void Pipeline::Impl::OnLinkClosed(uint64_t link, const absl::Status& reason) {
 Pipeline::Pipeline(PipelineOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {}
 Pipeline::~Pipeline() { impl_->Shutdown(); }
 
-void Pipeline::ExpectEpoch(uint64_t epoch, int stages) { impl_->ExpectEpoch(epoch, stages); }
+void Pipeline::ExpectEpoch(uint64_t epoch, int stages, int kv_blocks) {
+  impl_->ExpectEpoch(epoch, stages, kv_blocks);
+}
 void Pipeline::StartEpoch(uint64_t epoch, std::unique_ptr<LinkSender> to_first_stage) {
   impl_->StartEpoch(epoch, std::move(to_first_stage));
 }
@@ -233,7 +247,7 @@ absl::StatusOr<RequestId> Pipeline::Submit(Request request,
   return impl_->Submit(std::move(request), std::move(observer));
 }
 void Pipeline::Cancel(RequestId id) { impl_->Cancel(id); }
-void Pipeline::FinishEarly(RequestId id) { impl_->FinishEarly(id); }
+void Pipeline::FinishEarly(RequestId id, int choice) { impl_->FinishEarly(id, choice); }
 PipelineStats Pipeline::Stats() const { return impl_->Stats(); }
 std::vector<StageTotals> Pipeline::StageTimings() const { return impl_->StageTimings(); }
 void Pipeline::SetFailureCallback(std::function<void(uint64_t, const absl::Status&)> callback) {

@@ -19,7 +19,7 @@
 
 namespace stagecoach {
 
-// One sequence to extend, or (score) to run teacher-forced without sampling. Checked already.
+// A prompt to continue, or (score) to run teacher-forced without sampling. Checked already.
 struct Request {
   std::vector<int32_t> prompt;  // >= 1 token
   SamplingParams sampling;
@@ -28,23 +28,30 @@ struct Request {
   absl::Time deadline = absl::InfiniteFuture();
   bool score = false;          // no sampling: OnScores for every prompt row
   bool return_logits = false;  // with score
+  int choices = 1;             // continuations of the prompt; see ChoiceSeed
+  int priority = 0;            // higher is served first
+  std::string client;          // whose share it is; see Scheduler
+  std::string cache_salt;      // KV is shared only between requests with the same
 };
 
 struct RequestSummary {
-  Finish finish = Finish::kStop;
+  Finish finish = Finish::kStop;  // of the choice that ended last
   uint32_t prompt_tokens = 0;
-  uint32_t completion_tokens = 0;
-  double queue_seconds = 0;   // submitted -> first step sent
-  double prompt_seconds = 0;  // first step sent -> first token
-  double decode_seconds = 0;  // first token -> last token
+  uint32_t cached_tokens = 0;      // of them, found in the prefix cache
+  uint32_t completion_tokens = 0;  // of all choices
+  double queue_seconds = 0;        // submitted -> first step sent
+  double prompt_seconds = 0;       // first step sent -> first token
+  double decode_seconds = 0;       // first token -> last token
 };
 
 // Called on the pipeline's thread; must not block. Exactly one OnEnd per accepted request, last.
 class RequestObserver {
  public:
   virtual ~RequestObserver() = default;
-  // A stop token is reported too. index counts from 0.
-  virtual void OnToken(uint32_t index, const SampledToken& token) = 0;
+  // A stop token is reported too. index counts from 0 in each choice.
+  virtual void OnToken(int choice, uint32_t index, const SampledToken& token) = 0;
+  // A choice ended by itself, before the request: Ok, or DATA_LOSS of this choice alone.
+  virtual void OnChoiceEnd(int choice, const absl::Status& status, Finish finish) = 0;
   // logprobs[i] = log p(prompt[first + i + 1]); logits: [n][vocab] or empty.
   virtual void OnScores(uint32_t first, std::span<const float> logprobs,
                         std::span<const float> logits) = 0;
@@ -60,20 +67,25 @@ struct PipelineOptions {
   int max_slots = 8;
   int max_context = 0;
   int max_step_tokens = 256;
-  int max_waiting = 256;  // requests queued beyond the slots
+  int max_waiting = 256;  // sequences accepted beyond the slots
 };
 
 struct PipelineStats {
   bool serving = false;
   uint64_t epoch = 0;
-  uint32_t running = 0;
-  uint32_t waiting = 0;
+  uint32_t running = 0;  // sequences
+  uint32_t waiting = 0;  // likewise
   uint32_t slots = 0;
+  uint32_t blocks_used = 0;    // KV blocks in tables of running sequences,
+  uint32_t blocks_cached = 0;  // kept for prompts that begin alike,
+  uint32_t blocks_free = 0;    // and the rest
   uint64_t completed = 0;
   uint64_t cancelled = 0;  // by the client
   uint64_t failed = 0;     // all other ends
   uint64_t prompt_tokens = 0;
   uint64_t completion_tokens = 0;
+  uint64_t cached_tokens = 0;           // of prompts, found in the prefix cache
+  uint64_t preemptions = 0;             // sequences that gave their blocks up and were replayed
   double recent_tokens_per_second = 0;  // over the last 10 s
   uint64_t dropped_frames = 0;          // of another epoch, link or step
   absl::Duration retry_after;           // advice to a client that found the queue full
@@ -95,7 +107,8 @@ class Pipeline : public LinkHandler {
   ~Pipeline() override;  // Shutdown()
 
   // Results of `epoch` will be accepted from now on (the last stage dials before serving starts).
-  void ExpectEpoch(uint64_t epoch, int stages);
+  // kv_blocks: of every stage, at least one sequence's; 0 = enough for all slots.
+  void ExpectEpoch(uint64_t epoch, int stages, int kv_blocks = 0);
   // All stages are linked: start stepping through `to_first_stage`. Without effect (the sender is
   // closed) if the epoch is no longer the expected one.
   void StartEpoch(uint64_t epoch, std::unique_ptr<LinkSender> to_first_stage);
@@ -106,13 +119,14 @@ class Pipeline : public LinkHandler {
   // Scheduler::SetStreaming.
   void SetStreaming(bool streaming);
 
-  // Errors: RESOURCE_EXHAUSTED with a retry hint when the queue is full; UNAVAILABLE with the
-  // reason while no epoch is serving. After an error the observer is never called.
+  // Errors: RESOURCE_EXHAUSTED with a retry hint when no more sequences are accepted, or no more
+  // of this client (see Places); UNAVAILABLE with the reason while no epoch is serving. After an
+  // error the observer is never called.
   absl::StatusOr<RequestId> Submit(Request request, std::shared_ptr<RequestObserver> observer);
   // Frees the slot within one step; OnEnd(CANCELLED) follows. Unknown or ended ids are ignored.
   void Cancel(RequestId id);
-  // Ends the request as if a stop token had come (a stop string matched): OnEnd(Ok, kStop).
-  void FinishEarly(RequestId id);
+  // Ends a choice as if a stop token had come (a stop string matched): OnChoiceEnd(Ok, kStop).
+  void FinishEarly(RequestId id, int choice = 0);
 
   PipelineStats Stats() const;
   std::vector<StageTotals> StageTimings() const;  // one per stage of the current or last epoch

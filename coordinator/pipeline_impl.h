@@ -26,6 +26,7 @@
 #include "absl/time/time.h"
 #include "coordinator/pipeline.h"
 #include "coordinator/pipeline_stats.h"
+#include "coordinator/places.h"
 #include "coordinator/step_frame.h"
 
 namespace stagecoach {
@@ -38,9 +39,11 @@ inline absl::Duration MonotonicNow() {
 class Pipeline::Impl {
  public:
   explicit Impl(PipelineOptions options)
-      : options_(std::move(options)), loop_([this] { Loop(); }) {}
+      : options_(std::move(options)),
+        places_(options_.max_slots + options_.max_waiting),
+        loop_([this] { Loop(); }) {}
 
-  void ExpectEpoch(uint64_t epoch, int stages);
+  void ExpectEpoch(uint64_t epoch, int stages, int kv_blocks);
   void StartEpoch(uint64_t epoch, std::shared_ptr<LinkSender> sender);
   // Ends the current epoch: all of it if `only` is 0, else if it is that one. `failure`: tells the
   // failure callback.
@@ -49,7 +52,7 @@ class Pipeline::Impl {
   void SetStreaming(bool streaming);
   absl::StatusOr<RequestId> Submit(Request request, std::shared_ptr<RequestObserver> observer);
   void Cancel(RequestId id);
-  void FinishEarly(RequestId id);
+  void FinishEarly(RequestId id, int choice);
   PipelineStats Stats() const;
   std::vector<StageTotals> StageTimings() const;
   void SetFailureCallback(std::function<void(uint64_t, const absl::Status&)> callback);
@@ -73,6 +76,7 @@ class Pipeline::Impl {
   };
   struct FinishedEarly {
     RequestId id;
+    int choice;
   };
   struct Received {
     Frame frame;
@@ -81,6 +85,7 @@ class Pipeline::Impl {
   struct Started {
     uint64_t epoch;
     int stages;
+    int kv_blocks;
     std::shared_ptr<LinkSender> sender;
   };
   struct Ended {
@@ -109,10 +114,13 @@ class Pipeline::Impl {
     std::span<const float> logits;
     Payload payload;  // keeps logits alive
   };
-  // Signals posted for a live request: each once, which bounds the queue.
-  struct Signals {
+  // An accepted request, as callers know it.
+  struct Accepted {
+    std::string client;
+    int choices = 1;
+    // Signals posted for it: each once, which bounds the queue.
     bool cancelled = false;
-    bool finished = false;
+    std::vector<bool> finished;  // [choices]
   };
 
   void Loop();
@@ -150,6 +158,7 @@ class Pipeline::Impl {
   std::deque<bool> after_idle_;    // one per step in flight: nothing was running when it was sent
   bool had_result_ = false;        // in this round of the loop
   uint64_t delivered_tokens_ = 0;  // likewise
+  SchedulerStats counted_;         // what stats_ has of this epoch's scheduler
 
   // --- Shared.
   mutable absl::Mutex mu_;
@@ -160,6 +169,7 @@ class Pipeline::Impl {
   uint64_t expected_epoch_ ABSL_GUARDED_BY(mu_) = 0;  // 0: none
   uint64_t last_epoch_ ABSL_GUARDED_BY(mu_) = 0;
   int stages_ ABSL_GUARDED_BY(mu_) = 0;
+  int kv_blocks_ ABSL_GUARDED_BY(mu_) = 0;
   uint64_t link_ ABSL_GUARDED_BY(mu_) = 0;  // of the last stage
   bool linked_ ABSL_GUARDED_BY(mu_) = false;
   bool serving_ ABSL_GUARDED_BY(mu_) = false;
@@ -168,7 +178,8 @@ class Pipeline::Impl {
   int frames_posted_ ABSL_GUARDED_BY(mu_) = 0;
   std::shared_ptr<LinkSender> current_sender_ ABSL_GUARDED_BY(mu_);  // to close it from outside
   absl::Status reason_ ABSL_GUARDED_BY(mu_) = absl::UnavailableError("the stages are not ready");
-  std::unordered_map<RequestId, Signals> live_ ABSL_GUARDED_BY(mu_);
+  std::unordered_map<RequestId, Accepted> live_ ABSL_GUARDED_BY(mu_);
+  Places places_ ABSL_GUARDED_BY(mu_);  // taken by live_
   std::mt19937_64 random_ ABSL_GUARDED_BY(mu_){std::random_device()()};
   PipelineStats stats_ ABSL_GUARDED_BY(mu_);
   std::vector<StageTotals> timings_ ABSL_GUARDED_BY(mu_);

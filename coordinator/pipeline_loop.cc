@@ -51,7 +51,11 @@ void Pipeline::Impl::Handle(Submitted& post) {
                            .stop_token_ids = std::move(post.request.stop_token_ids),
                            .deadline = post.deadline,
                            .score = post.request.score,
-                           .logits = post.request.return_logits};
+                           .logits = post.request.return_logits,
+                           .choices = post.request.choices,
+                           .priority = post.request.priority,
+                           .client = std::move(post.request.client),
+                           .cache_salt = std::move(post.request.cache_salt)};
   absl::Status status = absl::UnavailableError("the epoch has ended");
   if (scheduler_) status = scheduler_->Add(std::move(request));
   if (!status.ok()) deliveries_.push_back({.event = {.id = post.id, .status = status}});
@@ -62,7 +66,7 @@ void Pipeline::Impl::Handle(Cancelled& post) {
 }
 
 void Pipeline::Impl::Handle(FinishedEarly& post) {
-  if (scheduler_) scheduler_->FinishEarly(post.id);
+  if (scheduler_) scheduler_->FinishEarly(post.id, post.choice);
 }
 
 void Pipeline::Impl::Handle(Received& post) {
@@ -96,9 +100,12 @@ void Pipeline::Impl::Handle(Started& post) {
       SchedulerOptions{.stages = post.stages,
                        .max_slots = options_.max_slots,
                        .max_context = options_.max_context,
+                       .kv_blocks = post.kv_blocks,
                        .max_step_tokens = options_.max_step_tokens,
                        .max_waiting = options_.max_waiting,
-                       .max_in_flight = std::min<int>(post.stages + 1, kLinkCredits - 1)});
+                       .max_in_flight = std::min<int>(post.stages + 1, kLinkCredits - 1),
+                       .hash_seed = std::random_device()()});
+  counted_ = {};
   scheduler_->SetStreaming(streaming_);
   sender_ = std::move(post.sender);
   epoch_ = post.epoch;
@@ -108,6 +115,7 @@ void Pipeline::Impl::Handle(Started& post) {
 void Pipeline::Impl::Handle(Ended& post) {
   scheduler_->Reset(post.reason);
   CollectEvents(nullptr, Payload());
+  PublishStats();
   scheduler_.reset();
   sender_ = nullptr;
 }
@@ -133,7 +141,7 @@ void Pipeline::Impl::AddTimings(const v1::StepResult& result, bool after_idle) {
 void Pipeline::Impl::CollectEvents(StepOutcome* outcome, const Payload& payload) {
   for (SchedulerEvent& event : scheduler_->TakeEvents()) {
     Delivery delivery;
-    if (event.kind != SchedulerEvent::Kind::kEnd) {
+    if (event.kind == SchedulerEvent::Kind::kToken || event.kind == SchedulerEvent::Kind::kScores) {
       delivery.token = std::move(outcome->tokens[event.rows]);
       delivery.scores = std::move(outcome->scores[event.rows]);
       delivery.logits = outcome->logits[event.rows];
@@ -156,7 +164,9 @@ void Pipeline::Impl::SendSteps() {
     const absl::Duration now = MonotonicNow();
     for (const StepRows& rows : step->rows) {
       Live& live = requests_.at(rows.id);
-      if (!std::exchange(live.stepped, true)) live.first_step = now;
+      if (std::exchange(live.stepped, true)) continue;
+      live.first_step = now;
+      live.summary.cached_tokens = rows.start_position;
     }
     if (const absl::Status status = sender_->Send(std::move(frame)); !status.ok()) {
       sender_ = nullptr;
@@ -175,11 +185,14 @@ void Pipeline::Impl::Deliver() {
     Live& live = found->second;
     switch (event.kind) {
       case SchedulerEvent::Kind::kToken:
-        if (event.index == 0) live.first_token = now;
+        if (live.summary.completion_tokens == 0) live.first_token = now;
         live.last_token = now;
         ++live.summary.completion_tokens;
         ++delivered_tokens_;
-        live.observer->OnToken(event.index, delivery.token);
+        live.observer->OnToken(event.choice, event.index, delivery.token);
+        break;
+      case SchedulerEvent::Kind::kChoiceEnd:
+        live.observer->OnChoiceEnd(event.choice, event.status, event.finish);
         break;
       case SchedulerEvent::Kind::kScores:
         live.first_token = live.last_token = now;
@@ -210,7 +223,8 @@ void Pipeline::Impl::DeliverEnd(const SchedulerEvent& event) {
   {
     absl::MutexLock lock(&mu_);
     CountTokens();  // whoever has seen the end finds its tokens counted
-    live_.erase(event.id);
+    const auto accepted = live_.extract(event.id);
+    places_.Return(accepted.mapped().client, accepted.mapped().choices);
     if (event.status.ok()) {
       ++stats_.completed;
     } else if (event.status.code() == absl::StatusCode::kCancelled) {
@@ -230,6 +244,13 @@ void Pipeline::Impl::PublishStats() {
   absl::MutexLock lock(&mu_);
   stats_.running = scheduler_ ? scheduler_->running() : 0;
   stats_.waiting = scheduler_ ? scheduler_->waiting() : 0;
+  const SchedulerStats now = scheduler_ ? scheduler_->stats() : counted_;
+  stats_.blocks_used = now.blocks_used;
+  stats_.blocks_cached = now.blocks_cached;
+  stats_.blocks_free = now.blocks_free;
+  stats_.cached_tokens += now.cached_tokens - counted_.cached_tokens;
+  stats_.preemptions += now.preemptions - counted_.preemptions;
+  counted_ = now;
   CountTokens();
 }
 

@@ -135,7 +135,7 @@ TEST_F(PipelineTest, SendsAPromptInFewerStepsWhileStreaming) {
   EXPECT_TRUE(Submit(MakeRequest(std::vector<int32_t>(60, 1), 1))->Wait().ok());
   EXPECT_EQ(stages_.received(), 1);
   pipeline_.SetStreaming(false);
-  EXPECT_TRUE(Submit(MakeRequest(std::vector<int32_t>(60, 1), 1))->Wait().ok());
+  EXPECT_TRUE(Submit(MakeRequest(std::vector<int32_t>(60, 2), 1))->Wait().ok());
   EXPECT_EQ(stages_.received(), 3);
 }
 

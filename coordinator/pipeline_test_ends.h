@@ -138,7 +138,11 @@ class FakeStages {
   Frame Answer(const v1::StepHeader& step) {
     for (uint32_t slot : step.close()) EXPECT_EQ(slots_.erase(slot), 1u);
     for (const v1::SequenceOpen& open : step.open()) {
-      EXPECT_TRUE(slots_.emplace(open.slot(), Slot{open.sequence_id()}).second);
+      Slot slot = {.id = open.sequence_id(),
+                   .length = static_cast<uint32_t>(open.cached_token_ids_size()),
+                   .blocks = static_cast<uint32_t>(open.cached_blocks_size())};
+      for (int32_t token : open.cached_token_ids()) slot.sum += token;
+      EXPECT_TRUE(slots_.emplace(open.slot(), slot).second);
     }
     Frame frame;
     frame.header.set_epoch(epoch_);
@@ -151,6 +155,8 @@ class FakeStages {
       EXPECT_EQ(slot.id, rows.sequence_id());
       EXPECT_EQ(slot.length, rows.start_position());
       if (slot.length == 0) slot.failing = step.token_ids(row) == failing_token_;
+      slot.blocks += rows.new_blocks_size();
+      EXPECT_EQ(slot.blocks, (rows.start_position() + rows.row_count() + 31) / 32);
       v1::SequenceResult& sequence = *result.add_sequences();
       sequence.set_slot(rows.slot());
       sequence.set_sequence_id(rows.sequence_id());
@@ -181,6 +187,7 @@ class FakeStages {
   struct Slot {
     uint64_t id = 0;
     uint32_t length = 0;
+    uint32_t blocks = 0;
     int64_t sum = 0;
     bool failing = false;
   };
@@ -204,14 +211,15 @@ class FakeStages {
 
 class Recorder : public RequestObserver {
  public:
-  void OnToken(uint32_t index, const SampledToken& token) override {
+  void OnToken(int choice, uint32_t index, const SampledToken& token) override {
     absl::MutexLock lock(&mu_);
-    EXPECT_EQ(index, tokens_.size());
+    EXPECT_EQ(index, choices_[choice].size());
     EXPECT_FALSE(end_.HasBeenNotified());
-    tokens_.push_back(token.token_id);
+    choices_[choice].push_back(token.token_id);
     more_.SignalAll();
     if (on_token_) on_token_(index);
   }
+  void OnChoiceEnd(int, const absl::Status&, Finish) override { ++choices_ended_; }
   void OnScores(uint32_t first, std::span<const float> logprobs,
                 std::span<const float> logits) override {
     absl::MutexLock lock(&mu_);
@@ -236,18 +244,20 @@ class Recorder : public RequestObserver {
     return status_;
   }
   bool ended() const { return end_.HasBeenNotified(); }
-  std::vector<int32_t> tokens() const {
+  std::vector<int32_t> tokens(int choice = 0) const {
     absl::MutexLock lock(&mu_);
-    return tokens_;
+    const auto found = choices_.find(choice);
+    return found == choices_.end() ? std::vector<int32_t>() : found->second;
   }
   void AwaitTokens(size_t count) {
     absl::MutexLock lock(&mu_);
-    while (tokens_.size() < count) {
+    while (choices_[0].size() < count) {
       if (more_.WaitWithTimeout(&mu_, absl::Seconds(20))) FAIL() << "no token";
     }
   }
   // After Wait():
   const RequestSummary& summary() const { return summary_; }
+  int choices_ended() const { return choices_ended_; }
   const std::vector<float>& logprobs() const { return logprobs_; }
   const std::vector<float>& logits() const { return logits_; }
   std::function<void(uint32_t)> on_token_;
@@ -255,7 +265,8 @@ class Recorder : public RequestObserver {
  private:
   mutable absl::Mutex mu_;
   absl::CondVar more_;
-  std::vector<int32_t> tokens_;
+  std::map<int, std::vector<int32_t>> choices_;
+  int choices_ended_ = 0;
   uint32_t scored_rows_ = 0;
   std::vector<float> logprobs_, logits_;
   absl::Status status_;

@@ -118,7 +118,7 @@ class Problem {
     const uint64_t weights = Weights(first, last);
     const uint64_t budget = WeightBudget(workers_[w], weights);
     if (weights <= budget) return 0;
-    const uint64_t window = Mul(std::min(2, last - first), largest_layer_);
+    const uint64_t window = WindowBytes(first, last, largest_layer_, 0);
     return weights - (budget - std::min(budget, window));
   }
 
@@ -145,7 +145,9 @@ class Problem {
         const uint64_t kept = Add(keep_embedding ? embedding : 0, keep_head ? head : 0);
         const uint64_t largest =
             std::max({largest_layer_, keep_embedding ? 0 : embedding, keep_head ? 0 : head});
-        if (Add(kept, Mul(std::min(2, last - first), largest)) <= budget) return true;
+        const uint64_t largest_kept =
+            std::max(keep_embedding ? embedding : 0, keep_head ? head : 0);
+        if (Add(kept, WindowBytes(first, last, largest, largest_kept)) <= budget) return true;
       }
     }
     return false;
@@ -159,6 +161,15 @@ class Problem {
     const bool fits =
         Bytes(w, first, last) <= workers_[w].memory_bytes && CanStream(w, first, last);
     return fits || ignore_memory_ ? Seconds(w, first, last) : kInfinity;
+  }
+
+  // What the units of [first, last) stream through if the largest has `largest` bytes: two of them
+  // and the buffers of a load, an eighth more because a backend's layout may be larger. A unit that
+  // is kept needs a buffer only once.
+  uint64_t WindowBytes(int first, int last, uint64_t largest, uint64_t largest_kept) const {
+    const uint64_t units = Mul(std::min(2, last - first), largest);
+    const uint64_t buffers = largest > largest_layer_ ? largest : sizes_.load_buffers;
+    return std::max(Add(Add(units, units / 8), buffers), largest_kept);
   }
 
   uint64_t Weights(int first, int last) const {
@@ -378,6 +389,15 @@ ModelSizes MeasureModel(const ModelFile& model, KvType kv_type) {
   sizes.embedding = model.UnitBytes({Unit::Kind::kEmbedding});
   sizes.embedding_row = sizes.embedding / static_cast<uint64_t>(p.vocab_size);
   sizes.head = model.UnitBytes({Unit::Kind::kHead});
+  for (const Unit& unit : StageUnits(p, 0, p.layers)) {
+    if (unit.kind != Unit::Kind::kLayer) continue;
+    uint64_t largest = 0, second = 0;
+    for (const UnitTensor& entry : model.UnitTensors(unit)) {
+      second = std::max(second, std::min(largest, entry.tensor->bytes));
+      largest = std::max(largest, entry.tensor->bytes);
+    }
+    sizes.load_buffers = std::max(sizes.load_buffers, Add(largest, second));
+  }
   sizes.kv_position = KvPositionBytes(kv_type, p.kv_heads, p.key_length, p.value_length);
   const uint64_t key_and_value = static_cast<uint64_t>(p.key_length) + p.value_length;
   // Residual, normed input, its quantised form and the layer's output; queries, attention output,

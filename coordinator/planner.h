@@ -84,6 +84,7 @@ struct ModelSizes {
   uint64_t kv_position = 0;      // keys and values of one position in one layer
   uint64_t workspace_row = 0;    // estimate: activations of one row of a step
   uint64_t logits_row = 0;       // last stage
+  uint64_t load_buffers = 0;     // held while a layer is loaded: its two largest tensors
 };
 ModelSizes MeasureModel(const ModelFile& model, KvType kv_type = KvType::kF16);
 

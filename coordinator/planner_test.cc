@@ -186,6 +186,7 @@ TEST(PlannerTest, ObeysMemoryEvenIfSlower) {
 TEST(PlannerTest, CountsABudgetedWorkersWeightsAsItsBudget) {
   ModelSizes sizes = EqualLayers(12);
   sizes.embedding = sizes.embedding_row = sizes.head = 0;
+  sizes.load_buffers = 50;
   std::vector<WorkerCapacity> workers = Workers(1);
   workers[0].memory_bytes = StageBytes(sizes, kLimits, kBlocks, 0, 12) - 12'000 + 5'000;
   EXPECT_FALSE(MakePlan(sizes, workers, kLimits).ok());
@@ -193,12 +194,14 @@ TEST(PlannerTest, CountsABudgetedWorkersWeightsAsItsBudget) {
   const absl::StatusOr<Plan> plan = MakePlan(sizes, workers, kLimits);
   ASSERT_TRUE(plan.ok()) << plan.status();
   EXPECT_EQ(plan->stages[0].weight_bytes, 12'000u);
-  EXPECT_EQ(plan->stages[0].streamed_bytes, 9'000u);  // three stay beside a window of two
+  // Beside a window of two layers, an eighth more and the buffers.
+  const double streamed = 12'000 - (5'000 - 2'250 - 50);
+  EXPECT_EQ(plan->stages[0].streamed_bytes, streamed);
   EXPECT_DOUBLE_EQ(plan->stages[0].seconds_per_token,
-                   3'000 / 1e9 + 9'000 / kDefaultLoadBytesPerSecond);
+                   (12'000 - streamed) / 1e9 + streamed / kDefaultLoadBytesPerSecond);
   workers[0].load_bytes_per_second = 1e6;
   EXPECT_DOUBLE_EQ(MakePlan(sizes, workers, kLimits)->stages[0].seconds_per_token,
-                   3'000 / 1e9 + 9'000 / 1e6);
+                   (12'000 - streamed) / 1e9 + streamed / 1e6);
   workers[0].weight_budget_bytes = 12'000;  // everything
   EXPECT_EQ(MakePlan(sizes, Workers(1), kLimits)->stages[0].streamed_bytes, 0u);
 }
@@ -207,7 +210,7 @@ TEST(PlannerTest, GivesStreamingWorkersFewerLayers) {
   ModelSizes sizes = EqualLayers(12);
   sizes.embedding = sizes.embedding_row = sizes.head = 0;
   std::vector<WorkerCapacity> workers = Workers(2, 1 << 30, 10e9);
-  workers[1].weight_budget_bytes = 3'000;
+  workers[1].weight_budget_bytes = 3'250;
   workers[1].load_bytes_per_second = 1e9;
   // Layer 4 of the second worker would cost 1 resident + 3 streamed: 31 resident ones elsewhere.
   EXPECT_EQ(Counts(*MakePlan(sizes, workers, kLimits)), (std::vector<int>{9, 3}));
@@ -222,12 +225,12 @@ TEST(PlannerTest, GivesStreamingWorkersFewerLayers) {
 TEST(PlannerTest, RefusesABudgetBelowTwoLayers) {
   ModelSizes sizes = EqualLayers(4);
   std::vector<WorkerCapacity> workers = Workers(1);
-  workers[0].weight_budget_bytes = 1'999;
+  workers[0].weight_budget_bytes = 2'249;
   const absl::Status status = MakePlan(sizes, workers, kLimits).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(status.message()),
               HasSubstr("weight budget is too small for two layers"));
-  workers[0].weight_budget_bytes = 2'000;  // embedding and head stream, too
+  workers[0].weight_budget_bytes = 2'250;  // embedding and head stream, too
   EXPECT_TRUE(MakePlan(sizes, workers, kLimits).ok());
   workers[0].weight_budget_bytes = 0;
   workers[0].weight_budget_percent = 10;  // 530 bytes

@@ -12,21 +12,19 @@
 namespace stagecoach {
 namespace {
 
-// Workers on processors measure their bandwidth while others use the same memory: up to this ratio,
+// Workers measure their rates while others use the same memory and disks: up to this ratio,
 // differences are noise, and an even split is the better plan.
-constexpr double kBandwidthScatter = 2.5;
+constexpr double kScatter = 2.5;
 
-void IgnoreScatter(std::vector<WorkerCapacity>& workers) {
-  const auto [slowest, fastest] =
-      std::minmax_element(workers.begin(), workers.end(), [](const auto& a, const auto& b) {
-        return a.read_bytes_per_second < b.read_bytes_per_second;
-      });
-  if (fastest->read_bytes_per_second > kBandwidthScatter * slowest->read_bytes_per_second) return;
-  double sum = 0;
-  for (const WorkerCapacity& worker : workers) sum += worker.read_bytes_per_second;
-  for (WorkerCapacity& worker : workers) {
-    worker.read_bytes_per_second = sum / static_cast<double>(workers.size());
+void IgnoreScatter(double WorkerCapacity::*rate, std::vector<WorkerCapacity>& workers) {
+  double sum = 0, slowest = workers[0].*rate, fastest = slowest;
+  for (const WorkerCapacity& worker : workers) {
+    sum += worker.*rate;
+    slowest = std::min(slowest, worker.*rate);
+    fastest = std::max(fastest, worker.*rate);
   }
+  if (fastest > kScatter * slowest) return;
+  for (WorkerCapacity& worker : workers) worker.*rate = sum / static_cast<double>(workers.size());
 }
 
 WorkerCapacity Capacity(const v1::WorkerHello& hello) {
@@ -364,7 +362,8 @@ absl::StatusOr<Plan> Registry::PlanSeats() {
     for (const std::string& name : names) {
       capacities.push_back(Capacity(workers_.at(name).hello));
     }
-    if (backend_ == "cpu") IgnoreScatter(capacities);
+    if (backend_ == "cpu") IgnoreScatter(&WorkerCapacity::read_bytes_per_second, capacities);
+    IgnoreScatter(&WorkerCapacity::load_bytes_per_second, capacities);
     return options_.plan(capacities);
   };
   absl::StatusOr<Plan> plan = plan_for(seats_);

@@ -134,9 +134,29 @@ absl::Status RequestCheck::CheckStops(const v1::GenerateRequest& message) const 
   return CheckIds("stop_token_ids", message.stop_token_ids(), vocab_size_);
 }
 
+absl::Status RequestCheck::CheckSchedule(const v1::GenerateRequest& message) const {
+  if (message.n() > kMaxChoices) {
+    return Invalid("n: {} is more than the {} allowed", message.n(), kMaxChoices);
+  }
+  if (message.priority() < -kMaxPriority || message.priority() > kMaxPriority) {
+    return Invalid("priority: {} is outside [-{}, {}]", message.priority(), kMaxPriority,
+                   kMaxPriority);
+  }
+  if (message.user().size() > kMaxUserBytes) {
+    return Invalid("user: {} bytes are more than the {} allowed", message.user().size(),
+                   kMaxUserBytes);
+  }
+  if (message.cache_salt().size() > kMaxCacheSaltBytes) {
+    return Invalid("cache_salt: {} bytes are more than the {} allowed", message.cache_salt().size(),
+                   kMaxCacheSaltBytes);
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<Request> RequestCheck::Generate(const v1::GenerateRequest& message) const {
   auto sampling = CheckSampling(message.sampling());
   if (!sampling.ok()) return sampling.status();
+  if (absl::Status status = CheckSchedule(message); !status.ok()) return status;
   if (absl::Status status = CheckStops(message); !status.ok()) return status;
   auto prompt = Prompt(message);
   if (!prompt.ok()) return prompt.status();
@@ -152,6 +172,10 @@ absl::StatusOr<Request> RequestCheck::Generate(const v1::GenerateRequest& messag
       message.max_tokens() == 0 ? room : std::min<size_t>(message.max_tokens(), room));
   request.prompt = std::move(*prompt);
   request.sampling = *sampling;
+  request.choices = std::max(1, static_cast<int>(message.n()));
+  request.priority = message.priority();
+  request.client = message.user();
+  request.cache_salt = message.cache_salt();
   request.stop_token_ids.assign(message.stop_token_ids().begin(), message.stop_token_ids().end());
   if (!message.ignore_eos()) {
     request.stop_token_ids.insert(request.stop_token_ids.end(), end_ids_.begin(), end_ids_.end());

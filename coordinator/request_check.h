@@ -32,6 +32,8 @@ class RequestCheck {
  private:
   absl::StatusOr<std::vector<int32_t>> Prompt(const v1::GenerateRequest& message) const;
   absl::Status CheckStops(const v1::GenerateRequest& message) const;
+  // The fields that say how the request is scheduled.
+  absl::Status CheckSchedule(const v1::GenerateRequest& message) const;
 
   const std::shared_ptr<const Tokenizer> tokenizer_;
   const int vocab_size_;

@@ -182,6 +182,37 @@ TEST_F(RequestCheckTest, Stops) {
   EXPECT_EQ(Refused(message), "stop_token_ids");
 }
 
+TEST_F(RequestCheckTest, ScheduleFields) {
+  v1::GenerateRequest message = Ids(1);
+  message.set_n(kMaxChoices);
+  message.set_priority(-kMaxPriority);
+  message.set_user(std::string(kMaxUserBytes, 'u'));
+  message.set_cache_salt(std::string(kMaxCacheSaltBytes, 's'));
+  const auto request = Check().Generate(message);
+  ASSERT_TRUE(request.ok()) << request.status();
+  EXPECT_EQ(request->choices, kMaxChoices);
+  EXPECT_EQ(request->priority, -kMaxPriority);
+  EXPECT_EQ(request->client, message.user());
+  EXPECT_EQ(request->cache_salt, message.cache_salt());
+  EXPECT_EQ(Check().Generate(Ids(1))->choices, 1);
+
+  for (const uint32_t n : {kMaxChoices + 1u, 1'000'000'000u, 0xffffffffu}) {
+    message.set_n(n);
+    EXPECT_EQ(Refused(message), "n");
+  }
+  message.set_n(1);
+  for (const int32_t priority : {kMaxPriority + 1, -kMaxPriority - 1, INT32_MIN, INT32_MAX}) {
+    message.set_priority(priority);
+    EXPECT_EQ(Refused(message), "priority");
+  }
+  message.set_priority(kMaxPriority);
+  message.mutable_user()->push_back('u');
+  EXPECT_EQ(Refused(message), "user");
+  message.clear_user();
+  message.mutable_cache_salt()->push_back('s');
+  EXPECT_EQ(Refused(message), "cache_salt");
+}
+
 TEST_F(RequestCheckTest, PromptOverTheContextNamesBothLengths) {
   EXPECT_TRUE(Check().Generate(Ids(kContext - 1)).ok());
   for (int n : {kContext, kContext + 1, 10 * kContext}) {

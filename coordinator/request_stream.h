@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
@@ -53,6 +54,7 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
       if (id.status().code() == absl::StatusCode::kResourceExhausted) {
         const int64_t ms = absl::ToInt64Milliseconds(pipeline_->Stats().retry_after);
         context_->AddTrailingMetadata("retry-after-ms", std::to_string(ms));
+        context_->AddTrailingMetadata("grpc-retry-pushback-ms", std::to_string(ms));
       }
       End(id.status());
       return this;
@@ -60,7 +62,7 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
     absl::MutexLock lock(&mu_);
     id_ = *id;
     if (cancel_wanted_) pipeline_->Cancel(*id);
-    if (finish_wanted_) pipeline_->FinishEarly(*id);
+    for (int choice : finish_wanted_) pipeline_->FinishEarly(*id, choice);
     return this;
   }
 
@@ -85,14 +87,15 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
   }
 
  protected:
-  RequestStream(grpc::CallbackServerContext* context, Pipeline* pipeline)
-      : context_(context), pipeline_(pipeline) {}
+  // max_unread: events that may wait for the client.
+  RequestStream(grpc::CallbackServerContext* context, Pipeline* pipeline, size_t max_unread)
+      : context_(context), pipeline_(pipeline), max_unread_(max_unread) {}
 
-  // Queues an event. A client that leaves kMaxUnreadTokens of them unread loses its request.
+  // Queues an event. A client that leaves more than max_unread of them unread loses its request.
   void Write(Event event) {
     absl::MutexLock lock(&mu_);
     if (ended_) return;
-    if (outbox_.size() >= kMaxUnreadTokens) {
+    if (outbox_.size() >= max_unread_) {
       Abandon(absl::ResourceExhaustedError("the client does not read its events"));
     } else {
       outbox_.push_back(std::move(event));
@@ -109,11 +112,14 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
     Progress();
   }
 
-  // Has the pipeline end the request as if a stop token had come.
-  void FinishEarly() {
+  // Has the pipeline end a choice as if a stop token had come.
+  void FinishEarly(int choice) {
     absl::MutexLock lock(&mu_);
-    finish_wanted_ = true;
-    if (id_.has_value()) pipeline_->FinishEarly(*id_);
+    if (id_.has_value()) {
+      pipeline_->FinishEarly(*id_, choice);
+    } else {
+      finish_wanted_.push_back(choice);
+    }
   }
 
  private:
@@ -141,13 +147,14 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
 
   grpc::CallbackServerContext* const context_;  // gRPC's, until Finish
   Pipeline* const pipeline_;
+  const size_t max_unread_;
 
   absl::Mutex mu_;
   std::shared_ptr<RequestStream> self_ ABSL_GUARDED_BY(mu_);  // until OnDone
   std::optional<RequestId> id_ ABSL_GUARDED_BY(mu_);          // once submitted
   bool cancel_wanted_ ABSL_GUARDED_BY(mu_) = false;
-  bool finish_wanted_ ABSL_GUARDED_BY(mu_) = false;
-  std::deque<Event> outbox_ ABSL_GUARDED_BY(mu_);  // front: being written, if writing_
+  std::vector<int> finish_wanted_ ABSL_GUARDED_BY(mu_);  // choices, before id_ is known
+  std::deque<Event> outbox_ ABSL_GUARDED_BY(mu_);        // front: being written, if writing_
   bool writing_ ABSL_GUARDED_BY(mu_) = false;
   bool ended_ ABSL_GUARDED_BY(mu_) = false;     // Finish is to follow, with status_
   bool finished_ ABSL_GUARDED_BY(mu_) = false;  // Finish was called

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cassert>
-#include <string>
+#include <utility>
 
 #include "fmt/format.h"
 
@@ -13,34 +13,21 @@ SchedulerOptions WithDefaults(SchedulerOptions options) {
   if (options.max_in_flight == 0) options.max_in_flight = options.stages + 1;
   assert(options.stages >= 1 && options.max_slots >= 1 && options.max_context >= 1);
   assert(options.max_step_tokens >= 1 && options.max_waiting >= 0 && options.max_in_flight >= 1);
+  const int blocks = BlocksFor(options.max_context);
+  if (options.kv_blocks == 0) options.kv_blocks = options.max_slots * blocks;
+  assert(options.kv_blocks >= blocks);
   return options;
 }
 
-int CeilDivide(int a, int b) { return (a + b - 1) / b; }
-
 }  // namespace
 
-SlotPool::SlotPool(int slots) {
-  for (int slot = 0; slot < slots; ++slot) free_.push_back(slot);
-}
-
-int SlotPool::Acquire() {
-  const int slot = free_.front();
-  free_.pop_front();
-  return slot;
-}
-
-void SlotPool::Release(int slot, bool opened) {
-  free_.push_back(slot);
-  if (opened) closing_.push_back(slot);
-}
-
-std::vector<int> SlotPool::TakeClosing() { return std::exchange(closing_, {}); }
-
 Scheduler::Scheduler(SchedulerOptions options)
-    : options_(WithDefaults(options)), slots_(options_.max_slots) {}
+    : options_(WithDefaults(options)),
+      slots_(options_.max_slots),
+      pool_(options_.kv_blocks, options_.hash_seed),
+      by_slot_(options_.max_slots) {}
 
-absl::Status Scheduler::Add(SchedulerRequest request) {
+absl::Status Scheduler::Check(const SchedulerRequest& request) const {
   if (request.prompt.empty()) return absl::InvalidArgumentError("the prompt is empty");
   if (request.prompt.size() > static_cast<size_t>(options_.max_context)) {
     return absl::InvalidArgumentError(fmt::format("the prompt has {} tokens, the context {}",
@@ -49,147 +36,65 @@ absl::Status Scheduler::Add(SchedulerRequest request) {
   if (!request.score && request.max_tokens < 1) {
     return absl::InvalidArgumentError("max_tokens must be at least 1");
   }
-  if (sequences_.contains(request.id)) {
+  if (request.choices < 1 || (request.score && request.choices != 1)) {
+    return absl::InvalidArgumentError("choices must be at least 1, and 1 for scoring");
+  }
+  if (requests_.contains(request.id)) {
     return absl::AlreadyExistsError(fmt::format("request {} is live", request.id));
   }
-  if (slots_.empty() && waiting() >= options_.max_waiting) {
+  const size_t places = static_cast<size_t>(options_.max_slots) + options_.max_waiting;
+  if (sequences_.size() + request.choices > places) {
     return absl::ResourceExhaustedError(
-        fmt::format("{} requests are running and {} waiting", running(), waiting()));
+        fmt::format("{} sequences are running and {} waiting", running(), waiting()));
   }
+  return absl::OkStatus();
+}
+
+absl::Status Scheduler::Add(SchedulerRequest request) {
+  if (absl::Status status = Check(request); !status.ok()) return status;
   const RequestId id = request.id;
   if (request.deadline != absl::InfiniteDuration()) deadlines_.emplace(request.deadline, id);
-  Sequence sequence;
-  sequence.tokens = std::move(request.prompt);
-  sequence.prompt_tokens = static_cast<int>(sequence.tokens.size());
-  sequence.request = std::move(request);
-  sequences_.emplace(id, std::move(sequence));
-  waiting_.push_back(id);
+  Live& live = requests_[id];
+  for (int choice = 0; choice < request.choices; ++choice) {
+    const SequenceId sequence = ++last_sequence_;
+    live.sequences.push_back(sequence);
+    sequences_[sequence] = {
+        .id = sequence,
+        .live = &live,
+        .choice = choice,
+        .entry = {.order = sequence, .priority = request.priority, .client = request.client}};
+  }
+  Sequence& first = sequences_.at(live.sequences.front());
+  first.tokens = request.prompt;
+  live.request = std::move(request);
+  waiting_.Push(&first.entry);
   Admit();
   return absl::OkStatus();
 }
 
-void Scheduler::Cancel(RequestId id) { End(id, absl::CancelledError("the request was cancelled")); }
+void Scheduler::Cancel(RequestId id) {
+  EndRequest(id, absl::CancelledError("the request was cancelled"));
+}
 
-void Scheduler::FinishEarly(RequestId id) { End(id, absl::OkStatus(), Finish::kStop); }
+void Scheduler::FinishEarly(RequestId id, int choice) {
+  const auto found = requests_.find(id);
+  if (found == requests_.end()) return;
+  for (SequenceId sequence : found->second.sequences) {
+    if (sequences_.at(sequence).choice != choice) continue;
+    EndChoice(sequences_.at(sequence), absl::OkStatus(), Finish::kStop);
+    return;
+  }
+}
 
 void Scheduler::Tick(absl::Duration now) {
   while (!deadlines_.empty() && deadlines_.begin()->first <= now) {
-    End(deadlines_.begin()->second,
-        absl::DeadlineExceededError("the request's deadline has passed"));
+    EndRequest(deadlines_.begin()->second,
+               absl::DeadlineExceededError("the request's deadline has passed"));
   }
 }
 
 absl::Duration Scheduler::NextDeadline() const {
   return deadlines_.empty() ? absl::InfiniteDuration() : deadlines_.begin()->first;
-}
-
-std::optional<Step> Scheduler::Next() {
-  if (in_flight() >= options_.max_in_flight || !WorthAPass()) return std::nullopt;
-  Step step;
-  AddDecodeRows(step);
-  AddPromptRows(step);
-  if (step.rows.empty()) return std::nullopt;
-  step.number = ++steps_;
-  step.close = slots_.TakeClosing();
-  if (step.decode_rows > 0) ++decode_steps_in_flight_;
-  in_flight_.push_back(step);
-  return step;
-}
-
-void Scheduler::Admit() {
-  while (!waiting_.empty() && !slots_.empty()) {
-    const RequestId id = waiting_.front();
-    waiting_.pop_front();
-    sequences_.at(id).slot = slots_.Acquire();
-    prompts_.push_back(id);
-  }
-}
-
-// False: while streaming, the rows at hand are better sent together with those in flight.
-bool Scheduler::WorthAPass() const {
-  if (!streaming_ || decode_steps_in_flight_ == 0) return true;
-  const bool decodes = decode_steps_in_flight_ < options_.stages;
-  const int64_t rows = PendingPromptRows() + (decodes ? static_cast<int64_t>(ready_.size()) : 0);
-  return rows >= options_.max_step_tokens;
-}
-
-// More decoding steps in flight than stages would only queue before a stage; the rows that wait
-// instead join the step after, which costs hardly more with them than without.
-void Scheduler::AddDecodeRows(Step& step) {
-  if (decode_steps_in_flight_ >= options_.stages) return;
-  const int limit = DecodeRowLimit();
-  while (step.decode_rows < limit && !ready_.empty()) {
-    AddRows(sequences_.at(ready_.front()), 1, step);
-    ready_.pop_front();
-    ++step.decode_rows;
-  }
-}
-
-// An equal share for each stage's step (while streaming: everything), and room for prompts, which
-// would starve otherwise.
-int Scheduler::DecodeRowLimit() const {
-  const int share = streaming_ ? decoding_ : CeilDivide(decoding_, options_.stages);
-  if (prompts_.empty()) return std::min(share, options_.max_step_tokens);
-  if (options_.max_step_tokens == 1) return steps_ % 2;  // take turns
-  const int room = std::max(1, options_.max_step_tokens / 4);
-  return std::min(share, options_.max_step_tokens - room);
-}
-
-void Scheduler::AddPromptRows(Step& step) {
-  int rows_left = std::min(options_.max_step_tokens - step.decode_rows, PromptRowLimit());
-  int scored_rows_left = kMaxScoredRows;
-  std::deque<RequestId> unsent;
-  for (RequestId id : prompts_) {
-    Sequence& sequence = sequences_.at(id);
-    int count = std::min(sequence.pending(), rows_left);
-    if (sequence.request.score) {
-      count = std::min(count, scored_rows_left);
-      scored_rows_left -= count;
-    }
-    rows_left -= count;
-    if (count > 0) AddRows(sequence, count, step);
-    if (sequence.pending() > 0) {
-      unsent.push_back(id);
-    } else if (!sequence.request.score) {
-      ++decoding_;
-    }
-  }
-  prompts_ = std::move(unsent);
-}
-
-// One stage works best on large chunks. Several stages work at the same time only if the prompt
-// rows at hand make several chunks: two for each stage, if they do not become too small.
-int Scheduler::PromptRowLimit() const {
-  if (options_.stages == 1 || streaming_) return options_.max_step_tokens;
-  const int64_t chunks = PendingPromptRows() / (2 * options_.stages) / kMinChunkRows;
-  return static_cast<int>(
-      std::min<int64_t>((chunks + 1) * kMinChunkRows, options_.max_step_tokens));
-}
-
-int64_t Scheduler::PendingPromptRows() const {
-  int64_t rows = 0;
-  for (RequestId id : prompts_) rows += sequences_.at(id).pending();
-  return rows;
-}
-
-void Scheduler::AddRows(Sequence& sequence, int count, Step& step) {
-  StepRows rows;
-  rows.id = sequence.request.id;
-  rows.slot = sequence.slot;
-  rows.start_position = sequence.sent;
-  rows.row_count = count;
-  rows.open = sequence.sent == 0;
-  rows.score = sequence.request.score;
-  rows.logits = sequence.request.score && sequence.request.logits;
-  const auto first = sequence.tokens.begin() + sequence.sent;
-  step.token_ids.insert(step.token_ids.end(), first, first + count);
-  sequence.sent += count;
-  rows.sample = !rows.score && sequence.pending() == 0;
-  if (rows.score) {
-    const int targets = sequence.pending() == 0 ? count - 1 : count;
-    rows.targets.assign(first + 1, first + 1 + targets);
-  }
-  step.rows.push_back(std::move(rows));
 }
 
 const Step* Scheduler::FindInFlight(uint64_t step) const {
@@ -219,76 +124,142 @@ absl::Status Scheduler::OnResult(uint64_t number, std::span<const RowsResult> re
 }
 
 void Scheduler::OnRows(const StepRows& rows, int index, const RowsResult& result) {
-  const auto found = sequences_.find(rows.id);
+  const auto found = sequences_.find(rows.sequence);
   if (found == sequences_.end()) return;  // ended since
   Sequence& sequence = found->second;
+  if (sequence.preemptions != rows.attempt) return;  // to be computed again
   if (!result.status.ok()) {
-    End(rows.id, result.status);
-  } else if (rows.score) {
-    events_.push_back({.kind = SchedulerEvent::Kind::kScores,
-                       .id = rows.id,
-                       .rows = index,
-                       .index = static_cast<uint32_t>(rows.start_position)});
-    if (rows.start_position + rows.row_count == sequence.prompt_tokens) {
-      End(rows.id, absl::OkStatus());
+    EndChoice(sequence, result.status);
+    return;
+  }
+  sequence.answered = rows.start_position + rows.row_count;
+  Publish(sequence);
+  if (rows.score) {
+    Tell({.kind = SchedulerEvent::Kind::kScores,
+          .id = rows.id,
+          .rows = index,
+          .index = static_cast<uint32_t>(rows.start_position)});
+    if (sequence.pending() == 0 && sequence.answered == sequence.sent) {
+      EndChoice(sequence, absl::OkStatus());
     }
   } else if (rows.sample) {
+    if (!sequence.live->prompt_ready) Fork(sequence);
     OnToken(sequence, index, result.token_id);
   }
 }
 
 void Scheduler::OnToken(Sequence& sequence, int index, int32_t token) {
-  const SchedulerRequest& request = sequence.request;
+  const SchedulerRequest& request = sequence.live->request;
   sequence.tokens.push_back(token);
-  const int generated = static_cast<int>(sequence.tokens.size()) - sequence.prompt_tokens;
-  events_.push_back({.kind = SchedulerEvent::Kind::kToken,
-                     .id = request.id,
-                     .rows = index,
-                     .index = static_cast<uint32_t>(generated - 1)});
+  ++sequence.generated;
+  Tell({.kind = SchedulerEvent::Kind::kToken,
+        .id = request.id,
+        .choice = sequence.choice,
+        .rows = index,
+        .index = static_cast<uint32_t>(sequence.generated - 1)});
   const std::vector<int32_t>& stops = request.stop_token_ids;
   if (std::find(stops.begin(), stops.end(), token) != stops.end()) {
-    End(request.id, absl::OkStatus(), Finish::kStop);
-  } else if (generated >= request.max_tokens ||
+    EndChoice(sequence, absl::OkStatus(), Finish::kStop);
+  } else if (sequence.generated >= request.max_tokens ||
              sequence.tokens.size() >= static_cast<size_t>(options_.max_context)) {
-    End(request.id, absl::OkStatus(), Finish::kLength);
+    EndChoice(sequence, absl::OkStatus(), Finish::kLength);
   } else {
-    ready_.push_back(request.id);
+    ready_.push_back(sequence.id);
   }
 }
 
-void Scheduler::End(RequestId id, const absl::Status& status, Finish finish) {
-  const auto found = sequences_.find(id);
-  if (found == sequences_.end()) return;
-  const Sequence& sequence = found->second;
-  if (sequence.slot < 0) {
-    std::erase(waiting_, id);
-  } else {
-    slots_.Release(sequence.slot, /*opened=*/sequence.sent > 0);
-    std::erase(ready_, id);
-    if (sequence.sent < sequence.prompt_tokens) {
-      std::erase(prompts_, id);
-    } else if (!sequence.request.score) {
-      --decoding_;
-    }
+// What the blocks that have become full with answered rows hold is from now on known.
+void Scheduler::Publish(Sequence& sequence) {
+  const std::string& salt = sequence.live->request.cache_salt;
+  while (sequence.publishes) {
+    const size_t block = sequence.runs.size();
+    if ((block + 1) * kKvBlockPositions > static_cast<size_t>(sequence.answered)) return;
+    const auto tokens = std::span<const int32_t>(sequence.tokens)
+                            .subspan(block * kKvBlockPositions)
+                            .first<static_cast<size_t>(kKvBlockPositions)>();
+    const PrefixId before = block == 0 ? 0 : sequence.runs.back();
+    const BlockPool::Published published =
+        pool_.Publish(sequence.blocks[block], before, salt, tokens);
+    sequence.publishes = published.known;
+    if (published.known) sequence.runs.push_back(published.id);
   }
-  deadlines_.erase({sequence.request.deadline, id});
-  sequences_.erase(found);
-  events_.push_back(
-      {.kind = SchedulerEvent::Kind::kEnd, .id = id, .status = status, .finish = finish});
-  Admit();
+}
+
+// The prompt of `parent` has come back: the other choices of its request begin behind it. If others
+// wait or there is no room they wait like any other sequence, and find the prompt in the prefix
+// cache.
+void Scheduler::Fork(const Sequence& parent) {
+  Live& live = *parent.live;
+  live.prompt_ready = true;
+  for (SequenceId id : live.sequences) {
+    Sequence& child = sequences_.at(id);
+    if (&child == &parent) continue;
+    child.tokens = parent.tokens;
+    if (!waiting_.empty() || !TryFork(parent, child)) waiting_.Push(&child.entry);
+  }
+}
+
+// The first choice has ended before its prompt was computed: the others do without.
+void Scheduler::BeginOthers(Live& live, std::span<const int32_t> prompt) {
+  live.prompt_ready = true;
+  for (SequenceId id : live.sequences) {
+    Sequence& sequence = sequences_.at(id);
+    sequence.tokens.assign(prompt.begin(), prompt.end());
+    waiting_.Push(&sequence.entry);
+  }
+}
+
+void Scheduler::EndChoice(Sequence& sequence, const absl::Status& status, Finish finish) {
+  Live& live = *sequence.live;
+  Tell({.kind = SchedulerEvent::Kind::kChoiceEnd,
+        .id = live.request.id,
+        .choice = sequence.choice,
+        .status = status,
+        .finish = finish});
+  if (live.failure.ok()) live.failure = status;
+  Stop(sequence);
+  const std::vector<int32_t> tokens = std::move(sequence.tokens);
+  std::erase(live.sequences, sequence.id);
+  sequences_.erase(sequence.id);
+  if (live.sequences.empty()) {
+    EndRequest(live.request.id, absl::Status(live.failure), finish);
+  } else if (!live.prompt_ready && !tokens.empty()) {
+    BeginOthers(live, tokens);
+  }
+}
+
+void Scheduler::EndRequest(RequestId id, const absl::Status& status, Finish finish) {
+  const auto found = requests_.find(id);
+  if (found == requests_.end()) return;
+  for (SequenceId sequence : found->second.sequences) {
+    Stop(sequences_.at(sequence));
+    sequences_.erase(sequence);
+  }
+  deadlines_.erase({found->second.request.deadline, id});
+  requests_.erase(found);
+  Tell({.kind = SchedulerEvent::Kind::kEnd, .id = id, .status = status, .finish = finish});
 }
 
 void Scheduler::Reset(const absl::Status& reason) {
   std::vector<RequestId> ids;
-  for (const auto& [id, sequence] : sequences_) ids.push_back(id);
+  for (const auto& [id, live] : requests_) ids.push_back(id);
   std::sort(ids.begin(), ids.end());
-  for (RequestId id : ids) End(id, reason);
+  for (RequestId id : ids) EndRequest(id, reason);
   in_flight_.clear();
   decode_steps_in_flight_ = 0;
   steps_ = 0;
   slots_ = SlotPool(options_.max_slots);
+  pool_.Reset();
 }
 
 std::vector<SchedulerEvent> Scheduler::TakeEvents() { return std::exchange(events_, {}); }
+
+SchedulerStats Scheduler::stats() const {
+  SchedulerStats stats = stats_;
+  stats.blocks_used = pool_.used();
+  stats.blocks_cached = pool_.cached();
+  stats.blocks_free = pool_.free();
+  return stats;
+}
 
 }  // namespace stagecoach

@@ -71,11 +71,14 @@ TEST(SchedulerTest, RunsOneRequestToItsLength) {
   EXPECT_FALSE(steps[0].rows[0].open);
   ASSERT_TRUE(Answer(scheduler, steps[0], 8).ok());
   const std::vector<SchedulerEvent> events = scheduler.TakeEvents();
-  ASSERT_EQ(events.size(), 3u);
+  ASSERT_EQ(events.size(), 4u);
   EXPECT_EQ(events[1].index, 1u);
-  EXPECT_EQ(events[2].kind, SchedulerEvent::Kind::kEnd);
-  EXPECT_TRUE(events[2].status.ok());
-  EXPECT_EQ(events[2].finish, Finish::kLength);
+  EXPECT_EQ(events[2].kind, SchedulerEvent::Kind::kChoiceEnd);
+  EXPECT_EQ(events[3].kind, SchedulerEvent::Kind::kEnd);
+  for (int i : {2, 3}) {
+    EXPECT_TRUE(events[i].status.ok());
+    EXPECT_EQ(events[i].finish, Finish::kLength);
+  }
   EXPECT_FALSE(scheduler.Next());
 }
 
@@ -86,9 +89,9 @@ TEST(SchedulerTest, StopsAtAStopToken) {
   ASSERT_TRUE(scheduler.Add(request).ok());
   ASSERT_TRUE(Answer(scheduler, *scheduler.Next(), 9).ok());
   const std::vector<SchedulerEvent> events = scheduler.TakeEvents();
-  ASSERT_EQ(events.size(), 2u);
+  ASSERT_EQ(events.size(), 3u);
   EXPECT_EQ(events[0].kind, SchedulerEvent::Kind::kToken);
-  EXPECT_EQ(events[1].finish, Finish::kStop);
+  EXPECT_EQ(events[2].finish, Finish::kStop);
 }
 
 TEST(SchedulerTest, StopsAtTheEndOfTheContext) {
@@ -287,9 +290,11 @@ TEST(SchedulerTest, FinishesEarlyAsIfStopped) {
   scheduler.TakeEvents();
   scheduler.FinishEarly(1);
   const std::vector<SchedulerEvent> events = scheduler.TakeEvents();
-  ASSERT_EQ(events.size(), 1u);
-  EXPECT_TRUE(events[0].status.ok());
-  EXPECT_EQ(events[0].finish, Finish::kStop);
+  ASSERT_EQ(events.size(), 2u);
+  for (const SchedulerEvent& event : events) {
+    EXPECT_TRUE(event.status.ok());
+    EXPECT_EQ(event.finish, Finish::kStop);
+  }
   EXPECT_FALSE(scheduler.Next());
 }
 
@@ -363,10 +368,10 @@ TEST(SchedulerTest, ScoresInBoundedChunks) {
   }
   EXPECT_EQ(targets, std::vector<int32_t>(request.prompt.begin() + 1, request.prompt.end()));
   const std::vector<SchedulerEvent> events = scheduler.TakeEvents();
-  ASSERT_EQ(events.size(), 4u);
+  ASSERT_EQ(events.size(), 5u);
   for (int i = 0; i < 3; ++i) EXPECT_EQ(events[i].index, 32u * i);
-  EXPECT_EQ(events[3].kind, SchedulerEvent::Kind::kEnd);
-  EXPECT_TRUE(events[3].status.ok());
+  EXPECT_EQ(events[4].kind, SchedulerEvent::Kind::kEnd);
+  EXPECT_TRUE(events[4].status.ok());
 }
 
 TEST(SchedulerTest, ChecksResults) {

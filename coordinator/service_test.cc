@@ -96,6 +96,55 @@ TEST_F(ServiceTest, StopTokenIsReportedButNotPartOfTheText) {
   EXPECT_GT(Run(request).text.size(), run.text.size());
 }
 
+TEST_F(ServiceTest, ChoicesComeOnOneStream) {
+  v1::GenerateRequest request = Story(12);
+  request.mutable_sampling()->set_temperature(1);
+  request.mutable_sampling()->set_seed(5);
+  const Generation one = Run(request);
+  request.set_n(3);
+  grpc::ClientContext context;
+  auto reader = cluster_->stub().Generate(&context, request);
+  std::vector<int32_t> ids[3];
+  int finished = 0;
+  v1::GenerateEvent event, last;
+  while (reader->Read(&event)) {
+    ASSERT_LT(event.choice(), 3u);
+    EXPECT_FALSE(last.has_usage()) << "an event after the last";
+    for (const v1::GeneratedToken& token : event.tokens()) {
+      EXPECT_EQ(token.index(), ids[event.choice()].size());
+      ids[event.choice()].push_back(token.token_id());
+    }
+    if (event.finish_reason() == v1::FINISH_REASON_LENGTH) ++finished;
+    last = event;
+  }
+  EXPECT_TRUE(reader->Finish().ok());
+  EXPECT_EQ(finished, 3);
+  EXPECT_EQ(ids[0], one.ids);
+  EXPECT_NE(ids[0], ids[1]);
+  EXPECT_NE(ids[1], ids[2]);
+  EXPECT_EQ(last.usage().completion_tokens(), 36u);
+  EXPECT_EQ(last.usage().prompt_tokens(), 19u);
+
+  request.set_n(4);  // two slots and one place in the queue
+  const Generation many = Run(request);
+  EXPECT_EQ(many.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(many.status.error_message(), StartsWith("n: "));
+}
+
+TEST_F(ServiceTest, UsageAndStatusTellOfTheCache) {
+  v1::GenerateRequest request;
+  request.mutable_token_ids()->mutable_ids()->Resize(100, 7);
+  request.set_max_tokens(1);
+  request.set_cache_salt("this test");
+  EXPECT_EQ(Run(request).last.usage().cached_tokens(), 0u);
+  const uint64_t before = cluster_->Status().cached_tokens();
+  EXPECT_EQ(Run(request).last.usage().cached_tokens(), 96u);
+  const v1::GetStatusResponse status = cluster_->Status();
+  EXPECT_EQ(status.cached_tokens(), before + 96);
+  EXPECT_GE(status.kv_blocks_cached(), 3u);
+  EXPECT_GT(status.kv_blocks_free() + status.kv_blocks_used(), 0u);
+}
+
 TEST_F(ServiceTest, LogprobsAreThoseOfScoring) {
   v1::GenerateRequest request = Story(12);
   request.mutable_sampling()->set_logprobs(4);
@@ -213,6 +262,7 @@ TEST_F(ServiceTest, FullQueueAnswersWithARetryHint) {
   EXPECT_THAT(run.status.error_message(), HasSubstr("retry"));
   ASSERT_EQ(run.trailers.count("retry-after-ms"), 1u);
   EXPECT_GT(std::stoi(run.trailers.find("retry-after-ms")->second), 0);
+  ASSERT_EQ(run.trailers.count("grpc-retry-pushback-ms"), 1u);
   for (int i = 0; i < 3; ++i) {
     contexts[i]->TryCancel();
     v1::GenerateEvent event;

@@ -21,6 +21,17 @@ void SetSampling(const SamplingParams& params, v1::SamplingParams& message) {
   message.set_logprobs(params.logprobs);
 }
 
+void SetOpen(const StepRows& rows, const SequenceInfo& info, v1::SequenceOpen& open) {
+  open.set_slot(rows.slot);
+  open.set_sequence_id(rows.sequence);
+  open.set_prompt_tokens(info.prompt_tokens);
+  SamplingParams sampling = *info.sampling;
+  sampling.seed = ChoiceSeed(sampling.seed, rows.choice);
+  SetSampling(sampling, *open.mutable_sampling());
+  open.mutable_cached_blocks()->Add(rows.cached_blocks.begin(), rows.cached_blocks.end());
+  open.mutable_cached_token_ids()->Add(rows.cached_tokens.begin(), rows.cached_tokens.end());
+}
+
 // What a stage says of a sequence that failed; a code that does not exist is DATA_LOSS too.
 absl::Status FailureOf(const v1::SequenceResult& sequence) {
   const uint32_t code = sequence.status_code();
@@ -48,7 +59,18 @@ absl::Status CheckSequence(const v1::SequenceResult& sequence, const StepRows& r
   return absl::OkStatus();
 }
 
+// A header holds what one step may carry, at 5 bytes a token id at most.
+static_assert((kMaxCachedTokens + 2 * kMaxStepTokens) * 5 < kMaxFrameHeaderBytes / 2);
+
 }  // namespace
+
+uint64_t ChoiceSeed(uint64_t seed, int choice) {
+  if (choice == 0) return seed;
+  uint64_t x = seed + 0x9e3779b97f4a7c15u * static_cast<uint64_t>(choice);  // splitmix64
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
 
 Frame MakeStepFrame(uint64_t epoch, const Step& step,
                     const std::function<SequenceInfo(RequestId)>& info) {
@@ -57,24 +79,24 @@ Frame MakeStepFrame(uint64_t epoch, const Step& step,
   v1::StepHeader& header = *frame.header.mutable_step();
   header.set_step(step.number);
   for (int slot : step.close) header.add_close(slot);
+  header.mutable_clear_blocks()->Add(step.clear.begin(), step.clear.end());
+  for (const Step::Copy& copy : step.copies) {
+    v1::BlockCopy& message = *header.add_copies();
+    message.set_from(copy.from);
+    message.set_to(copy.to);
+  }
   for (const StepRows& rows : step.rows) {
-    if (rows.open) {
-      const SequenceInfo sequence = info(rows.id);
-      v1::SequenceOpen& open = *header.add_open();
-      open.set_slot(rows.slot);
-      open.set_sequence_id(rows.id);
-      open.set_prompt_tokens(sequence.prompt_tokens);
-      SetSampling(*sequence.sampling, *open.mutable_sampling());
-    }
+    if (rows.open) SetOpen(rows, info(rows.id), *header.add_open());
     v1::SequenceRows& message = *header.add_rows();
     message.set_slot(rows.slot);
-    message.set_sequence_id(rows.id);
+    message.set_sequence_id(rows.sequence);
     message.set_start_position(rows.start_position);
     message.set_row_count(rows.row_count);
     message.set_sample(rows.sample);
     message.set_logprobs(rows.score);
     message.set_logits(rows.logits);
     message.mutable_targets()->Add(rows.targets.begin(), rows.targets.end());
+    message.mutable_new_blocks()->Add(rows.new_blocks.begin(), rows.new_blocks.end());
   }
   header.mutable_token_ids()->Add(step.token_ids.begin(), step.token_ids.end());
   return frame;
@@ -97,7 +119,7 @@ absl::StatusOr<StepOutcome> ParseStepResult(const Frame& frame, const Step& step
   for (size_t i = 0; i < count; ++i) {
     const v1::SequenceResult& sequence = result.sequences(static_cast<int>(i));
     const StepRows& rows = step.rows[i];
-    if (sequence.sequence_id() != rows.id) {
+    if (sequence.sequence_id() != rows.sequence) {
       return absl::InvalidArgumentError(
           fmt::format("step {}: result {} is of another sequence", step.number, i));
     }

@@ -20,8 +20,11 @@ struct SequenceInfo {
   uint32_t prompt_tokens = 0;
 };
 
-// The frame for stage 0. Request ids travel as sequence ids. `info` is asked for each sequence that
-// the step opens.
+// The seed with which a choice samples. The first choice has the request's own, so that it says the
+// same whatever the number of choices.
+uint64_t ChoiceSeed(uint64_t seed, int choice);
+
+// The frame for stage 0. `info` is asked for the request of each sequence that the step opens.
 Frame MakeStepFrame(uint64_t epoch, const Step& step,
                     const std::function<SequenceInfo(RequestId)>& info);
 

@@ -14,16 +14,31 @@ constexpr int kVocab = 4;
 
 // Slot 2 samples after three rows; slot 5 is scored for two rows with logits.
 Step MakeStep() {
-  Step step{.number = 9, .close = {1}, .token_ids = {10, 11, 12, 20, 21}};
-  step.rows = {
-      {.id = 77, .slot = 2, .start_position = 0, .row_count = 3, .open = true, .sample = true},
-      {.id = 88,
-       .slot = 5,
-       .start_position = 4,
-       .row_count = 2,
-       .score = true,
-       .logits = true,
-       .targets = {21}}};
+  Step step{.number = 9,
+            .close = {1},
+            .clear = {4},
+            .copies = {{.from = 7, .to = 9}},
+            .token_ids = {10, 11, 12, 20, 21}};
+  step.rows = {{.id = 77,
+                .choice = 1,
+                .sequence = 770,
+                .slot = 2,
+                .start_position = 34,
+                .row_count = 3,
+                .open = true,
+                .sample = true,
+                .cached_blocks = {8, 9},
+                .cached_tokens = {1, 2, 3},
+                .new_blocks = {}},
+               {.id = 88,
+                .sequence = 880,
+                .slot = 5,
+                .start_position = 4,
+                .row_count = 2,
+                .score = true,
+                .logits = true,
+                .targets = {21},
+                .new_blocks = {5, 6}}};
   return step;
 }
 
@@ -32,14 +47,14 @@ Frame MakeResult() {
   v1::StepResult& result = *frame.header.mutable_result();
   result.set_step(9);
   v1::SequenceResult& first = *result.add_sequences();
-  first.set_sequence_id(77);
+  first.set_sequence_id(770);
   first.set_sampled(true);
   first.set_token_id(3);
   first.set_logprob(-0.5f);
   first.add_top_ids(3);
   first.add_top_logprobs(-0.5f);
   v1::SequenceResult& second = *result.add_sequences();
-  second.set_sequence_id(88);
+  second.set_sequence_id(880);
   second.add_target_logprobs(-1.5f);
   second.set_logits_rows(2);
   frame.payload = Payload(std::vector<float>{0, 1, 2, 3, 4, 5, 6, 7});
@@ -58,10 +73,17 @@ TEST(StepFrameTest, CarriesTheWholeStep) {
   EXPECT_THAT(step.close(), ElementsAre(1));
   ASSERT_EQ(step.open_size(), 1);
   EXPECT_EQ(step.open(0).slot(), 2u);
-  EXPECT_EQ(step.open(0).sequence_id(), 77u);
+  EXPECT_EQ(step.open(0).sequence_id(), 770u);
+  EXPECT_THAT(step.clear_blocks(), ElementsAre(4));
+  ASSERT_EQ(step.copies_size(), 1);
+  EXPECT_EQ(step.copies(0).from(), 7u);
+  EXPECT_EQ(step.copies(0).to(), 9u);
+  EXPECT_THAT(step.open(0).cached_blocks(), ElementsAre(8, 9));
+  EXPECT_THAT(step.open(0).cached_token_ids(), ElementsAre(1, 2, 3));
+  EXPECT_THAT(step.rows(1).new_blocks(), ElementsAre(5, 6));
   EXPECT_EQ(step.open(0).prompt_tokens(), 3u);
   EXPECT_EQ(step.open(0).sampling().temperature(), 0.5f);
-  EXPECT_EQ(step.open(0).sampling().seed(), 99u);
+  EXPECT_EQ(step.open(0).sampling().seed(), ChoiceSeed(99, 1));
   ASSERT_EQ(step.rows_size(), 2);
   EXPECT_TRUE(step.rows(0).sample());
   EXPECT_EQ(step.rows(1).start_position(), 4u);
@@ -71,6 +93,14 @@ TEST(StepFrameTest, CarriesTheWholeStep) {
   EXPECT_THAT(step.token_ids(), ElementsAre(10, 11, 12, 20, 21));
   EXPECT_EQ(step.d_model(), 0u);
   EXPECT_THAT(frame.payload.values(), IsEmpty());
+}
+
+TEST(StepFrameTest, GivesEachChoiceItsSeed) {
+  EXPECT_EQ(ChoiceSeed(5, 0), 5u);
+  EXPECT_NE(ChoiceSeed(5, 1), 5u);
+  EXPECT_NE(ChoiceSeed(5, 1), ChoiceSeed(5, 2));
+  EXPECT_NE(ChoiceSeed(5, 1), ChoiceSeed(6, 1));
+  EXPECT_EQ(ChoiceSeed(5, 1), ChoiceSeed(5, 1));
 }
 
 TEST(StepFrameTest, TakesAResultApart) {

@@ -145,6 +145,13 @@ class Backend {
   // may read a tile's unused positions and multiply them by zero.
   virtual absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) = 0;
 
+  // --- KV between steps, all layers of the cache, ordered with the steps around them.
+  // Keys and values of each `from` to its `to`, bit for bit. No `to` occurs twice or as a `from`.
+  virtual absl::Status CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) = 0;
+  // All keys and values of the blocks become zero: what is not finite must not stay, for kernels
+  // may read a tile's unused positions and multiply them by zero.
+  virtual absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) = 0;
+
   // --- Single operations, for the conformance suite and `bench kernels`. Host memory in and out.
   // y[rows][n] = x[rows][k] * w[n][k]^T.
   virtual absl::Status MatMul(const TensorInfo& tensor, std::span<const std::byte> raw,

@@ -1,205 +1,16 @@
-// The whole pipeline in one process: coordinator's pipeline, real stages on the CPU backend, links
-// in memory.
+// The whole pipeline in one process: see pipeline_ring.h.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <iostream>
 #include <memory>
-#include <nlohmann/json.hpp>
-#include <string>
 #include <vector>
 
-#include "absl/synchronization/mutex.h"
-#include "absl/synchronization/notification.h"
-#include "absl/time/clock.h"
-#include "coordinator/pipeline.h"
-#include "coordinator/planner.h"
-#include "kernels/cpu/cpu_backend.h"
-#include "tests/stage_chain.h"
-#include "worker/hooked_file.h"
-#include "worker/link/in_process_link.h"
-#include "worker/worker_node.h"
+#include "tests/pipeline_ring.h"
 
 namespace stagecoach {
 namespace {
-
-// Under this margin between the two best tokens another correct implementation may choose the
-// other.
-constexpr double kDecisiveMargin = 0.25;
-constexpr int kMaxStepTokens = 64;
-
-struct Golden {
-  TokenList prompt, continuation;
-  std::vector<double> margin;
-};
-
-const std::vector<Golden>& GreedyGoldens() {
-  static const std::vector<Golden> goldens = [] {
-    std::vector<Golden> result;
-    const std::string text = ReadTestFile(TestDataPath("golden/demo-Q4_K_M.greedy.jsonl"));
-    for (size_t at = 0; at < text.size();) {
-      const size_t end = std::min(text.find('\n', at), text.size());
-      if (end > at) {
-        const nlohmann::json line = nlohmann::json::parse(text.substr(at, end - at));
-        result.push_back({line["prompt_tokens"], line["continuation"], line["margin"]});
-      }
-      at = end + 1;
-    }
-    return result;
-  }();
-  return goldens;
-}
-
-class Recorder : public RequestObserver {
- public:
-  void OnToken(uint32_t index, const SampledToken& token) override {
-    absl::MutexLock lock(&mu_);
-    EXPECT_EQ(index, tokens.size());
-    tokens.push_back(token.token_id);
-    logprobs.push_back(token.logprob);
-    some_.Signal();
-  }
-  void OnScores(uint32_t, std::span<const float> scores, std::span<const float> values) override {
-    logprobs.insert(logprobs.end(), scores.begin(), scores.end());
-    logits.insert(logits.end(), values.begin(), values.end());
-  }
-  void OnEnd(const absl::Status& status, const RequestSummary&) override {
-    status_ = status;
-    end_.Notify();
-  }
-  absl::Status Wait() {
-    EXPECT_TRUE(end_.WaitForNotificationWithTimeout(absl::Seconds(100)));
-    return status_;
-  }
-  void AwaitTokens(size_t count) {
-    absl::MutexLock lock(&mu_);
-    while (tokens.size() < count) some_.Wait(&mu_);
-  }
-  // To be read after Wait().
-  TokenList tokens;
-  std::vector<float> logprobs, logits;
-
- private:
-  absl::Mutex mu_;
-  absl::CondVar some_;
-  absl::Status status_;
-  absl::Notification end_;
-};
-
-// A coordinator's pipeline and worker nodes around it.
-class Ring {
- public:
-  // Reads of the model go through `hook`, if there is one.
-  explicit Ring(int workers, LayerStoreOptions store = {}, std::shared_ptr<ReadHook> hook = nullptr)
-      : backend_(MakeCpuBackend({.threads = 1})) {
-    auto model = hook != nullptr ? OpenHookedModel("demo-Q4_K_M.gguf", std::move(hook))
-                                 : ModelFile::Open(TestDataPath("demo-Q4_K_M.gguf"));
-    EXPECT_TRUE(model.ok()) << model.status();
-    model_ = *model;
-    pipeline_ = std::make_unique<Pipeline>(
-        PipelineOptions{.model_hash = model_->hash(),
-                        .kernel_revision = backend_->info().kernel_revision,
-                        .d_model = model_->params().d_model,
-                        .vocab_size = model_->params().vocab_size,
-                        .max_slots = 8,
-                        .max_context = 512,
-                        .max_step_tokens = kMaxStepTokens});
-    hub_.Listen("coordinator", pipeline_.get());
-    for (int w = 0; w < workers; ++w) {
-      const std::string name = "w" + std::to_string(w);
-      nodes_.push_back(std::make_unique<WorkerNode>(backend_.get(), model_, &hub_,
-                                                    WorkerOptions{.name = name, .store = store}));
-      hub_.Listen(name, nodes_.back().get());
-    }
-  }
-
-  ~Ring() {
-    pipeline_->Shutdown();
-    for (size_t w = 0; w < nodes_.size(); ++w) Kill(static_cast<int>(w));
-    hub_.StopListening("coordinator");
-  }
-
-  void Kill(int worker) {
-    if (!nodes_[worker]) return;
-    hub_.StopListening("w" + std::to_string(worker));
-    nodes_[worker]->Shutdown();
-    nodes_[worker].reset();
-  }
-
-  // Forms a ring of `workers` in this order and starts stepping.
-  void Start(uint64_t epoch, const std::vector<int>& workers) {
-    std::vector<WorkerCapacity> capacities;
-    for (int w : workers) capacities.push_back({"w" + std::to_string(w), 1 << 30});
-    const absl::StatusOr<Plan> plan = MakePlan(*model_, capacities, {8, 512, kMaxStepTokens});
-    ASSERT_TRUE(plan.ok()) << plan.status();
-    const int stages = static_cast<int>(workers.size());
-    pipeline_->ExpectEpoch(epoch, stages);
-    for (int stage = 0; stage < stages; ++stage) {
-      v1::Assignment assignment;
-      assignment.set_epoch(epoch);
-      assignment.set_stage(stage);
-      assignment.set_stages(stages);
-      assignment.set_first_layer(plan->stages[stage].first_layer);
-      assignment.set_last_layer(plan->stages[stage].last_layer);
-      assignment.set_next_hop(stage + 1 < stages ? plan->stages[stage + 1].worker : "coordinator");
-      assignment.set_max_slots(8);
-      assignment.set_max_context(512);
-      assignment.set_max_step_tokens(kMaxStepTokens);
-      nodes_[workers[stage]]->Assign(assignment);
-    }
-    const absl::Time limit = absl::Now() + absl::Seconds(60);
-    for (int w : workers) {
-      while (!nodes_[w]->Heartbeat().links_ready()) {
-        ASSERT_LT(absl::Now(), limit) << "worker " << w << " is not linked";
-        absl::SleepFor(absl::Milliseconds(2));
-      }
-    }
-    v1::LinkHello hello;
-    hello.set_protocol_version(kProtocolVersion);
-    hello.set_epoch(epoch);
-    hello.set_model_hash(model_->hash());
-    hello.set_kernel_revision(backend_->info().kernel_revision);
-    hello.set_to_stage(0);
-    hello.set_d_model(model_->params().d_model);
-    // The pipeline hears of a loss from its own two links.
-    auto sender =
-        hub_.Dial(plan->stages[0].worker, hello, absl::Seconds(10), [](const absl::Status&) {});
-    ASSERT_TRUE(sender.ok()) << sender.status();
-    pipeline_->StartEpoch(epoch, *std::move(sender));
-  }
-
-  std::shared_ptr<Recorder> Submit(Request request) {
-    auto recorder = std::make_shared<Recorder>();
-    const absl::StatusOr<RequestId> id = pipeline_->Submit(std::move(request), recorder);
-    EXPECT_TRUE(id.ok()) << id.status();
-    return recorder;
-  }
-
-  Pipeline& pipeline() { return *pipeline_; }
-  const ModelFile& model() const { return *model_; }
-  v1::WorkerHeartbeat Heartbeat(int worker) const { return nodes_[worker]->Heartbeat(); }
-
- private:
-  std::unique_ptr<Backend> backend_;
-  std::shared_ptr<const ModelFile> model_;
-  InProcessHub hub_;
-  std::unique_ptr<Pipeline> pipeline_;
-  std::vector<std::unique_ptr<WorkerNode>> nodes_;
-};
-
-std::vector<int> FirstWorkers(int count) {
-  std::vector<int> workers;
-  for (int w = 0; w < count; ++w) workers.push_back(w);
-  return workers;
-}
-
-Request GreedyRequest(const Golden& golden) {
-  Request request;
-  request.prompt = golden.prompt;
-  request.max_tokens = static_cast<int>(golden.continuation.size());
-  return request;
-}
 
 class PipelineIntegrationTest : public testing::TestWithParam<int> {};
 
@@ -260,20 +71,6 @@ TEST_P(PipelineIntegrationTest, ScoresChooseAsTheGoldensDo) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Stages, PipelineIntegrationTest, testing::Values(1, 2, 4, 32));
-
-// Tokens and the bits of their log-probabilities.
-struct Answer {
-  TokenList tokens;
-  std::vector<float> logprobs;
-  friend bool operator==(const Answer&, const Answer&) = default;
-};
-
-Request SampledRequest(const Golden& golden, uint64_t seed) {
-  Request request = GreedyRequest(golden);
-  request.max_tokens = 60;
-  request.sampling = {.temperature = 1.0f, .top_k = 40, .seed = seed, .logprobs = 1};
-  return request;
-}
 
 TEST(PipelineRingTest, AnswersDoNotDependOnCompanyOrStages) {
   std::vector<Answer> alone;
@@ -398,7 +195,7 @@ TEST(PipelineRingTest, AStalledReadIsNamedAndHoldsUpNeitherHeartbeatsNorCancella
 // Free slots are reused many times over, with cancellations in between.
 TEST(PipelineRingTest, CancelledSequencesLeaveNoTrace) {
   Ring ring(2);
-  ASSERT_NO_FATAL_FAILURE(ring.Start(1, {0, 1}));
+  ASSERT_NO_FATAL_FAILURE(ring.Start(1, {0, 1}, /*kv_blocks=*/20));
   const auto first = ring.Submit(GreedyRequest(GreedyGoldens()[1]));
   ASSERT_TRUE(first->Wait().ok());
   for (int round = 0; round < 10; ++round) {
@@ -414,6 +211,7 @@ TEST(PipelineRingTest, CancelledSequencesLeaveNoTrace) {
     ASSERT_TRUE(again->Wait().ok());
     EXPECT_EQ(again->tokens, first->tokens);
   }
+  EXPECT_TRUE(ring.AllBlocksBack());
 }
 
 }  // namespace

@@ -113,6 +113,53 @@ TEST(ProcessTest, ManyStreamsAtOnceEachAsIfAlone) {
   }
 }
 
+TEST(ProcessTest, StreamsThatOutgrowTheKvBlocksGoOnAsIfAlone) {
+  LocalClusterOptions options = Options(2);
+  options.coordinator_flags = {"--kv-blocks", "32", "--context", "512"};
+  auto service = MustServe(std::move(options));
+  ASSERT_NE(service, nullptr);
+  std::vector<v1::GenerateRequest> requests;
+  for (const char* animal : {"fox", "otter", "bear", "crow", "hare", "mole", "newt", "ibis"}) {
+    requests.push_back(
+        Prompt(std::string("[INST] Tell me a story about a ") + animal + ". [/INST]", 250));
+    requests.back().set_ignore_eos(true);
+    requests.back().set_user(animal);
+  }
+  std::vector<Generated> alone;
+  for (const v1::GenerateRequest& request : requests) {
+    alone.push_back(Generate(service->client(), request));
+  }
+  std::vector<Generated> together(requests.size());
+  std::vector<std::thread> clients;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    clients.emplace_back([&, i] { together[i] = Generate(service->client(), requests[i]); });
+  }
+  for (std::thread& client : clients) client.join();
+  for (size_t i = 0; i < requests.size(); ++i) {
+    EXPECT_TRUE(together[i].status.ok()) << together[i].status;
+    EXPECT_EQ(together[i].tokens, alone[i].tokens);
+  }
+  const auto status = service->client().GetStatus();
+  ASSERT_TRUE(status.ok()) << status.status();
+  EXPECT_GT(status->preemptions(), 0u);
+  EXPECT_GT(status->cached_tokens(), 0u);
+}
+
+TEST(ProcessTest, GenerateTakesSeveralChoices) {
+  const Finished run =
+      RunBinary({"stagecoach", "generate", "--json", "--model", kModel, "--prompt", kStory,
+                 "--workers", "2", "--max-tokens", "10", "--n", "3", "--temperature", "1"});
+  EXPECT_EQ(run.exit_code, 0) << run.output;
+  size_t choices = 0, at = 0;
+  while ((at = run.output.find("\"finish_reason\"", at)) != std::string::npos) ++choices, ++at;
+  EXPECT_EQ(choices, 3u) << run.output;
+  EXPECT_THAT(run.output, HasSubstr("\"completion_tokens\": 30"));
+  const Finished refused =
+      RunBinary({"stagecoach", "generate", "--model", kModel, "--prompt", kStory, "--n", "17"});
+  EXPECT_NE(refused.exit_code, 0);
+  EXPECT_THAT(refused.output, HasSubstr("n: 17 is more than the 16 allowed"));
+}
+
 TEST(ProcessTest, DeadlineAndCancelFreeTheSlot) {
   LocalClusterOptions options = Options(1);
   options.max_slots = 1;

@@ -47,6 +47,9 @@ void AddBenchCommand(CLI::App& app, Command& run) {
   AddBenchDecode(*bench, run);
   AddBenchHop(*bench, run);
   AddBenchPrefetch(*bench, run);
+  AddBenchServe(*bench, run);
+  AddBenchScaling(*bench, run);
+  AddBenchCancel(*bench, run);
 }
 
 }  // namespace stagecoach

@@ -14,6 +14,9 @@ namespace stagecoach {
 void AddBenchDecode(CLI::App& bench, Command& run);
 void AddBenchHop(CLI::App& bench, Command& run);
 void AddBenchPrefetch(CLI::App& bench, Command& run);
+void AddBenchServe(CLI::App& bench, Command& run);
+void AddBenchScaling(CLI::App& bench, Command& run);
+void AddBenchCancel(CLI::App& bench, Command& run);
 
 // Writes `results` to `path` (nothing if it is empty), with the machine it was measured on.
 absl::Status WriteBenchJson(const std::string& path, nlohmann::json results);

@@ -94,6 +94,7 @@ class ClusterContender : public Contender {
     request.mutable_token_ids()->mutable_ids()->Assign(prompt.begin(), prompt.end());
     request.set_max_tokens(static_cast<uint32_t>(tokens));
     request.set_ignore_eos(true);
+    request.set_cache_salt(std::to_string(++prompts_));  // each prompt is computed anew
     v1::GenerateEvent last;
     absl::Status status =
         service_->client().Generate(request, absl::InfiniteFuture(), [&](const auto& event) {
@@ -113,6 +114,7 @@ class ClusterContender : public Contender {
 
  private:
   std::unique_ptr<Service> service_;
+  int prompts_ = 0;
 };
 
 struct Row {

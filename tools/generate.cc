@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <iostream>
 #include <iterator>
 #include <nlohmann/json.hpp>
@@ -22,18 +23,12 @@ struct GenerateFlags {
   v1::GenerateRequest request;
 };
 
+// What a choice said: all its events in one.
 nlohmann::json ToJson(const v1::GenerateEvent& all) {
   nlohmann::json out = {
       {"text", all.text()},
       {"token_ids", nlohmann::json::array()},
-      {"finish_reason", all.finish_reason() == v1::FINISH_REASON_STOP ? "stop" : "length"},
-      {"usage",
-       {{"prompt_tokens", all.usage().prompt_tokens()},
-        {"completion_tokens", all.usage().completion_tokens()}}},
-      {"timings",
-       {{"queue_ms", all.timings().queue_ms()},
-        {"prompt_ms", all.timings().prompt_ms()},
-        {"decode_ms", all.timings().decode_ms()}}}};
+      {"finish_reason", all.finish_reason() == v1::FINISH_REASON_STOP ? "stop" : "length"}};
   if (!all.stop_match().empty()) out["stop_match"] = all.stop_match();
   for (const v1::GeneratedToken& token : all.tokens()) {
     out["token_ids"].push_back(token.token_id());
@@ -46,6 +41,15 @@ nlohmann::json ToJson(const v1::GenerateEvent& all) {
         {{"token_id", token.token_id()}, {"logprob", token.logprob().logprob()}, {"top", top}});
   }
   return out;
+}
+
+void AddUsage(const v1::GenerateEvent& last, nlohmann::json& out) {
+  out["usage"] = {{"prompt_tokens", last.usage().prompt_tokens()},
+                  {"completion_tokens", last.usage().completion_tokens()},
+                  {"cached_tokens", last.usage().cached_tokens()}};
+  out["timings"] = {{"queue_ms", last.timings().queue_ms()},
+                    {"prompt_ms", last.timings().prompt_ms()},
+                    {"decode_ms", last.timings().decode_ms()}};
 }
 
 absl::Status SetInput(GenerateFlags& flags) {
@@ -64,26 +68,49 @@ absl::Status SetInput(GenerateFlags& flags) {
   return absl::OkStatus();
 }
 
+// One JSON object; with several choices they are in its list `choices`.
+void PrintJson(const std::vector<v1::GenerateEvent>& choices, const v1::GenerateEvent& last) {
+  nlohmann::json out;
+  if (choices.size() == 1) {
+    out = ToJson(choices[0]);
+  } else {
+    for (const v1::GenerateEvent& choice : choices) out["choices"].push_back(ToJson(choice));
+  }
+  AddUsage(last, out);
+  fmt::print("{}\n", out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace));
+}
+
 absl::Status RunGenerate(GenerateFlags& flags) {
   if (absl::Status status = SetInput(flags); !status.ok()) return status;
   auto service = Service::Open(flags.service);
   if (!service.ok()) return service.status();
-  if (!flags.json) {
+  if (!flags.json && flags.request.n() <= 1) {
     auto last = StreamToStdout((*service)->client(), flags.request);
     if (!last.ok()) return last.status();
     fmt::print(stderr, "{}\n", FormatUsage(*last));
     return absl::OkStatus();
   }
-  v1::GenerateEvent all;
-  absl::Status status = (*service)->client().Generate(flags.request, absl::InfiniteFuture(),
-                                                      [&](const v1::GenerateEvent& event) {
-                                                        const std::string text = all.text();
-                                                        all.MergeFrom(event);
-                                                        all.set_text(text + event.text());
-                                                        return true;
-                                                      });
+  std::vector<v1::GenerateEvent> choices(std::max(1u, flags.request.n()));
+  v1::GenerateEvent last;
+  absl::Status status = (*service)->client().Generate(
+      flags.request, absl::InfiniteFuture(), [&](const v1::GenerateEvent& event) {
+        if (event.choice() >= choices.size()) return false;
+        v1::GenerateEvent& all = choices[event.choice()];
+        const std::string text = all.text();
+        all.MergeFrom(event);
+        all.set_text(text + event.text());
+        last = event;
+        return true;
+      });
   if (!status.ok()) return status;
-  fmt::print("{}\n", ToJson(all).dump(2, ' ', false, nlohmann::json::error_handler_t::replace));
+  if (flags.json) {
+    PrintJson(choices, last);
+    return absl::OkStatus();
+  }
+  for (size_t i = 0; i < choices.size(); ++i) {
+    fmt::print("--- choice {}\n{}\n", i, choices[i].text());
+  }
+  fmt::print(stderr, "{}\n", FormatUsage(last));
   return absl::OkStatus();
 }
 

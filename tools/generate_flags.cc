@@ -37,6 +37,15 @@ void AddGenerateFlags(CLI::App& command, v1::GenerateRequest& request) {
   v1::GenerateRequest* r = &request;
   AddSetter<uint32_t>(command, "--max-tokens,-n", "Tokens to generate; 0 = until it ends",
                       [r](uint32_t v) { r->set_max_tokens(v); });
+  AddSetter<uint32_t>(command, "--n", "Continuations of the prompt; each samples by itself (1)",
+                      [r](uint32_t v) { r->set_n(v); });
+  AddSetter<int32_t>(command, "--priority", "-8..8; higher is served first (0)",
+                     [r](int32_t v) { r->set_priority(v); });
+  AddSetter<std::string>(command, "--user", "Whose share of the service this request uses",
+                         [r](const std::string& v) { r->set_user(v); });
+  AddSetter<std::string>(command, "--cache-salt",
+                         "Share cached prompts only with requests of the same salt",
+                         [r](const std::string& v) { r->set_cache_salt(v); });
   AddSetter<float>(command, "--temperature,--temp", "0 = greedy (default)",
                    [=](float v) { sampling->set_temperature(v); });
   AddSetter<uint32_t>(command, "--top-k", "Keep the k best; 0 = off",
@@ -86,10 +95,12 @@ absl::StatusOr<v1::GenerateEvent> StreamToStdout(Client& client,
 std::string FormatUsage(const v1::GenerateEvent& last) {
   const v1::Usage& usage = last.usage();
   const v1::Timings& t = last.timings();
+  const std::string cached =
+      usage.cached_tokens() > 0 ? fmt::format(" ({} cached)", usage.cached_tokens()) : "";
   const double decoded = usage.completion_tokens() > 0 ? usage.completion_tokens() - 1.0 : 0;
   return fmt::format(
-      "{} prompt tokens in {:.1f} ms ({:.0f} tok/s), {} tokens, {:.1f} tok/s, finished: {}",
-      usage.prompt_tokens(), t.prompt_ms(), PerSecond(usage.prompt_tokens(), t.prompt_ms()),
+      "{} prompt tokens{} in {:.1f} ms ({:.0f} tok/s), {} tokens, {:.1f} tok/s, finished: {}",
+      usage.prompt_tokens(), cached, t.prompt_ms(), PerSecond(usage.prompt_tokens(), t.prompt_ms()),
       usage.completion_tokens(), PerSecond(decoded, t.decode_ms()),
       FinishName(last.finish_reason()));
 }

@@ -48,10 +48,12 @@ absl::Status RunStatus(const StatusFlags& flags) {
              status->uptime_seconds(), status->detail().empty() ? "" : ": ", status->detail());
   fmt::print(
       "{:.1f} tok/s over 10 s; {} running, {} waiting, {} slots; {} requests completed, "
-      "{} failed; {} prompt and {} completion tokens\n\n",
+      "{} failed; {} prompt ({} cached) and {} completion tokens\n"
+      "KV blocks: {} used, {} cached, {} free; {} preemptions\n\n",
       status->recent_tokens_per_second(), status->running(), status->waiting(), status->slots(),
       status->completed_requests(), status->failed_requests(), status->prompt_tokens(),
-      status->completion_tokens());
+      status->cached_tokens(), status->completion_tokens(), status->kv_blocks_used(),
+      status->kv_blocks_cached(), status->kv_blocks_free(), status->preemptions());
   fmt::print("{}", FormatStages(*status));
   if (const std::string weights = FormatWeights(*status); !weights.empty()) {
     fmt::print("\n{}", weights);

@@ -33,6 +33,7 @@ LayerStore::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model,
 }
 
 void LayerStore::Impl::Assign(const std::vector<Unit>& units) {
+  loader_.FreeBuffers();
   std::vector<std::unique_ptr<const UnitWeights>> unwanted;  // freed without the mutex
   uint64_t freed = 0;
   {
@@ -159,6 +160,8 @@ void LayerStore::Impl::Load(const EntryPtr& entry, bool prefetched) {
     if (prefetched) ++counters_.failed_prefetches;
   }
   if (streaming_) FillQueue();
+  const auto to_load = [](const EntryPtr& e) { return e->state != UnitState::kResident; };
+  if (loads_ == 0 && std::none_of(entries_.begin(), entries_.end(), to_load)) loader_.FreeBuffers();
 }
 
 void LayerStore::Impl::Prefetch(Prefetcher::Ticket ticket) {
@@ -302,6 +305,7 @@ void LayerStore::Impl::Shutdown() {
   for (const EntryPtr& entry : entries_) {
     if (entry->state == UnitState::kQueued) entry->state = UnitState::kAbsent;
   }
+  loader_.FreeBuffers();
 }
 
 LayerStore::LayerStore(Backend* backend, std::shared_ptr<const ModelFile> model,

@@ -78,7 +78,8 @@ struct LayerStoreOptions {
   int reader_threads = 1;    // prefetch threads
   int max_queued_units = 8;  // bound of the prefetch queue; the rest follow as it drains
 
-  // At most this much is resident and being loaded (read buffers counted) at any moment. Percent:
+  // At most this much is resident and being loaded (read buffers counted) at any moment; buffers
+  // that wait for the next load while units stream are not, but had room in the plan. Percent:
   // of the slice in the backend's layout, rounded down; 100 and more are no limit. 0 = none.
   uint64_t weight_budget_bytes = 0;
   double weight_budget_percent = 0;

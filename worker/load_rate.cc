@@ -13,16 +13,16 @@ namespace stagecoach {
 namespace {
 
 constexpr absl::Duration kEnough = absl::Milliseconds(250);
-constexpr uint64_t kMaxBytes = 64 << 20;
 
 }  // namespace
 
-double MeasureLoadRate(const ModelFile& model) {
+double MeasureLoadRate(const ModelFile& model, uint64_t bytes) {
   const TensorInfo& first = *model.UnitTensors({.kind = Unit::Kind::kLayer, .layer = 0})[0].tensor;
   const RandomAccessFile& file = model.file(first.file_index);
   const uint64_t alignment = file.read_alignment();
   const uint64_t begin = first.offset / alignment * alignment;
-  const uint64_t end = std::min(begin + kMaxBytes, file.size() / alignment * alignment);
+  const uint64_t end = std::min(begin + bytes, file.size() / alignment * alignment);
+  if (end < begin + bytes) return 0;
   ReadBuffer buffer;
   if (!buffer.Reserve(kReadChunkBytes)) return 0;
   const absl::Time start = absl::Now();

@@ -47,29 +47,39 @@ class ReadBuffer {
   std::unique_ptr<std::byte, UnmapPages> memory_;
 };
 
-// Buffers that go from one load to the next while any load is under way. Thread-safe.
+// Buffers that go from one load to the next: memory that was used before is read into several
+// times as fast as fresh pages. Thread-safe.
 class ReadBufferPool {
  public:
-  // One of at most `bytes` (and the blocks that direct reads round up to), or an empty one. Idle
-  // ones that are larger are freed: what a load holds is never more than its own tensors ask for.
+  // The largest idle one of at most `bytes` (and the blocks that direct reads round up to), so that
+  // a load never holds more than its own tensors ask for; else an empty one, and the idle ones,
+  // which do not suit, are freed.
   ReadBuffer Take(size_t bytes) {
     std::vector<ReadBuffer> unused;  // freed after the mutex
     absl::MutexLock lock(&mu_);
-    ++taken_;
-    while (!free_.empty()) {
-      ReadBuffer buffer = std::move(free_.back());
-      free_.pop_back();
-      if (buffer.capacity() <= bytes + kRounding) return buffer;
-      unused.push_back(std::move(buffer));
+    size_t best = free_.size();
+    for (size_t i = 0; i < free_.size(); ++i) {
+      if (free_[i].capacity() > bytes + kRounding) continue;
+      if (best == free_.size() || free_[i].capacity() > free_[best].capacity()) best = i;
     }
-    return {};
+    if (best == free_.size()) {
+      unused.swap(free_);
+      return {};
+    }
+    std::swap(free_[best], free_.back());
+    ReadBuffer buffer = std::move(free_.back());
+    free_.pop_back();
+    return buffer;
   }
-  // Once all buffers are back, their memory is freed.
   void Give(ReadBuffer buffer) {
-    std::vector<ReadBuffer> unused;  // freed after the mutex
     absl::MutexLock lock(&mu_);
     free_.push_back(std::move(buffer));
-    if (--taken_ == 0) unused.swap(free_);
+  }
+  // For when no load is to follow soon.
+  void FreeIdle() {
+    std::vector<ReadBuffer> unused;  // freed after the mutex
+    absl::MutexLock lock(&mu_);
+    unused.swap(free_);
   }
 
  private:
@@ -78,7 +88,6 @@ class ReadBufferPool {
 
   absl::Mutex mu_;
   std::vector<ReadBuffer> free_ ABSL_GUARDED_BY(mu_);
-  int taken_ ABSL_GUARDED_BY(mu_) = 0;
 };
 
 }  // namespace stagecoach

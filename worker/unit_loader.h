@@ -49,6 +49,9 @@ class UnitLoader {
                                                     const std::function<void(UnitState)>& on_state);
 
   LoadCounters counters() const;
+
+  // Loads keep their read buffers for those that follow, until this is called.
+  void FreeBuffers() { context_->buffers.FreeIdle(); }
   std::vector<OpenRead> OpenReads() const { return context_->open_reads.List(); }
 
  private:

@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/device_ops.cuh"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/warp.cuh"
 #include "model/half.h"
 
 namespace stagecoach::cuda {
@@ -26,12 +27,12 @@ __device__ TopKey MakeKey(float logit, int id) {
   return static_cast<TopKey>(ordered) << 32 | (0xffffffffu - static_cast<uint32_t>(id));
 }
 
-// Descending, by a bitonic network.
-__device__ void Sort(TopKey* keys) {
-  for (int size = 2; size <= kRunKeys; size *= 2) {
+// Descending, by a bitonic network; length: a power of two.
+__device__ void Sort(TopKey* keys, int length) {
+  for (int size = 2; size <= length; size *= 2) {
     for (int stride = size / 2; stride > 0; stride /= 2) {
       __syncthreads();
-      for (int i = threadIdx.x; i < kRunKeys / 2; i += kThreads) {
+      for (int i = threadIdx.x; i < length / 2; i += kThreads) {
         const int low = i / stride * stride * 2 + i % stride, high = low + stride;
         const bool descending = (low & size) == 0;
         const TopKey a = keys[low], b = keys[high];
@@ -40,6 +41,32 @@ __device__ void Sort(TopKey* keys) {
     }
   }
   __syncthreads();
+}
+
+__device__ TopKey KeyAt(const float* logits, int i) { return MakeKey(logits[i], i); }
+__device__ TopKey KeyAt(const TopKey* keys, int i) { return keys[i]; }
+
+// As SortRunsKernel with a count of 1, which is what greedy sampling asks for.
+template <typename From>
+__global__ void LargestKernel(const From* from, int size, TopKey* to) {
+  __shared__ TopKey warp_largest[kThreads / kWarpLanes];
+  LetNextKernelStart();
+  WaitForPreviousKernel();
+  const size_t row = blockIdx.y;
+  from += row * size;
+  const int first = blockIdx.x * kRunKeys, last = min(first + kRunKeys, size);
+  TopKey largest = 0;
+  for (int i = first + threadIdx.x; i < last; i += kThreads) {
+    largest = max(largest, KeyAt(from, i));
+  }
+  for (int offset = kWarpLanes / 2; offset > 0; offset /= 2) {
+    largest = max(largest, __shfl_xor_sync(kAllLanes, largest, offset));
+  }
+  if (threadIdx.x % kWarpLanes == 0) warp_largest[threadIdx.x / kWarpLanes] = largest;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (const TopKey key : warp_largest) largest = max(largest, key);
+  to[row * gridDim.x + blockIdx.x] = largest;
 }
 
 // Grid: x = runs of kRunKeys of a row, y = rows. from: [rows][size] logits or keys; to:
@@ -51,17 +78,23 @@ __global__ void SortRunsKernel(const From* from, int size, int count, TopKey* to
   WaitForPreviousKernel();
   const size_t row = blockIdx.y;
   from += row * size;
-  for (int i = threadIdx.x; i < kRunKeys; i += kThreads) {
-    const int j = blockIdx.x * kRunKeys + i;
-    if constexpr (sizeof(From) == sizeof(TopKey)) {
-      keys[i] = j < size ? from[j] : 0;
-    } else {
-      keys[i] = j < size ? MakeKey(from[j], j) : 0;
-    }
+  const int first = blockIdx.x * kRunKeys;
+  int length = 1;  // of what is sorted
+  while (length < max(count, min(kRunKeys, size - first))) length *= 2;
+  for (int i = threadIdx.x; i < length; i += kThreads) {
+    keys[i] = first + i < size ? KeyAt(from, first + i) : 0;
   }
-  Sort(keys);
+  Sort(keys, length);
   to += (row * gridDim.x + blockIdx.x) * count;
   for (int i = threadIdx.x; i < count; i += kThreads) to[i] = keys[i];
+}
+
+template <typename From>
+cudaError_t LaunchRuns(const From* from, int size, int rows, int count, TopKey* to,
+                       cudaStream_t stream) {
+  const LaunchShape shape = {.grid = dim3(Runs(size), rows), .threads = kThreads};
+  if (count == 1) return LaunchKernel(LargestKernel<From>, shape, stream, from, size, to);
+  return LaunchKernel(SortRunsKernel<From>, shape, stream, from, size, count, to);
 }
 
 }  // namespace
@@ -82,17 +115,13 @@ cudaError_t FindTop(const float* logits, int rows, int vocab, int count, TopKey*
   TopKey* other = scratch + TopScratchKeys(rows, vocab, count) / 2;
   int runs = Runs(vocab);
   TopKey* to = runs == 1 ? top : scratch;
-  cudaError_t error = LaunchKernel(SortRunsKernel<float>,
-                                   LaunchShape{.grid = dim3(runs, rows), .threads = kThreads},
-                                   stream, logits, vocab, count, to);
+  cudaError_t error = LaunchRuns(logits, vocab, rows, count, to, stream);
   while (error == cudaSuccess && runs > 1) {
     const int size = runs * count;
     runs = Runs(size);
     const TopKey* from = to;
     to = runs == 1 ? top : from == scratch ? other : scratch;
-    error = LaunchKernel(SortRunsKernel<TopKey>,
-                         LaunchShape{.grid = dim3(runs, rows), .threads = kThreads}, stream, from,
-                         size, count, to);
+    error = LaunchRuns(from, size, rows, count, to, stream);
   }
   return error;
 }

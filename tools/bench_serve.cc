@@ -1,0 +1,256 @@
+// stagecoach bench serve: many clients at once, closed or open loop.
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <atomic>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "model/status_macros.h"
+#include "tools/bench.h"
+#include "tools/load.h"
+#include "tools/service.h"
+#include "tools/stage_usage.h"
+#include "tools/table.h"
+
+namespace stagecoach {
+namespace {
+
+struct BenchServeFlags {
+  ServiceFlags service;
+  std::vector<int> streams = {1, 8, 16, 32, 64};
+  std::vector<double> rates;
+  std::vector<std::string> clients;
+  int requests = 0;
+  double seconds = 0;
+  LoadOptions load;
+  std::string json;
+};
+
+double Figure(const nlohmann::json& summary, const char* key) { return summary[key]; }
+
+std::string Milliseconds(const nlohmann::json& summary, const char* key) {
+  return fmt::format("{:.1f}", Figure(summary, key));
+}
+
+std::string Shares(const std::vector<double>& shares) {
+  std::string text;
+  for (const double share : shares)
+    text += fmt::format("{}{:.0f}%", text.empty() ? "" : " ", 100 * share);
+  return text;
+}
+
+// Runs one load and summarises it, with the stages' busy and bubble shares and, with a private
+// cluster, its memory.
+absl::StatusOr<nlohmann::json> Measure(Service& service, const BenchServeFlags& flags,
+                                       const LoadOptions& load) {
+  Client& client = service.client();
+  STAGECOACH_ASSIGN_OR_RETURN(const StageCounters before, ReadIdleCounters(client));
+  MemoryWatch memory(service.cluster(), flags.service.workers);
+  const LoadResult result = RunLoad(client, load);
+  const MemoryWatch::Trend trend = memory.Stop();
+  STAGECOACH_ASSIGN_OR_RETURN(const StageCounters after, ReadIdleCounters(client));
+  for (const RequestSample& sample : result.samples) {
+    if (!sample.status.ok()) {
+      fmt::print(stderr, "request {} failed: {}\n", sample.index, sample.status.ToString());
+      break;
+    }
+  }
+  nlohmann::json out = SummariseLoad(result);
+  const std::vector<double> busy = BusyShares(before, after, result.seconds);
+  std::vector<double> bubble;
+  for (const double share : busy) bubble.push_back(1 - share);
+  out["stage_busy_share"] = busy;
+  out["stage_bubble_share"] = bubble;
+  out["output_throughput_per_worker"] =
+      Figure(out, "output_throughput") / static_cast<double>(std::max<size_t>(1, busy.size()));
+  out["memory_bytes"] = trend.last_bytes;
+  out["memory_bytes_per_minute"] = trend.bytes_per_minute;
+  const auto first = std::min_element(
+      result.samples.begin(), result.samples.end(),
+      [](const RequestSample& a, const RequestSample& b) { return a.start < b.start; });
+  std::vector<double> later;
+  for (auto it = result.samples.begin(); it != result.samples.end(); ++it) {
+    if (it != first && it->status.ok()) later.push_back(it->ttft);
+  }
+  if (first != result.samples.end()) out["first_request_ttft_ms"] = 1e3 * first->ttft;
+  out["later_median_ttft_ms"] = 1e3 * Percentile(later, 50);
+  return out;
+}
+
+absl::Status RunPoints(Service& service, const BenchServeFlags& flags, nlohmann::json& report) {
+  const bool open_loop = !flags.rates.empty();
+  std::vector<std::vector<std::string>> table = {
+      {open_loop ? "requests/s" : "streams", "tok/s", "vs first", "done", "failed", "TTFT p50 ms",
+       "p99", "ITL p50 ms", "p99", "E2E p50 ms", "p99", "stages busy"}};
+  const size_t points = open_loop ? flags.rates.size() : flags.streams.size();
+  double baseline = 0;
+  for (size_t i = 0; i < points; ++i) {
+    LoadOptions load = flags.load;
+    load.seed += i;  // other prompts: nothing is found in the prefix cache of the point before
+    if (open_loop) {
+      load.rate = flags.rates[i];
+      load.requests = flags.requests > 0 ? flags.requests : 64;
+    } else {
+      load.streams = flags.streams[i];
+      load.requests = flags.requests > 0 ? flags.requests : std::max(8, 4 * load.streams);
+    }
+    if (flags.seconds > 0) {
+      load.requests = INT_MAX;
+      load.duration = absl::Seconds(flags.seconds);
+    }
+    STAGECOACH_ASSIGN_OR_RETURN(nlohmann::json summary, Measure(service, flags, load));
+    const double rate = summary["output_throughput"];
+    if (i == 0) baseline = rate;
+    summary["streams"] = open_loop ? 0 : load.streams;
+    summary["request_rate"] = load.rate;
+    table.push_back({open_loop ? fmt::format("{:g}", load.rate) : fmt::format("{}", load.streams),
+                     fmt::format("{:.1f}", rate), fmt::format("{:.2f}x", rate / baseline),
+                     fmt::format("{}", summary["completed"].get<uint64_t>()),
+                     fmt::format("{}", summary["failed"].get<uint64_t>()),
+                     Milliseconds(summary, "median_ttft_ms"), Milliseconds(summary, "p99_ttft_ms"),
+                     Milliseconds(summary, "median_itl_ms"), Milliseconds(summary, "p99_itl_ms"),
+                     Milliseconds(summary, "median_e2el_ms"), Milliseconds(summary, "p99_e2el_ms"),
+                     Shares(summary["stage_busy_share"])});
+    report["points"].push_back(summary);
+  }
+  fmt::print("{}", FormatTable(table));
+  const nlohmann::json& last = report["points"].back();
+  if (flags.load.shared_prefix > 0) {
+    fmt::print(
+        "first request's TTFT {:.1f} ms, the later ones' median {:.1f} ms ({:.1f}x shorter)\n",
+        Figure(last, "first_request_ttft_ms"), Figure(last, "later_median_ttft_ms"),
+        Figure(last, "first_request_ttft_ms") / Figure(last, "later_median_ttft_ms"));
+  }
+  if (service.cluster() != nullptr && flags.seconds >= 10) {
+    fmt::print("memory of all processes {}, {:+.3f} MB per minute over the second half\n",
+               FormatBytes(static_cast<uint64_t>(Figure(last, "memory_bytes"))),
+               Figure(last, "memory_bytes_per_minute") / 1e6);
+  }
+  return absl::OkStatus();
+}
+
+// "name:streams"
+absl::StatusOr<LoadOptions> ParseClient(const std::string& text, const LoadOptions& base) {
+  const size_t colon = text.rfind(':');
+  LoadOptions load = base;
+  load.user = text.substr(0, colon);
+  load.streams = colon == std::string::npos ? 0 : std::atoi(text.c_str() + colon + 1);
+  if (!load.user.empty() && load.streams >= 1 && load.streams <= 4096) return load;
+  return absl::InvalidArgumentError(fmt::format("--clients {}: not NAME:STREAMS", text));
+}
+
+// Each client alone, then all together; the first goes on until the others have done.
+absl::Status RunClients(Service& service, const BenchServeFlags& flags, nlohmann::json& report) {
+  std::vector<LoadOptions> loads;
+  for (const std::string& text : flags.clients) {
+    STAGECOACH_ASSIGN_OR_RETURN(LoadOptions load, ParseClient(text, flags.load));
+    load.requests = flags.requests > 0 ? flags.requests : 16 * load.streams;
+    loads.push_back(load);
+  }
+  std::vector<nlohmann::json> alone(loads.size()), together(loads.size());
+  for (size_t i = 0; i < loads.size(); ++i) {
+    alone[i] = SummariseLoad(RunLoad(service.client(), loads[i]));
+  }
+  std::atomic<bool> stop = false;
+  loads[0].requests = INT_MAX;
+  loads[0].stop = &stop;
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < loads.size(); ++i) {
+    loads[i].seed += 1;
+    threads.emplace_back(
+        [&, i] { together[i] = SummariseLoad(RunLoad(service.client(), loads[i])); });
+  }
+  for (size_t i = 1; i < threads.size(); ++i) threads[i].join();
+  stop = true;
+  threads[0].join();
+  std::vector<std::vector<std::string>> table = {{"client", "streams", "alone tok/s", "TTFT p50 ms",
+                                                  "p99", "together tok/s", "TTFT p50 ms", "p99",
+                                                  "p99 vs alone"}};
+  for (size_t i = 0; i < loads.size(); ++i) {
+    const double ratio = Figure(together[i], "p99_ttft_ms") / Figure(alone[i], "p99_ttft_ms");
+    table.push_back({loads[i].user, fmt::format("{}", loads[i].streams),
+                     fmt::format("{:.1f}", Figure(alone[i], "output_throughput")),
+                     Milliseconds(alone[i], "median_ttft_ms"),
+                     Milliseconds(alone[i], "p99_ttft_ms"),
+                     fmt::format("{:.1f}", Figure(together[i], "output_throughput")),
+                     Milliseconds(together[i], "median_ttft_ms"),
+                     Milliseconds(together[i], "p99_ttft_ms"), fmt::format("{:.2f}x", ratio)});
+    report["clients"].push_back({{"user", loads[i].user},
+                                 {"streams", loads[i].streams},
+                                 {"alone", alone[i]},
+                                 {"together", together[i]},
+                                 {"p99_ttft_ratio", ratio}});
+  }
+  fmt::print("{}", FormatTable(table));
+  return absl::OkStatus();
+}
+
+absl::Status RunBenchServe(BenchServeFlags& flags) {
+  STAGECOACH_ASSIGN_OR_RETURN(const auto service, Service::Open(flags.service));
+  STAGECOACH_ASSIGN_OR_RETURN(const v1::GetModelResponse model, service->client().GetModel());
+  flags.load.vocab_size = static_cast<int>(model.vocab_size());
+  LoadOptions warm_up = flags.load;
+  warm_up.seed = 0;
+  (void)RunLoad(service->client(), warm_up);
+  fmt::print(
+      "{}: prompts of {} tokens{}, {} generated{}\n\n", model.name(), flags.load.prompt_tokens,
+      flags.load.shared_prefix > 0 ? fmt::format(" ({} shared)", flags.load.shared_prefix) : "",
+      flags.load.tokens,
+      flags.service.server.empty()
+          ? fmt::format("; {} workers of {} threads", flags.service.workers, flags.service.threads)
+          : "");
+  nlohmann::json report = {{"benchmark", "serve"},
+                           {"model", model.name()},
+                           {"workers", flags.service.workers},
+                           {"threads", flags.service.threads},
+                           {"prompt_tokens", flags.load.prompt_tokens},
+                           {"shared_prefix", flags.load.shared_prefix},
+                           {"tokens", flags.load.tokens}};
+  STAGECOACH_RETURN_IF_ERROR(flags.clients.empty() ? RunPoints(*service, flags, report)
+                                                   : RunClients(*service, flags, report));
+  return WriteBenchJson(flags.json, report);
+}
+
+}  // namespace
+
+void AddBenchServe(CLI::App& bench, Command& run) {
+  auto flags = std::make_shared<BenchServeFlags>();
+  flags->service.threads = 1;
+  CLI::App* command = bench.add_subcommand("serve", "Many clients at once");
+  AddServiceFlags(*command, flags->service);
+  command->add_option("--streams", flags->streams, "Closed loop: streams at once, several in turn")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str();
+  command->add_option("--rate", flags->rates, "Open loop: requests per second, several in turn")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber)
+      ->excludes("--streams");
+  command
+      ->add_option("--clients", flags->clients,
+                   "NAME:STREAMS of several users, alone and all together (heavy:64,a:1,b:1)")
+      ->delimiter(',');
+  command->add_option("--requests", flags->requests, "Requests in each turn; 0 = a few per stream")
+      ->check(CLI::NonNegativeNumber);
+  command->add_option("--seconds", flags->seconds, "Duration of each turn, instead of --requests")
+      ->check(CLI::NonNegativeNumber);
+  command->add_option("--prompt-tokens", flags->load.prompt_tokens, "Length of the prompts")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command
+      ->add_option("--shared-prefix", flags->load.shared_prefix,
+                   "Of which so many are the same in all prompts")
+      ->check(CLI::NonNegativeNumber);
+  command->add_option("--tokens", flags->load.tokens, "Tokens to generate")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--seed", flags->load.seed, "Of the prompts")->capture_default_str();
+  command->add_option("--json", flags->json, "Write the results here too");
+  command->callback([flags, &run] { run = [flags] { return RunBenchServe(*flags); }; });
+}
+
+}  // namespace stagecoach
