@@ -52,8 +52,10 @@ endfunction()
 # stagecoach_cuda_binary(NAME SRCS main.cu ... DEPS lib ...): -> build/<preset>/bin/NAME
 function(stagecoach_cuda_binary name)
   cmake_parse_arguments(arg "" "" "SRCS;DEPS" ${ARGN})
-  add_executable(${name} ${arg_SRCS})
-  target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR})
-  target_compile_options(${name} PRIVATE ${cuda_flags})
+  add_library(${name}_objects OBJECT ${arg_SRCS})  # apart: flags of DEPS are for the host's compiler
+  target_include_directories(${name}_objects PRIVATE ${CMAKE_SOURCE_DIR})
+  target_compile_options(${name}_objects PRIVATE ${cuda_flags})
+  add_executable(${name} $<TARGET_OBJECTS:${name}_objects>)
+  set_target_properties(${name} PROPERTIES LINKER_LANGUAGE CXX)
   target_link_libraries(${name} PRIVATE ${arg_DEPS})
 endfunction()
