@@ -55,7 +55,7 @@ absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const std::string& name,
   return MakeCpuBackend({.threads = options.threads, .isa = options.isa});
 }
 
-absl::StatusOr<double> MeasureDeviceBandwidth(Backend& backend, int threads) {
+absl::StatusOr<double> MeasureDeviceBandwidth([[maybe_unused]] Backend& backend, int threads) {
 #ifdef STAGECOACH_HAVE_CUDA
   if (backend.info().kind == "cuda") return MeasureCudaReadBandwidth(backend);
 #endif
