@@ -219,6 +219,7 @@ TEST_F(BitEqualityTest, PortableAndVectorKernels) {
 TEST_F(BitEqualityTest, EveryKvType) {
   const std::vector<TokenList> company = {tokens_, RandomTokens(40, 4), RandomTokens(90, 5)};
   for (const KvType type : {KvType::kF32, KvType::kQ8_0}) {
+    if (type == KvType::kQ8_0 && TestDevice() != "cpu") continue;  // the CUDA backend refuses it
     const std::vector<float> alone = MustLogits({.kv_type = type}, {tokens_}, 512);
     ExpectSameBits(
         MustLogits({.stages = 4, .threads = 2, .kv_type = type, .block_seed = 1}, company, 7),
