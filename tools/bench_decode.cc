@@ -12,7 +12,9 @@
 #include "absl/time/clock.h"
 #include "coordinator/kv_flags.h"
 #include "kernels/cpu/read_bandwidth.h"
+#include "kernels/device.h"
 #include "model/model_file.h"
+#include "model/status_macros.h"
 #include "tools/bench.h"
 #include "tools/local_stage.h"
 #include "tools/service.h"
@@ -159,7 +161,7 @@ nlohmann::json Report(const BenchDecodeFlags& flags, const ModelFile& model,
   nlohmann::json out = {{"benchmark", "decode"},
                         {"model", flags.service.model},
                         {"decode_bytes_per_token", bytes},
-                        {"read_bandwidth_one_core", bandwidth}};
+                        {"read_bandwidth", bandwidth}};
   for (const Row& row : rows) {
     const double prompt = Median(row.prompt_rates), decode = Median(row.decode_rates);
     table.push_back({row.workers == 0 ? "1, no links" : fmt::format("1 + {} workers", row.workers),
@@ -180,12 +182,19 @@ nlohmann::json Report(const BenchDecodeFlags& flags, const ModelFile& model,
   return out;
 }
 
+// Of the device's memory; of one core's where that is the CPU.
+absl::StatusOr<double> ReadBandwidth(const std::string& device) {
+  if (device == "cpu") return MeasureReadBandwidth(1);
+  STAGECOACH_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend, OpenDevice(device, {}));
+  return MeasureDeviceBandwidth(*backend, 1);
+}
+
 absl::Status RunBenchDecode(BenchDecodeFlags& flags) {
   auto model = ModelFile::Open(flags.service.model);
   if (!model.ok()) return model.status();
   const int context = flags.prompt_tokens + flags.tokens + 1;
   flags.service.context = std::max(flags.service.context, context);
-  const double bandwidth = MeasureReadBandwidth(1);
+  STAGECOACH_ASSIGN_OR_RETURN(const double bandwidth, ReadBandwidth(flags.service.device));
   std::vector<Row> rows;
   for (const int workers : flags.workers) {
     auto contender = workers == 0 ? InProcessContender::Start(*model, flags.service, context)
@@ -194,9 +203,10 @@ absl::Status RunBenchDecode(BenchDecodeFlags& flags) {
     rows.push_back({.workers = workers, .contender = std::move(*contender)});
   }
   fmt::print(
-      "{}: {} prompt tokens, {} generated, median of {} rounds; one core reads {:.1f} GB/s, "
+      "{}: {} prompt tokens, {} generated, median of {} rounds; {} reads {:.1f} GB/s, "
       "a token reads {}\n\n",
-      (*model)->params().name, flags.prompt_tokens, flags.tokens, flags.repeat, bandwidth / 1e9,
+      (*model)->params().name, flags.prompt_tokens, flags.tokens, flags.repeat,
+      flags.service.device == "cpu" ? "one core" : flags.service.device, bandwidth / 1e9,
       FormatBytes(DecodeBytes(**model)));
   if (absl::Status status = MeasureAll(flags, **model, rows); !status.ok()) return status;
   const nlohmann::json report = Report(flags, **model, rows, bandwidth);
