@@ -30,7 +30,6 @@ absl::StatusOr<StageCounters> ReadIdleCounters(Client& client) {
   StageCounters counters;
   for (const v1::StageStatus& stage : status->stages()) {
     counters.compute_seconds.push_back(stage.compute_seconds());
-    counters.steps.push_back(stage.steps());
   }
   return counters;
 }
@@ -80,8 +79,7 @@ MemoryWatch::Trend MemoryWatch::Stop() {
     xy += t * half[i];
   }
   const double per_interval = (n * xy - x * y) / (n * xx - x * x);
-  return {.first_bytes = half.front(),
-          .last_bytes = half.back(),
+  return {.last_bytes = half.back(),
           .bytes_per_minute = per_interval * (absl::Minutes(1) / kMemoryInterval)};
 }
 

@@ -16,7 +16,6 @@ namespace stagecoach {
 // have told of everything.
 struct StageCounters {
   std::vector<double> compute_seconds;  // per stage
-  std::vector<uint64_t> steps;
 };
 absl::StatusOr<StageCounters> ReadIdleCounters(Client& client);
 
@@ -34,7 +33,6 @@ class MemoryWatch {
   MemoryWatch& operator=(const MemoryWatch&) = delete;
 
   struct Trend {
-    double first_bytes = 0;  // at the beginning of the second half
     double last_bytes = 0;
     double bytes_per_minute = 0;  // least squares over the second half
   };
