@@ -25,11 +25,6 @@
 
 namespace stagecoach {
 
-// Positions rounded up to blocks.
-constexpr int BlocksFor(int positions) {
-  return (positions + kKvBlockPositions - 1) / kKvBlockPositions;
-}
-
 // A run of tokens from the start of a sequence, in whole blocks, as the prefix cache knows it.
 // Numbers are never used twice, so that a run is one list of tokens for good. 0: the empty run.
 using PrefixId = uint64_t;

@@ -13,7 +13,7 @@ SchedulerOptions WithDefaults(SchedulerOptions options) {
   if (options.max_in_flight == 0) options.max_in_flight = options.stages + 1;
   assert(options.stages >= 1 && options.max_slots >= 1 && options.max_context >= 1);
   assert(options.max_step_tokens >= 1 && options.max_waiting >= 0 && options.max_in_flight >= 1);
-  const int blocks = BlocksFor(options.max_context);
+  const int blocks = KvBlocksFor(options.max_context);
   if (options.kv_blocks == 0) options.kv_blocks = options.max_slots * blocks;
   assert(options.kv_blocks >= blocks);
   return options;

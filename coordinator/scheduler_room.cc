@@ -67,7 +67,7 @@ bool Scheduler::TakeRoom(Sequence& sequence) {
 // Blocks that must be available for it: one to spare, unless nothing runs that could take it.
 int Scheduler::BlocksWanted(const Sequence& sequence, const BlockPool::Prefix& prefix) const {
   const int tokens = static_cast<int>(sequence.tokens.size());
-  return BlocksFor(tokens) - static_cast<int>(prefix.blocks.size()) + prefix.unused +
+  return KvBlocksFor(tokens) - static_cast<int>(prefix.blocks.size()) + prefix.unused +
          (running_ > 0 ? 1 : 0);
 }
 
@@ -187,14 +187,14 @@ void Scheduler::Stop(Sequence& sequence) {
   if (--running_of->second == 0) running_of_.erase(running_of);
   // Positions [answered, sent) are written by steps in flight, or were by a row that failed.
   const int first_dirty = sequence.answered < sequence.sent ? sequence.answered / kKvBlockPositions
-                                                            : BlocksFor(sequence.sent);
+                                                            : KvBlocksFor(sequence.sent);
   for (int i = static_cast<int>(sequence.blocks.size()) - 1; i >= 0; --i) {
     const int block = sequence.blocks[i];
     std::erase_if(copies_, [&](const Step::Copy& copy) {
       if (copy.to == block) pool_.Release(copy.from, false);
       return copy.to == block;
     });
-    ReleaseBlock(block, first_dirty <= i && i < BlocksFor(sequence.sent));
+    ReleaseBlock(block, first_dirty <= i && i < KvBlocksFor(sequence.sent));
   }
   sequence.slot = -1;
   sequence.opened = sequence.decoding = false;

@@ -88,7 +88,7 @@ class Simulation {
     options.stages = stages[Pick(0, 5)];
     options.max_slots = Pick(1, 12);
     options.max_context = Pick(40, 300);
-    const int least = BlocksFor(options.max_context);
+    const int least = KvBlocksFor(options.max_context);
     options.kv_blocks = least + (Pick(0, 2) == 0 ? 0 : Pick(0, 3 * least));
     options.max_step_tokens = Pick(0, 4) == 0 ? Pick(1, 4) : Pick(8, 128);
     options.max_waiting = Pick(0, 10);

@@ -84,7 +84,7 @@ std::string SimStages::Open(const StepRows& rows, const std::string& salt) {
           .table = rows.cached_blocks};
   for (int block : slot->table) ++users_.at(block);
   if (rows.start_position != static_cast<int>(slot->tokens.size()) ||
-      static_cast<int>(slot->table.size()) != BlocksFor(rows.start_position)) {
+      static_cast<int>(slot->table.size()) != KvBlocksFor(rows.start_position)) {
     return "cached blocks, cached tokens and the first position do not agree";
   }
   return CheckHeld(*slot);
@@ -95,7 +95,7 @@ std::string SimStages::Extend(const StepRows& rows, Slot& slot) {
     if (users_.at(block)++ > 0) return fmt::format("new block {} is in another table", block);
     slot.table.push_back(block);
   }
-  if (static_cast<int>(slot.table.size()) == BlocksFor(rows.start_position + rows.row_count)) {
+  if (static_cast<int>(slot.table.size()) == KvBlocksFor(rows.start_position + rows.row_count)) {
     return "";
   }
   return fmt::format("a table of {} blocks for {} positions", slot.table.size(),

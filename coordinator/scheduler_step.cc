@@ -43,7 +43,7 @@ void Scheduler::AddDecodeRows(Step& step) {
   const int limit = DecodeRowLimit();
   while (step.decode_rows < limit && !ready_.empty()) {
     Sequence& sequence = sequences_.at(ready_.front());
-    if (static_cast<int>(sequence.blocks.size()) < BlocksFor(sequence.sent + 1) &&
+    if (static_cast<int>(sequence.blocks.size()) < KvBlocksFor(sequence.sent + 1) &&
         !AddBlock(sequence)) {
       continue;  // preempted, no longer ready
     }
@@ -143,7 +143,7 @@ void Scheduler::AddRows(Sequence& sequence, int count, Step& step) {
     const int targets = sequence.pending() == 0 ? count - 1 : count;
     rows.targets.assign(first + 1, first + 1 + targets);
   }
-  const int blocks = BlocksFor(sequence.sent);
+  const int blocks = KvBlocksFor(sequence.sent);
   rows.new_blocks.assign(sequence.blocks.begin() + sequence.told_blocks,
                          sequence.blocks.begin() + blocks);
   sequence.told_blocks = blocks;
@@ -152,7 +152,7 @@ void Scheduler::AddRows(Sequence& sequence, int count, Step& step) {
 
 void Scheduler::OpenSequence(Sequence& sequence, StepRows& rows) {
   sequence.opened = rows.open = true;
-  sequence.told_blocks = BlocksFor(sequence.sent);
+  sequence.told_blocks = KvBlocksFor(sequence.sent);
   rows.cached_blocks.assign(sequence.blocks.begin(),
                             sequence.blocks.begin() + sequence.told_blocks);
   rows.cached_tokens.assign(sequence.tokens.begin(), sequence.tokens.begin() + sequence.sent);

@@ -25,6 +25,10 @@ namespace stagecoach {
 
 // Positions in one KV block, and in one tile of attention.
 inline constexpr int kKvBlockPositions = 32;
+// Blocks that hold `positions` positions.
+constexpr int KvBlocksFor(int positions) {
+  return (positions + kKvBlockPositions - 1) / kKvBlockPositions;
+}
 
 struct BackendInfo {
   std::string kind;             // "cpu", "cuda", "reference"

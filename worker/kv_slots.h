@@ -15,11 +15,6 @@
 
 namespace stagecoach {
 
-// Blocks that hold the first `positions` positions of a sequence.
-constexpr int KvBlocksFor(int positions) {
-  return (positions + kKvBlockPositions - 1) / kKvBlockPositions;
-}
-
 struct SlotState {
   bool open = false;
   uint64_t sequence_id = 0;
