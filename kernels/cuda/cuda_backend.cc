@@ -28,7 +28,7 @@ namespace stagecoach {
 namespace cuda {
 namespace {
 
-constexpr char kKernelRevision[] = "cuda-1";
+constexpr char kKernelRevision[] = "cuda-2";
 
 struct StageWorkspace final : Workspace {
   StageWorkspace(const CudaDevice& device, std::unique_ptr<CudaWorkspace> allocated, bool graphs)
@@ -252,14 +252,13 @@ absl::Status CudaBackend::MatMul(const TensorInfo& tensor, std::span<const std::
   const PackedMatrix& matrix = Own(*weights)->matrix(TensorRole::kOutput);
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> in, ToDevice(x));
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> out, device_->NewBuffer<float>(y.size()));
-  STAGECOACH_ASSIGN_OR_RETURN(
-      const DeviceBuffer<std::byte> memory,
-      device_->NewBuffer<std::byte>(ActivationBytes(rows, matrix.k, /*precise=*/false)));
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<std::byte> memory,
+                              device_->NewBuffer<std::byte>(ActivationBytes(rows, matrix.k)));
   const Activations activations =
-      LayOutActivations(memory.data(), FormFor(tensor.type), rows, matrix.k, /*precise=*/false);
-  STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchQuantize(in.data(), activations, device_->compute()));
+      LayOutActivations(memory.data(), FormFor(tensor.type), rows, matrix.k);
+  STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchConvert(in.data(), activations, device_->compute()));
   const MatmulTerm term[] = {{.weights = matrix, .y = out.data(), .y_stride = matrix.n}};
-  STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(term, activations, device_->compute()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(term, activations, {}, device_->compute()));
   return ToHost(out, y);
 }
 
@@ -269,10 +268,10 @@ absl::Status CudaBackend::RmsNorm(std::span<const float> x, int rows, std::span<
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> in, ToDevice(x));
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> scale, ToDevice(weight));
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> out, device_->NewBuffer<float>(y.size()));
-  const Activations normed = LayOutActivations(out.data(), ActivationForm::kFloat, rows,
-                                               static_cast<int>(weight.size()), /*precise=*/false);
+  const Activations normed =
+      LayOutActivations(out.data(), ActivationForm::kFloat, rows, static_cast<int>(weight.size()));
   STAGECOACH_RETURN_IF_CUDA_ERROR(
-      LaunchRmsNormQuantize(in.data(), scale.data(), epsilon, normed, device_->compute()));
+      LaunchRmsNorm(in.data(), scale.data(), epsilon, normed, device_->compute()));
   return ToHost(out, y);
 }
 
@@ -301,10 +300,10 @@ absl::Status CudaBackend::SwiGlu(std::span<const float> gate, std::span<const fl
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> result,
                               device_->NewBuffer<float>(out.size()));
   const int count = static_cast<int>(out.size());
-  const Activations row = LayOutActivations(result.data(), ActivationForm::kFloat, /*rows=*/1,
-                                            count, /*precise=*/false);
+  const Activations row =
+      LayOutActivations(result.data(), ActivationForm::kFloat, /*rows=*/1, count);
   STAGECOACH_RETURN_IF_CUDA_ERROR(
-      LaunchSwiGluQuantize(gates.data(), ups.data(), count, row, device_->compute()));
+      LaunchSwiGlu(gates.data(), ups.data(), count, row, device_->compute()));
   return ToHost(result, out);
 }
 

@@ -139,8 +139,8 @@ absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaD
   const int widest = std::max({params.d_model, static_cast<int>(attended), params.ffn_length});
   STAGECOACH_ASSIGN_OR_RETURN(
       workspace->activations,
-      device.NewBuffer<std::byte>(std::max(ActivationBytes(max_rows, widest, /*precise=*/false),
-                                           ActivationBytes(kHeadRows, params.d_model, true))));
+      device.NewBuffer<std::byte>(
+          std::max(ActivationBytes(max_rows, widest), ActivationBytes(kHeadRows, params.d_model))));
   const size_t tops = size_t{kHeadRows} * kMostTopLogits;
   STAGECOACH_ASSIGN_OR_RETURN(workspace->top, device.NewBuffer<TopKey>(tops));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->top_out, device.NewPinnedBuffer<TopKey>(tops));

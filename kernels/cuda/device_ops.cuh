@@ -30,62 +30,44 @@ __device__ inline void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// --- Matrix products of a warp: d[16][8] = a[16][32 or 16] * b[32 or 16][8], exact in int32. With
-// g = lane / 4 and t = lane % 4 a lane holds
-//   a[0]: row g,     columns 4t .. 4t + 3       a[2]: row g,     columns 16 + 4t ..
-//   a[1]: row g + 8, columns 4t .. 4t + 3       a[3]: row g + 8, columns 16 + 4t ..
-//   b.x:  rows 4t .. 4t + 3 of column g         b.y:  rows 16 + 4t .. of column g
-//   d[0], d[1]: row g, columns 2t and 2t + 1;   d[2], d[3]: row g + 8, the same
-// a is uint8 or (kSigned) int8, b is int8.
-template <bool kSigned>
-__device__ inline void MultiplyK32(int (&d)[4], const uint32_t (&a)[4], uint2 b) {
-  if constexpr (kSigned) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%10,%10,%10,%10};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(0));
-  } else {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%10,%10,%10,%10};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(0));
-  }
-}
-// a0 and a1 as a[0] and a[1] above, b as b.x.
-template <bool kSigned>
-__device__ inline void MultiplyK16(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  if constexpr (kSigned) {
-    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-        "{%7,%7,%7,%7};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a0), "r"(a1), "r"(b), "r"(0));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-        "{%7,%7,%7,%7};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a0), "r"(a1), "r"(b), "r"(0));
-  }
+// Hints that `bytes` bytes (a multiple of 16, as is the address) will be read soon: into the
+// second-level cache.
+__device__ inline void PrefetchToCache(const void* global, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes));
+#endif
 }
 
-// Exact.
-__device__ inline float HalfBitsToFloat(uint32_t bits) {
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<uint16_t>(bits)));
-  return value;
+// --- Matrix products of a warp: d[16][8] += a[16][16] * b[16][8], halves into float32. With g =
+// lane / 4 and t = lane % 4 a lane holds pairs of halves
+//   a0: row g,     columns 2t, 2t + 1     a2: row g,     columns 2t + 8, 2t + 9
+//   a1: row g + 8, columns 2t, 2t + 1     a3: row g + 8, columns 2t + 8, 2t + 9
+//   b0: rows 2t, 2t + 1 of column g       b1: rows 2t + 8, 2t + 9 of column g
+//   d[0], d[1]: row g, columns 2t, 2t + 1;   d[2], d[3]: row g + 8, the same
+__device__ inline void MultiplyAdd(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                   uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // --- Programmatic stream serialisation.
 
 // Returns when the kernel before this one in the stream is complete and its writes are visible.
 __device__ inline void WaitForPreviousKernel() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 // Lets the next kernel in the stream start as soon as every block has called this.
 __device__ inline void LetNextKernelStart() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
-// --- Barriers and clusters.
+// --- Barriers and clusters (compute capability 9.0).
 
 // A barrier among `threads` threads (whole warps) of the block; kId: 1 .. 15.
 template <int kId>
@@ -93,21 +75,27 @@ __device__ inline void NamedBarrier(int threads) {
   asm volatile("barrier.sync %0, %1;" ::"n"(kId), "r"(threads) : "memory");
 }
 __device__ inline uint32_t ClusterRank() {
-  uint32_t rank;
+  uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
   return rank;
 }
 // All threads of all blocks of the cluster; orders their accesses to each other's shared memory.
 __device__ inline void ClusterBarrier() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
 }
 // The float at this block's shared address `own`, but in the cluster's block `rank`.
 __device__ inline float LoadFromCluster(const float* own, uint32_t rank) {
+  float value = 0;
+#if __CUDA_ARCH__ >= 900
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(own));
   uint32_t remote;
-  float value;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
+#endif
   return value;
 }
 

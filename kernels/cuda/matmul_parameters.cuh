@@ -2,6 +2,7 @@
 #ifndef STAGECOACH_KERNELS_CUDA_MATMUL_PARAMETERS_CUH_
 #define STAGECOACH_KERNELS_CUDA_MATMUL_PARAMETERS_CUH_
 
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -19,6 +20,17 @@ __host__ __device__ inline int SplitBegin(int split, int superblocks) {
   return split * superblocks / kSplits;
 }
 
+// Memory that the next product will read: laid end to end, cut into one range for each block.
+struct NextWeights {
+  struct Range {
+    const uint8_t* data;
+    uint32_t bytes;
+  };
+  Range ranges[kMaxMatmulTerms];
+  int count;
+  uint32_t bytes_per_block;  // of a block's range are fetched
+};
+
 // Terms of one type over the same activations, by value in a kernel's parameters. Their tile rows
 // are numbered through.
 struct MatmulParameters {
@@ -35,12 +47,9 @@ struct MatmulParameters {
   int term_count;
   int tile_rows;    // of all terms
   int superblocks;  // per row
-  int quant_rows;
-  int scale_stride;
-  bool precise;
-  const int8_t* quants;
-  const int16_t* sums;
-  const float* scales;
+  int rows;
+  const __half* x;  // [rows][superblocks * 256]
+  NextWeights next;
 
   __device__ const Term& TermOf(int tile_row) const {
     int i = 0;
@@ -57,30 +66,53 @@ __device__ inline const uint8_t* TileRow(const MatmulParameters& p, int tile_row
          static_cast<size_t>(tile_row - term.first_tile_row) * p.superblocks * Tile::kBytes;
 }
 
-// value: the sum of quant row `quant_row`; rest: that of the next one, used if p.precise. Rows
-// outside the matrix and the activations are left out.
+// Begins to fetch this block's share of the next product's weights into the second-level cache, so
+// that device memory does not idle between the two. One warp of `warps` calls it in one lane.
+__device__ inline void PrefetchNext(const NextWeights& next, int warp, int warps) {
+  uint64_t total = 0;
+  for (int i = 0; i < next.count; ++i) total += next.ranges[i].bytes;
+  const uint64_t share = total / gridDim.x, block_begin = share * blockIdx.x;
+  const uint64_t bytes = min(share, static_cast<uint64_t>(next.bytes_per_block));
+  const uint64_t begin = block_begin + bytes * warp / warps;
+  const uint64_t end = block_begin + bytes * (warp + 1) / warps;
+  uint64_t range_begin = 0;
+  for (int i = 0; i < next.count; ++i) {
+    const uint64_t first = max(begin, range_begin) / 16 * 16;
+    const uint64_t last = min(end, range_begin + next.ranges[i].bytes) / 16 * 16;
+    if (first < last) {
+      PrefetchToCache(next.ranges[i].data + (first - range_begin),
+                      static_cast<uint32_t>(last - first));
+    }
+    range_begin += next.ranges[i].bytes;
+  }
+}
+
+// Rows outside the matrix and the activations are left out.
 __device__ inline void StoreResult(const MatmulParameters& p, int tile_row, int row_in_tile,
-                                   int quant_row, float value, float rest) {
-  if (quant_row >= p.quant_rows) return;
+                                   int row, float value) {
+  if (row >= p.rows) return;
   const MatmulParameters::Term& term = p.TermOf(tile_row);
   const int n = (tile_row - term.first_tile_row) * kTileRows + row_in_tile;
   if (n >= term.n) return;
-  int row = quant_row;
-  if (p.precise) {
-    if (quant_row % 2 != 0) return;
-    row = quant_row / 2;
-    value = __fadd_rn(value, rest);
-  }
+  value = __fmul_rn(value, 1 / kActivationScale);
   if (term.bias != nullptr) value = __fadd_rn(value, __ldcg(term.bias + n));
   float* y = term.y + static_cast<size_t>(row) * term.y_stride + n;
   if (term.accumulate) value = __fadd_rn(__ldcg(y), value);
   *y = value;
 }
 
+// What launchers must know of the current device.
+struct DeviceLimits {
+  int multiprocessors = 0;
+  size_t shared_bytes = 0;  // that a block may have
+  bool clusters = false;
+};
+
 // Chooses a kernel for one type; defined and instantiated for each in quant_matmul_*.cu.
-// p.terms are of `type`; multiprocessors: of the current device.
+// p.terms are of `type`.
 template <TensorType type>
-cudaError_t LaunchTypedMatmul(const MatmulParameters& p, int multiprocessors, cudaStream_t stream);
+cudaError_t LaunchTypedMatmul(const MatmulParameters& p, const DeviceLimits& device,
+                              cudaStream_t stream);
 
 }  // namespace stagecoach::cuda
 

@@ -18,27 +18,55 @@ void AddTerm(const MatmulTerm& term, MatmulParameters* p) {
   p->tile_rows += (term.weights.n + kTileRows - 1) / kTileRows;
 }
 
-// Terms [0, count) of one type.
+// Of the next product's weights this much is fetched ahead: some microseconds of the stream, which
+// is what passes between two products, and a good part of the second-level cache.
+constexpr uint64_t kMostPrefetchBytes = 16 << 20;
+
+NextWeights Next(std::span<const PackedMatrix> matrices, const DeviceLimits& device) {
+  NextWeights next = {};
+  for (const PackedMatrix& matrix : matrices) {
+    const size_t bytes = PackedBytes(matrix.type, matrix.n, matrix.k);
+    if (bytes > UINT32_MAX) continue;
+    next.ranges[next.count++] = {static_cast<const uint8_t*>(matrix.data),
+                                 static_cast<uint32_t>(bytes)};
+  }
+  next.bytes_per_block = static_cast<uint32_t>(kMostPrefetchBytes / device.multiprocessors);
+  return next;
+}
+
+// Terms of one type.
 cudaError_t LaunchSameType(std::span<const MatmulTerm> terms, const Activations& x,
-                           int multiprocessors, cudaStream_t stream) {
+                           const NextWeights& next, const DeviceLimits& device,
+                           cudaStream_t stream) {
   MatmulParameters p = {};
   for (const MatmulTerm& term : terms) AddTerm(term, &p);
   p.superblocks = x.PaddedColumns() / kSuperblock;
-  p.quant_rows = x.QuantRows();
-  p.scale_stride = x.ScaleStride();
-  p.precise = x.precise;
-  p.quants = x.quants;
-  p.sums = x.sums;
-  p.scales = x.scales;
+  p.rows = x.rows;
+  p.x = reinterpret_cast<const __half*>(x.halves);
+  p.next = next;
   return VisitTileType(terms[0].weights.type, cudaErrorInvalidValue, [&]<TensorType type>() {
-    return LaunchTypedMatmul<type>(p, multiprocessors, stream);
+    return LaunchTypedMatmul<type>(p, device, stream);
   });
+}
+
+cudaError_t ReadLimits(DeviceLimits* limits) {
+  int device = 0, shared = 0, major = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  const auto read = [&](cudaDeviceAttr attribute, int* value) {
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(value, attribute, device);
+  };
+  read(cudaDevAttrMultiProcessorCount, &limits->multiprocessors);
+  read(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared);
+  read(cudaDevAttrComputeCapabilityMajor, &major);
+  limits->shared_bytes = static_cast<size_t>(shared);
+  limits->clusters = major >= 9;
+  return status;
 }
 
 }  // namespace
 
 cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x,
-                         cudaStream_t stream) {
+                         std::span<const PackedMatrix> next, cudaStream_t stream) {
   if (x.form == ActivationForm::kFloat) {
     for (const MatmulTerm& term : terms) {
       const cudaError_t status = LaunchFloatMatmul(term, x, stream);
@@ -46,15 +74,14 @@ cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x
     }
     return cudaSuccess;
   }
-  int device = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
+  DeviceLimits device;
+  cudaError_t status = ReadLimits(&device);
   while (status == cudaSuccess && !terms.empty()) {
     size_t same = 1;  // neighbours of one type go together
     while (same < terms.size() && terms[same].weights.type == terms[0].weights.type) ++same;
-    status = LaunchSameType(terms.first(same), x, multiprocessors, stream);
+    const bool last = same == terms.size();
+    status = LaunchSameType(terms.first(same), x, last ? Next(next, device) : NextWeights{}, device,
+                            stream);
     terms = terms.subspan(same);
   }
   return status;

@@ -6,11 +6,15 @@
 // cudaSuccess or what the launch said. They need compute capability 9.0.
 //
 // Bits: a row of y depends on that row of x and on the weights alone, never on the number of rows.
-// Quantised activations make the dot product of a block exact in any order; the float sums over
-// blocks have one order, whichever kernel runs. With S = ceil(k / 256) superblocks:
+// Of quantised types both factors are halves, their products are summed in float32 by matrix
+// products over 16 columns at a time, in one order, whichever kernel runs. With S = ceil(k / 256)
+// superblocks:
 //
-//   partial[j] = blocks of the superblocks [j * S / 8, (j + 1) * S / 8), in order, one fma each
+//   partial[j] = superblocks [j * S / 8, (j + 1) * S / 8) in order, 16 columns after 16 columns
 //   y          = (((0 + partial[0]) + partial[1]) + ...) + partial[7] (+ bias) (then y_old + that)
+//
+// Weights are decoded to halves (tile_decode.cuh), x is taken times kActivationScale, and y is
+// divided by it. Both are rounded to 11 bits, much less than int8 activations would lose.
 //
 // Overlap: every kernel is launched with programmatic stream serialisation. It may start, and read
 // packed weights, while the kernel before it in the stream still runs; it reads anything else, and
@@ -55,51 +59,45 @@ cudaError_t LaunchRepack(TensorType type, int n, int k, const void* raw, void* p
 
 // What a type's kernels read.
 enum class ActivationForm {
-  kFloat,     // float32: for F32, F16, BF16
-  kQuant32,   // int8 with a scale for every 32 columns: for Q4_0 .. Q8_0
-  kQuant256,  // int8 with a scale for every 256 columns: for Q2_K .. Q6_K
+  kFloat,  // float32: for F32, F16, BF16
+  kHalf,   // halves of x * kActivationScale: for quantised types
 };
 ActivationForm FormFor(TensorType type);
 
-// x[rows][k] in the form that matmuls read. Does not own its arrays. With `precise`, a quantised
-// row r is kept as two, 2r and 2r + 1: its quants and those of what they left over (some 15 bits in
-// all), at the cost of twice the rows: for the output head, whose errors nothing after it evens
-// out. Each of the two is summed as above, then they are added.
+// So that values of a million can be told from infinity; small ones keep 11 bits down to 1e-3, and
+// an error of 5e-7 below.
+inline constexpr float kActivationScale = 1.0f / 16;
+
+// x[rows][k] in the form that matmuls read. Does not own its array.
 struct Activations {
   ActivationForm form = ActivationForm::kFloat;
-  bool precise = false;
   int rows = 0;
   int k = 0;
-  float* values = nullptr;   // kFloat: [rows][k]
-  int8_t* quants = nullptr;  // [QuantRows()][PaddedColumns()], in each 32 columns: 0-3, 16-19, 4-7,
-                             // 20-23, 8-11, 24-27, 12-15, 28-31 (what a lane of an mma reads)
-  int16_t* sums = nullptr;   // [QuantRows()][PaddedColumns() / 32]: sums of quants
-  float* scales = nullptr;   // [PaddedColumns() / 32 or / 256][ScaleStride()]; x ~ scale * quant
+  float* values = nullptr;     // kFloat: [rows][k]
+  uint16_t* halves = nullptr;  // kHalf: [rows][PaddedColumns()], zero beyond k
 
-  STAGECOACH_HOST_DEVICE int QuantRows() const { return precise ? 2 * rows : rows; }
-  STAGECOACH_HOST_DEVICE int ScaleStride() const { return (QuantRows() + 3) / 4 * 4; }
   STAGECOACH_HOST_DEVICE int PaddedColumns() const {
     return (k + kSuperblock - 1) / kSuperblock * kSuperblock;
   }
 };
 
-// Bytes for any form of activations of up to rows x k; `precise` counts twice the rows.
-size_t ActivationBytes(int rows, int k, bool precise);
+// Bytes for any form of activations of up to rows x k.
+size_t ActivationBytes(int rows, int k);
 
-// Lays activations out in `memory` [ActivationBytes(rows, k, precise)], 16-byte aligned. The same
-// memory may be laid out again for fewer rows, another k or another form.
-Activations LayOutActivations(void* memory, ActivationForm form, int rows, int k, bool precise);
+// Lays activations out in `memory` [ActivationBytes(rows, k)], 16-byte aligned. The same memory may
+// be laid out again for fewer rows, another k or another form.
+Activations LayOutActivations(void* memory, ActivationForm form, int rows, int k);
 
 // Row by row, into out.form; rows and k are those of `out`. A row with a value that is not finite
-// makes that row's results NaN, and no other's.
+// (or of more than a million, as halves) makes that row's results not finite, and no other's.
 // x[rows][k].
-cudaError_t LaunchQuantize(const float* x, const Activations& out, cudaStream_t stream);
+cudaError_t LaunchConvert(const float* x, const Activations& out, cudaStream_t stream);
 // x / sqrt(mean(x^2) + epsilon) * weight[k].
-cudaError_t LaunchRmsNormQuantize(const float* x, const float* weight, float epsilon,
-                                  const Activations& out, cudaStream_t stream);
+cudaError_t LaunchRmsNorm(const float* x, const float* weight, float epsilon,
+                          const Activations& out, cudaStream_t stream);
 // silu(gate) * up; rows of both are `stride` floats apart.
-cudaError_t LaunchSwiGluQuantize(const float* gate, const float* up, int stride,
-                                 const Activations& out, cudaStream_t stream);
+cudaError_t LaunchSwiGlu(const float* gate, const float* up, int stride, const Activations& out,
+                         cudaStream_t stream);
 
 // --- Products
 
@@ -117,8 +115,11 @@ inline constexpr int kMaxMatmulTerms = 4;
 // Matrices that read the same activations (q, k, v; gate, up), fused where their types are the
 // same. All have x.k columns and a type whose form is x.form; outputs do not overlap; 1 to
 // kMaxMatmulTerms terms, x.rows >= 1.
+// next: a hint: what the next product will read (up to kMaxMatmulTerms matrices, complete, and
+// alive until this one has run) is fetched into the second-level cache while device memory would
+// idle.
 cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x,
-                         cudaStream_t stream);
+                         std::span<const PackedMatrix> next, cudaStream_t stream);
 
 }  // namespace stagecoach::cuda
 

@@ -39,7 +39,7 @@ __global__ void FillKernel(uint32_t* words, size_t count) {
 // Device memory that all measurements share.
 struct Bench {
   DeviceArray<uint8_t> pool{kPoolBytes};
-  DeviceArray<uint8_t> activations{ActivationBytes(kMostRows, kMostColumns, false)};
+  DeviceArray<uint8_t> activations{ActivationBytes(kMostRows, kMostColumns)};
   DeviceArray<float> x{size_t{kMostRows} * kMostColumns * 2};
   DeviceArray<float> y{size_t{64} * kMostOutputs > size_t{kMostRows} * 2 * kMostColumns
                            ? size_t{64} * kMostOutputs
@@ -56,8 +56,8 @@ struct Bench {
     next += (bytes + 127) / 128 * 128;
     return matrix;
   }
-  Activations Quantised(TensorType type, int rows, int k) const {
-    return LayOutActivations(activations.get(), FormFor(type), rows, k, false);
+  Activations Converted(TensorType type, int rows, int k) const {
+    return LayOutActivations(activations.get(), FormFor(type), rows, k);
   }
 };
 
@@ -125,13 +125,13 @@ void MeasureShape(Bench& bench, TensorType type, int n, int k) {
   std::printf("%-5s %6d x %5d", std::string(GetTensorTypeInfo(type).name).c_str(), n, k);
   for (const int rows : kRows) {
     if (rows > 64 && n > 2 * kMostColumns) continue;
-    const Activations x = bench.Quantised(type, rows, k);
+    const Activations x = bench.Converted(type, rows, k);
     const double seconds =
         Measure(bench,
                 [&] {
                   for (int i = 0; i < launches; ++i) {
                     const MatmulTerm term = {bench.Take(type, n, k), bench.y.get(), n};
-                    CheckDevice(LaunchMatmul({&term, 1}, x, bench.stream));
+                    CheckDevice(LaunchMatmul({&term, 1}, x, {}, bench.stream));
                   }
                 }) /
         launches;
@@ -168,37 +168,41 @@ struct ModelShape {
   int layers, width, kv_width, hidden, vocab;
 };
 
-// The products of one layer and, if `whole`, the quantisation before each.
 struct LayerWeights {
   PackedMatrix q, k, v, output, gate, up, down;
 };
 
-void RecordLayer(Bench& bench, const ModelShape& shape, const LayerWeights& w, int rows,
-                 bool whole) {
-  const Activations x = bench.Quantised(TensorType::kQ4_K, rows, shape.width);
-  const Activations hidden = bench.Quantised(TensorType::kQ4_K, rows, shape.hidden);
+// The products of one layer and, if `whole`, what makes the activations before each. next: the
+// layer behind it, or null.
+void RecordLayer(Bench& bench, const ModelShape& shape, const LayerWeights& w,
+                 const LayerWeights* next, int rows, bool whole) {
+  const Activations x = bench.Converted(TensorType::kQ4_K, rows, shape.width);
+  const Activations hidden = bench.Converted(TensorType::kQ4_K, rows, shape.hidden);
   float* residual = bench.x.get();
   float* y = bench.y.get();
   const auto norm = [&] {
-    if (whole) CheckDevice(LaunchRmsNormQuantize(residual, residual, 1e-5f, x, bench.stream));
+    if (whole) CheckDevice(LaunchRmsNorm(residual, residual, 1e-5f, x, bench.stream));
   };
   const int qkv = shape.width + 2 * shape.kv_width;
   norm();
   const MatmulTerm qkv_terms[] = {
       {w.q, y, qkv}, {w.k, y + shape.width, qkv}, {w.v, y + shape.width + shape.kv_width, qkv}};
-  CheckDevice(LaunchMatmul(qkv_terms, x, bench.stream));
-  if (whole) CheckDevice(LaunchQuantize(y, x, bench.stream));
+  CheckDevice(LaunchMatmul(qkv_terms, x, {&w.output, 1}, bench.stream));
+  if (whole) CheckDevice(LaunchConvert(y, x, bench.stream));
   const MatmulTerm output = {w.output, residual, shape.width, nullptr, true};
-  CheckDevice(LaunchMatmul({&output, 1}, x, bench.stream));
+  const PackedMatrix both[] = {w.gate, w.up};
+  CheckDevice(LaunchMatmul({&output, 1}, x, both, bench.stream));
   norm();
   const MatmulTerm gate_up[] = {{w.gate, y, 2 * shape.hidden},
                                 {w.up, y + shape.hidden, 2 * shape.hidden}};
-  CheckDevice(LaunchMatmul(gate_up, x, bench.stream));
+  CheckDevice(LaunchMatmul(gate_up, x, {&w.down, 1}, bench.stream));
   if (whole) {
-    CheckDevice(LaunchSwiGluQuantize(y, y + shape.hidden, 2 * shape.hidden, hidden, bench.stream));
+    CheckDevice(LaunchSwiGlu(y, y + shape.hidden, 2 * shape.hidden, hidden, bench.stream));
   }
   const MatmulTerm down = {w.down, residual, shape.width, nullptr, true};
-  CheckDevice(LaunchMatmul({&down, 1}, hidden, bench.stream));
+  std::vector<PackedMatrix> after;
+  if (next != nullptr) after = {next->q, next->k, next->v};
+  CheckDevice(LaunchMatmul({&down, 1}, hidden, after, bench.stream));
 }
 
 // All products of one pass through a Q4_K_M file of this shape.
@@ -225,17 +229,20 @@ void MeasureModel(Bench& bench, const ModelShape& shape) {
     layers.push_back(w);
   }
   const PackedMatrix head = take(TensorType::kQ6_K, shape.vocab, shape.width);
-  std::printf("%s, %.2f GB packed: a pass of all products; and with norms and quantisation\n",
-              shape.name, bytes * 1e-9);
+  std::printf("%s, %.2f GB packed: a pass of all products; and with norms and SwiGLU\n", shape.name,
+              bytes * 1e-9);
   for (const int rows : kRows) {
     double seconds[2];
     for (const bool whole : {false, true}) {
       seconds[whole] = Measure(bench, [&] {
-        for (const LayerWeights& w : layers) RecordLayer(bench, shape, w, rows, whole);
+        for (size_t i = 0; i < layers.size(); ++i) {
+          const LayerWeights* next = i + 1 < layers.size() ? &layers[i + 1] : nullptr;
+          RecordLayer(bench, shape, layers[i], next, rows, whole);
+        }
         const int head_rows = std::min(rows, 64);
-        const Activations x = bench.Quantised(TensorType::kQ6_K, head_rows, shape.width);
+        const Activations x = bench.Converted(TensorType::kQ6_K, head_rows, shape.width);
         const MatmulTerm term = {head, bench.y.get(), shape.vocab};
-        CheckDevice(LaunchMatmul({&term, 1}, x, bench.stream));
+        CheckDevice(LaunchMatmul({&term, 1}, x, {}, bench.stream));
       });
     }
     const double rate = bytes / seconds[0];

@@ -1,5 +1,6 @@
-// Whether the products on this device are right: against float64, and bit for bit between the
-// kernels for few and for many rows.
+// Whether the products on this device are right: against float64, with the very halves that the
+// device should multiply and with the weights themselves, and bit for bit between the kernels for
+// few and for many rows.
 #ifndef STAGECOACH_KERNELS_CUDA_QUANT_MATMUL_CHECK_H_
 #define STAGECOACH_KERNELS_CUDA_QUANT_MATMUL_CHECK_H_
 
@@ -16,13 +17,12 @@ struct MatmulCheck {
   int n = 0;  // of the first term; a second one of the same type has n / 3 + 1
   int k = 0;
   std::span<const int> rows;  // the largest last
-  bool precise = false;
 };
 
 // Prints one line; false if anything is wrong, device errors included.
 bool RunMatmulCheck(const MatmulCheck& check);
 
-// Quantisation of norms and SwiGLU against float64. Prints one line per form.
+// Conversion of norms and SwiGLU against float64. Prints one line per form.
 bool RunActivationCheck();
 
 // All types over shapes that reach every kernel. small: shapes for a slow device.

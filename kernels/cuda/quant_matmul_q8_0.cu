@@ -2,7 +2,7 @@
 
 namespace stagecoach::cuda {
 
-template cudaError_t LaunchTypedMatmul<TensorType::kQ8_0>(const MatmulParameters&, int,
-                                                          cudaStream_t);
+template cudaError_t LaunchTypedMatmul<TensorType::kQ8_0>(const MatmulParameters&,
+                                                          const DeviceLimits&, cudaStream_t);
 
 }  // namespace stagecoach::cuda

@@ -22,63 +22,63 @@ struct RawMatrix {
     if (row >= n || column >= k) return nullptr;
     return blocks + (static_cast<size_t>(row) * k + column) / Block::kElements;
   }
-  // `count` bits of the quant from bit `first` on.
-  __device__ uint32_t Bits(int row, int column, int first, int count) const {
+  // `count` bits from bit `first` on of the quant less the type's least one.
+  __device__ uint32_t Bits(int row, int column, int least, int first, int count) const {
     const Block* block = Find(row, column);
     if (block == nullptr) return 0;
-    return (static_cast<uint32_t>(block->quant(column % Block::kElements)) >> first) &
+    return (static_cast<uint32_t>(block->quant(column % Block::kElements) - least) >> first) &
            ((1u << count) - 1);
   }
 };
 
-// Registers a[0] .. a[3] of a lane hold bytes of these rows and columns of a group.
-__device__ int RegisterRow(int lane, int j) { return lane / 4 + j % 2 * 8; }
-__device__ int RegisterColumn(int lane, int j, int byte) {
-  return j / 2 * 16 + lane % 4 * 4 + byte;
-}
+// The place of one lane's values in a tile.
+__device__ int RowOf(int lane, int r) { return lane / 4 + r * 8; }
+__device__ int ColumnOf(int lane, int group, int j) { return group * 32 + lane % 4 * 8 + 2 * j; }
 
 // Writes the planes of quants. row, column: where the tile begins.
 template <typename Tile, typename Block>
 __device__ void PackQuants(const RawMatrix<Block>& raw, int row, int column, uint8_t* tile) {
-  // `count` bits from `first` on of registers [first_j, first_j + registers), `step` bits apart.
-  const auto word = [&](int group, int lane, int first_j, int registers, int step, int first,
-                        int count) {
-    uint32_t result = 0;
-    for (int r = 0; r < registers; ++r) {
-      const int j = first_j + r;
-      for (int byte = 0; byte < 4; ++byte) {
-        const uint32_t bits =
-            raw.Bits(row + RegisterRow(lane, j),
-                     column + group * 32 + RegisterColumn(lane, j, byte), first, count);
-        result |= bits << (8 * byte + step * r);
-      }
-    }
-    return result;
+  const auto bits = [&](int lane, int r, int tile_column, int first, int count) {
+    return raw.Bits(row + RowOf(lane, r), column + tile_column, Tile::kLeastQuant, first, count);
+  };
+  // Both columns of pair j, `width` bits from `first` on, where a word has the fields of pairs 2m
+  // and 2m + 1.
+  const auto pair = [&](int lane, int group, int r, int j, int m, int first, int width) {
+    const int tile_column = ColumnOf(lane, group, j);
+    const uint32_t low = bits(lane, r, tile_column, first, width);
+    const uint32_t high = bits(lane, r, tile_column + 1, first, width);
+    return (low | high << 16) << (PlacePair(width, m) + j % 2 * 4);
   };
   auto* words = reinterpret_cast<uint32_t*>(tile);
   for (int i = threadIdx.x; i < 8 * 32; i += kRepackThreads) {
-    const int group = i / 32, lane = i % 32, p = group / 2, second = group % 2;
-    if constexpr (Tile::kHasNibbles) {
-      uint32_t* target = words + Tile::kNibbles / 4 + (p * 32 + lane) * 4 + second * 2;
-      target[0] = word(group, lane, 0, 2, 4, 0, 4);
-      target[1] = word(group, lane, 2, 2, 4, 0, 4);
+    const int group = i / 32, lane = i % 32, place = group / 2 * 32 + lane;
+    for (int r = 0; r < 2; ++r) {
+      if constexpr (Tile::kHasNibbles) {
+        uint32_t word = 0;
+        for (int j = 0; j < 4; ++j) word |= pair(lane, group, r, j, j / 2, 0, 4);
+        words[Tile::kNibbles / 4 + place * 4 + group % 2 * 2 + r] = word;
+      }
+      if constexpr (Tile::kBits == 8) {
+        for (int c = 0; c < 8; ++c) {
+          tile[Tile::kBytePlane + (i * 2 + r) * 8 + c] =
+              static_cast<uint8_t>(bits(lane, r, ColumnOf(lane, group, 0) + c, 0, 8));
+        }
+      }
     }
     if constexpr (Tile::kHasCrumbs) {
-      words[Tile::kCrumbs / 4 + (p * 32 + lane) * 2 + second] =
-          word(group, lane, 0, 4, 2, Tile::kHasNibbles ? 4 : 0, 2);
+      uint32_t word = 0;
+      for (int rj = 0; rj < 8; ++rj) {
+        word |= pair(lane, group, rj / 4, rj % 4, rj / 2, Tile::kCrumbShift, 2);
+      }
+      words[Tile::kCrumbs / 4 + place * 2 + group % 2] = word;
     }
     if constexpr (Tile::kHasBits) {
-      if (second == 0) {
-        words[Tile::kBitPlane / 4 + p * 32 + lane] =
-            word(group, lane, 0, 4, 1, Tile::kBits - 1, 1) |
-            word(group + 1, lane, 0, 4, 1, Tile::kBits - 1, 1) << 4;
+      if (group % 2 != 0) continue;
+      uint32_t word = 0;
+      for (int irj = 0; irj < 16; ++irj) {
+        word |= pair(lane, group + irj / 8, irj / 4 % 2, irj % 4, irj / 2, Tile::kBitShift, 1);
       }
-    }
-    if constexpr (Tile::kBits == 8) {
-      for (int j = 0; j < 4; ++j) {
-        words[Tile::kBytePlane / 4 + (group * 32 + lane) * 4 + j] =
-            word(group, lane, j, 1, 0, 0, 8);
-      }
+      words[Tile::kBitPlane / 4 + place] = word;
     }
   }
 }
@@ -95,7 +95,9 @@ __device__ void PackScales(const RawMatrix<Block>& raw, int row, int column, uin
         if constexpr (Tile::kScaling == Scaling::kInteger32) {
           value = j < 8 ? block->scale(j) : block->min(j - 8);
         } else {
-          value = block->scale(j) | (Tile::kHasMin ? block->min(j) << 4 : 0);
+          const int half_group = j % 8 * 2 + j / 8;
+          value = (block->scale(half_group) - Tile::kLeastScale) |
+                  (Tile::kHasMin ? block->min(half_group) << 4 : 0);
         }
       }
       tile[Tile::kScales + r % 8 * 32 + r / 8 * 16 + j] = static_cast<uint8_t>(value);
@@ -104,20 +106,20 @@ __device__ void PackScales(const RawMatrix<Block>& raw, int row, int column, uin
   constexpr int kDeltaGroups = Tile::kFloatScales ? 8 : 1;
   auto* halves = reinterpret_cast<uint16_t*>(tile + Tile::kDeltas);
   for (int i = threadIdx.x; i < kDeltaGroups * 16; i += kRepackThreads) {
-    const int group = i / 16, r = i % 16;
+    const int group = i / 16, r = i % 16, place = group * 16 + r % 8 * 2 + r / 8;
     const Block* block = raw.Find(row + r, column + group * 32);
     const uint16_t delta = block == nullptr ? 0 : FloatToHalf(block->delta());
     const uint16_t delta_min = block == nullptr ? 0 : FloatToHalf(block->delta_min());
     if constexpr (Tile::kFloatScales) {
-      halves[group * 16 + r % 8 * 2 + r / 8] = delta;
+      halves[place] = delta;
       if constexpr (Tile::kHasMin) {
-        halves[(Tile::kDeltaMins - Tile::kDeltas) / 2 + group * 16 + r % 8 * 2 + r / 8] = delta_min;
+        halves[(Tile::kDeltaMins - Tile::kDeltas) / 2 + place] = delta_min;
       }
     } else if constexpr (Tile::kHasMin) {
-      halves[r % 8 * 4 + r / 8 * 2] = delta;
-      halves[r % 8 * 4 + r / 8 * 2 + 1] = delta_min;
+      halves[place * 2] = delta;
+      halves[place * 2 + 1] = delta_min;
     } else {
-      halves[r % 8 * 2 + r / 8] = delta;
+      halves[place] = delta;
     }
   }
 }

@@ -12,55 +12,71 @@
 namespace stagecoach::cuda {
 
 template <typename Tile, int kColumns>
-bool StreamFits(const MatmulParameters& p) {
-  return StreamLayout<Tile, kColumns>::SharedBytes(1, p.superblocks) <= kMostSharedBytes;
+bool StreamFits(const MatmulParameters& p, const DeviceLimits& device) {
+  return p.rows <= kColumns &&
+         StreamLayout<Tile, kColumns>::SharedBytes(1, p.superblocks) <= device.shared_bytes;
 }
 
 template <typename Tile, int kColumns>
-cudaError_t LaunchStream(const MatmulParameters& p, int multiprocessors, cudaStream_t stream) {
+cudaError_t LaunchStream(const MatmulParameters& p, const DeviceLimits& device,
+                         cudaStream_t stream) {
   using Layout = StreamLayout<Tile, kColumns>;
-  const bool two_teams = Layout::SharedBytes(kMaxTeams, p.superblocks) <= kMostSharedBytes;
+  const bool two_teams = Layout::SharedBytes(kMaxTeams, p.superblocks) <= device.shared_bytes;
   const int teams = two_teams ? kMaxTeams : 1;
   LaunchShape shape;
-  shape.grid = dim3(std::min((p.tile_rows + teams - 1) / teams, multiprocessors));
+  shape.grid = dim3(std::min(p.tile_rows, device.multiprocessors));
   shape.threads = teams * kTeamThreads;
   // One block at a time on a multiprocessor, so that all have the same share: where two fit, those
   // of the next kernel crowd on the multiprocessors that finish first.
   shape.shared_bytes =
-      std::max<size_t>(Layout::SharedBytes(teams, p.superblocks), kMostSharedBytes / 2 + 1024);
-  const cudaError_t status = AllowSharedMemory(StreamKernel<Tile, kColumns>, kMostSharedBytes);
+      std::max<size_t>(Layout::SharedBytes(teams, p.superblocks), device.shared_bytes / 2 + 1024);
+  const cudaError_t status = AllowSharedMemory(StreamKernel<Tile, kColumns>, device.shared_bytes);
   if (status != cudaSuccess) return status;
   return LaunchKernel(StreamKernel<Tile, kColumns>, shape, stream, p);
 }
 
-template <typename Tile, int kColumns>
-cudaError_t LaunchTiles(const MatmulParameters& p, int multiprocessors, cudaStream_t stream) {
-  const int row_blocks = (p.quant_rows + kColumns - 1) / kColumns;
-  const int output_blocks = (p.tile_rows + kTileWarps - 1) / kTileWarps;
-  const bool split_k = row_blocks * output_blocks < multiprocessors * 3 / 2;
+template <typename Tile, int kColumns, bool kSplitK>
+cudaError_t LaunchTileKernel(const MatmulParameters& p, int row_blocks, const DeviceLimits& device,
+                             cudaStream_t stream) {
+  using Layout = TileLayout<Tile, kColumns, kSplitK>;
+  constexpr int kCluster = kSplitK ? kSplits : 1;
   LaunchShape shape;
-  shape.grid = dim3(row_blocks * (split_k ? kSplits : 1), output_blocks);
+  shape.grid = dim3(row_blocks * kCluster,
+                    (p.tile_rows * kTileRows + Layout::kBlockRows - 1) / Layout::kBlockRows);
   shape.threads = kTileThreads;
-  shape.cluster = split_k ? kSplits : 1;
-  shape.shared_bytes = split_k ? TileLayout<Tile, kColumns, true>::kSharedBytes
-                               : TileLayout<Tile, kColumns, false>::kSharedBytes;
-  const auto kernel =
-      split_k ? TileKernel<Tile, kColumns, true> : TileKernel<Tile, kColumns, false>;
-  const cudaError_t status = AllowSharedMemory(kernel, kMostSharedBytes);
+  shape.cluster = kCluster;
+  shape.shared_bytes = Layout::kSharedBytes;
+  const auto kernel = TileKernel<Tile, kColumns, kSplitK>;
+  const cudaError_t status = AllowSharedMemory(kernel, device.shared_bytes);
   if (status != cudaSuccess) return status;
   return LaunchKernel(kernel, shape, stream, p);
 }
 
+template <typename Tile, int kColumns>
+cudaError_t LaunchTiles(const MatmulParameters& p, const DeviceLimits& device,
+                        cudaStream_t stream) {
+  using Layout = TileLayout<Tile, kColumns, false>;
+  const int row_blocks = (p.rows + kColumns - 1) / kColumns;
+  const int output_blocks = (p.tile_rows * kTileRows + Layout::kBlockRows - 1) / Layout::kBlockRows;
+  const int places = device.multiprocessors * Layout::kBlocks;
+  if (device.clusters && row_blocks * output_blocks < places * 3 / 4) {
+    return LaunchTileKernel<Tile, kColumns, true>(p, row_blocks, device, stream);
+  }
+  return LaunchTileKernel<Tile, kColumns, false>(p, row_blocks, device, stream);
+}
+
 template <TensorType type>
-cudaError_t LaunchTypedMatmul(const MatmulParameters& p, int multiprocessors, cudaStream_t stream) {
+cudaError_t LaunchTypedMatmul(const MatmulParameters& p, const DeviceLimits& device,
+                              cudaStream_t stream) {
   using Tile = TileOf<type>;
-  const int rows = p.quant_rows;
-  if (rows == 1 && StreamFits<Tile, 1>(p)) return LaunchStream<Tile, 1>(p, multiprocessors, stream);
-  if (rows <= 2 && StreamFits<Tile, 2>(p)) return LaunchStream<Tile, 2>(p, multiprocessors, stream);
-  if (rows <= 8 && StreamFits<Tile, 8>(p)) return LaunchStream<Tile, 8>(p, multiprocessors, stream);
-  if (rows <= 16) return LaunchTiles<Tile, 16>(p, multiprocessors, stream);
-  if (rows <= 32) return LaunchTiles<Tile, 32>(p, multiprocessors, stream);
-  return LaunchTiles<Tile, 64>(p, multiprocessors, stream);
+  if (StreamFits<Tile, 1>(p, device)) return LaunchStream<Tile, 1>(p, device, stream);
+  if (StreamFits<Tile, 2>(p, device)) return LaunchStream<Tile, 2>(p, device, stream);
+  if (StreamFits<Tile, 4>(p, device)) return LaunchStream<Tile, 4>(p, device, stream);
+  if (StreamFits<Tile, 8>(p, device)) return LaunchStream<Tile, 8>(p, device, stream);
+  if (p.rows <= 8) return LaunchTiles<Tile, 8>(p, device, stream);
+  if (p.rows <= 16) return LaunchTiles<Tile, 16>(p, device, stream);
+  if (p.rows <= 32) return LaunchTiles<Tile, 32>(p, device, stream);
+  return LaunchTiles<Tile, 64>(p, device, stream);
 }
 
 }  // namespace stagecoach::cuda

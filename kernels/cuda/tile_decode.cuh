@@ -1,0 +1,209 @@
+// From tiles to the weights themselves, in halves, in the registers of a matrix product. Every
+// kernel decodes with this code, so all multiply the same bits:
+//
+//   weight = half(quant * scale + offset), quant exact, one rounding,
+//   scale = half(d * integer scale), offset = -half(dmin * integer minimum);
+//   of blocks of 32 columns: scale = d, offset = -delta_min
+//
+// (model/block_decode.h). Beyond what halves hold, 65504, a weight is infinite.
+#ifndef STAGECOACH_KERNELS_CUDA_TILE_DECODE_CUH_
+#define STAGECOACH_KERNELS_CUDA_TILE_DECODE_CUH_
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/tile_format.cuh"
+
+namespace stagecoach::cuda {
+
+// The bits of two halves of 1024: with an integer below 1024 in the mantissa, 1024 + that integer.
+inline constexpr uint32_t kHalves1024 = 0x64006400;
+
+__device__ inline __half2 AsHalves(uint32_t bits) {
+  __half2 halves;
+  memcpy(&halves, &bits, 4);
+  return halves;
+}
+__device__ inline uint32_t BitsOf(__half2 halves) {
+  uint32_t bits;
+  memcpy(&bits, &halves, 4);
+  return bits;
+}
+__device__ inline uint32_t MoveRight(uint32_t word, int bits) {
+  return bits >= 0 ? word >> bits : word << -bits;
+}
+
+// What a tile holds of a pair of groups of 32 columns for one lane, as it is.
+template <typename Tile>
+struct TilePair {
+  uint4 nibbles = {};
+  uint2 crumbs = {};
+  uint32_t bits = 0;
+  uint4 bytes[2] = {};
+
+  // p: a constant after unrolling.
+  __device__ TilePair(const uint8_t* tile, int p, int lane) {
+    const int place = p * 32 + lane;
+    if constexpr (Tile::kHasNibbles) {
+      nibbles = *reinterpret_cast<const uint4*>(tile + Tile::kNibbles + place * 16);
+    }
+    if constexpr (Tile::kHasCrumbs) {
+      crumbs = *reinterpret_cast<const uint2*>(tile + Tile::kCrumbs + place * 8);
+    }
+    if constexpr (Tile::kHasBits) {
+      bits = *reinterpret_cast<const uint32_t*>(tile + Tile::kBitPlane + place * 4);
+    }
+    if constexpr (Tile::kBits == 8) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        bytes[i] = *reinterpret_cast<const uint4*>(tile + Tile::kBytePlane +
+                                                   ((2 * p + i) * 32 + lane) * 16);
+      }
+    }
+  }
+
+  // The quants of group i (0, 1), row r, pairs 2h and 2h + 1 (h = 0, 1), exact.
+  __device__ void Quants(int i, int r, int h, __half2 (&quants)[2]) const {
+    constexpr float kLeast = Tile::kLeastQuant;
+    if constexpr (Tile::kBits == 8) {
+      const uint32_t word =
+          h == 0 ? (r == 0 ? bytes[i].x : bytes[i].z) : (r == 0 ? bytes[i].y : bytes[i].w);
+      const __half2 less = __float2half2_rn(kLeast - 1024);
+      quants[0] = __hadd2_rn(AsHalves(__byte_perm(word, kHalves1024, 0x7170)), less);
+      quants[1] = __hadd2_rn(AsHalves(__byte_perm(word, kHalves1024, 0x7372)), less);
+    } else {
+      uint32_t first = kHalves1024, second = kHalves1024;
+      const auto add = [&](uint32_t plane, int width, int m, int shift) {
+        const uint32_t word = MoveRight(plane, PlacePair(width, m) - shift);
+        const uint32_t mask = (((1u << width) - 1) << shift) * 0x00010001u;
+        first |= word & mask;
+        second |= word & (mask << 4);
+      };
+      if constexpr (Tile::kHasBits) add(bits, 1, i * 4 + r * 2 + h, Tile::kBitShift);
+      if constexpr (Tile::kHasCrumbs) {
+        add(i == 0 ? crumbs.x : crumbs.y, 2, r * 2 + h, Tile::kCrumbShift);
+      }
+      if constexpr (Tile::kHasNibbles) {
+        const uint32_t word =
+            i == 0 ? (r == 0 ? nibbles.x : nibbles.y) : (r == 0 ? nibbles.z : nibbles.w);
+        add(word, 4, h, 0);
+      }
+      // 1024 + quant, and 1024 + 16 * quant.
+      quants[0] = __hadd2_rn(AsHalves(first), __float2half2_rn(kLeast - 1024));
+      quants[1] =
+          __hfma2(AsHalves(second), __float2half2_rn(1.0f / 16), __float2half2_rn(kLeast - 64));
+    }
+  }
+};
+
+// Scales and offsets of the lane's rows in a pair of groups.
+struct PairScales {
+  __half2 scale[2];   // [r]: of both groups
+  __half2 offset[2];  // of types with a minimum
+};
+
+// The bytes 2p and 2p + 1 of 8, as two halves, `least` added, times `delta`.
+template <int least>
+__device__ inline __half2 ScaledBytes(uint2 bytes, int p, __half2 delta) {
+  const uint32_t word = p < 2 ? bytes.x : bytes.y;
+  const __half2 value =
+      AsHalves(__byte_perm(word, kHalves1024, p % 2 == 0 ? 0x7170 : 0x7372));  // 1024 + byte
+  return __hmul2_rn(__hadd2_rn(value, __float2half2_rn(static_cast<float>(least - 1024))), delta);
+}
+
+// What a tile's scales are to one lane.
+template <typename Tile>
+class TileScales {
+ public:
+  __device__ TileScales(const uint8_t* tile, int lane) : tile_(tile), g_(lane / 4) {
+    if constexpr (!Tile::kFloatScales) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint8_t* row = tile + Tile::kScales + g_ * 32 + r * 16;
+        if constexpr (Tile::kScaling == Scaling::kInteger32) {
+          const uint4 both = *reinterpret_cast<const uint4*>(row);
+          scales_[r] = {both.x, both.y};
+          mins_[r] = {both.z, both.w};
+        } else {
+          const uint2 bytes = *reinterpret_cast<const uint2*>(row + lane % 4 / 2 * 8);
+          constexpr uint32_t kLow = Tile::kHasMin ? 0x0f0f0f0f : 0xffffffff;
+          scales_[r] = {bytes.x & kLow, bytes.y & kLow};
+          mins_[r] = {(bytes.x >> 4) & kLow, (bytes.y >> 4) & kLow};
+        }
+        const auto* deltas = reinterpret_cast<const __half*>(
+            tile + Tile::kDeltas + (g_ * 2 + r) * (Tile::kHasMin ? 4 : 2));
+        delta_[r] = __half2half2(deltas[0]);
+        if constexpr (Tile::kHasMin) minus_min_[r] = __half2half2(__hneg(deltas[1]));
+      }
+    }
+  }
+
+  // p: a constant after unrolling.
+  __device__ PairScales Pair(int p) const {
+    PairScales result;
+    if constexpr (Tile::kFloatScales) {
+      const auto* first = reinterpret_cast<const __half2*>(tile_ + Tile::kDeltas) + p * 16 + g_;
+      result.scale[0] = __lows2half2(first[0], first[8]);
+      result.scale[1] = __highs2half2(first[0], first[8]);
+      if constexpr (Tile::kHasMin) {
+        const auto* mins = reinterpret_cast<const __half2*>(tile_ + Tile::kDeltaMins) + p * 16 + g_;
+        result.offset[0] = __hneg2(__lows2half2(mins[0], mins[8]));
+        result.offset[1] = __hneg2(__highs2half2(mins[0], mins[8]));
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        result.scale[r] = ScaledBytes<Tile::kLeastScale>(scales_[r], p, delta_[r]);
+        if constexpr (Tile::kHasMin) {
+          result.offset[r] = ScaledBytes<0>(mins_[r], p, minus_min_[r]);
+        }
+      }
+    }
+    return result;
+  }
+
+ private:
+  const uint8_t* tile_;
+  int g_;
+  uint2 scales_[2] = {}, mins_[2] = {};  // [r]: 8 bytes
+  __half2 delta_[2] = {}, minus_min_[2] = {};
+};
+
+// Weights of one group of 32 columns: the registers of two products over 16 columns each.
+struct GroupWeights {
+  uint32_t bits[2][4];  // [r][j]
+};
+
+// i: which group of the pair.
+template <typename Tile>
+__device__ inline GroupWeights DecodeGroup(const TilePair<Tile>& pair, const PairScales& scales,
+                                           int i) {
+  GroupWeights result;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const __half2 scale = i == 0 ? __low2half2(scales.scale[r]) : __high2half2(scales.scale[r]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      __half2 quants[2];
+      pair.Quants(i, r, h, quants);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        __half2 weight;
+        if constexpr (Tile::kHasMin) {
+          const __half2 offset =
+              i == 0 ? __low2half2(scales.offset[r]) : __high2half2(scales.offset[r]);
+          weight = __hfma2(quants[j], scale, offset);
+        } else {
+          weight = __hmul2_rn(quants[j], scale);
+        }
+        result.bits[r][2 * h + j] = BitsOf(weight);
+      }
+    }
+  }
+  return result;
+}
+
+}  // namespace stagecoach::cuda
+
+#endif  // STAGECOACH_KERNELS_CUDA_TILE_DECODE_CUH_
