@@ -105,7 +105,7 @@ __device__ float SumOfBlock(float value) {
 // Grid: one block per row.
 __global__ void __launch_bounds__(kNormThreads)
     RmsNormKernel(const float* x, const float* weight, float epsilon,
-                         const __grid_constant__ Activations out) {
+                  const __grid_constant__ Activations out) {
   LetNextKernelStart();
   WaitForPreviousKernel();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = blockIdx.x;

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <span>
 
 #include "kernels/cuda/device_ops.cuh"
 #include "kernels/cuda/quant_matmul.h"
@@ -13,22 +14,23 @@
 
 namespace stagecoach::cuda {
 
-inline constexpr int kSplits = 8;  // of k; fixes the order of sums, so it is part of the contract
+inline constexpr int kSplits = 16;  // of k; fixes the order of sums, so it is part of the contract
 
 // The first superblock of a split.
 __host__ __device__ inline int SplitBegin(int split, int superblocks) {
   return split * superblocks / kSplits;
 }
 
-// Memory that the next product will read: laid end to end, cut into one range for each block.
+// Memory that the next product will read: of each range, warp w of block b fetches `chunk` bytes
+// from b * stride + w * chunk on. Multiples of 16.
 struct NextWeights {
   struct Range {
     const uint8_t* data;
-    uint32_t bytes;
+    uint32_t stride;
+    uint32_t chunk;
   };
   Range ranges[kMaxMatmulTerms];
   int count;
-  uint32_t bytes_per_block;  // of a block's range are fetched
 };
 
 // Terms of one type over the same activations, by value in a kernel's parameters. Their tile rows
@@ -48,8 +50,12 @@ struct MatmulParameters {
   int tile_rows;    // of all terms
   int superblocks;  // per row
   int rows;
-  const __half* x;  // [rows][superblocks * 256]
+  const __half* x;                              // [rows][superblocks * 256]
+  std::span<const PackedMatrix> next_matrices;  // for the launcher
+  // What launchers add.
   NextWeights next;
+  int block_rows;     // tile rows of a block,
+  int longer_blocks;  // the first of which have one more
 
   __device__ const Term& TermOf(int tile_row) const {
     int i = 0;
@@ -67,23 +73,15 @@ __device__ inline const uint8_t* TileRow(const MatmulParameters& p, int tile_row
 }
 
 // Begins to fetch this block's share of the next product's weights into the second-level cache, so
-// that device memory does not idle between the two. One warp of `warps` calls it in one lane.
-__device__ inline void PrefetchNext(const NextWeights& next, int warp, int warps) {
-  uint64_t total = 0;
-  for (int i = 0; i < next.count; ++i) total += next.ranges[i].bytes;
-  const uint64_t share = total / gridDim.x, block_begin = share * blockIdx.x;
-  const uint64_t bytes = min(share, static_cast<uint64_t>(next.bytes_per_block));
-  const uint64_t begin = block_begin + bytes * warp / warps;
-  const uint64_t end = block_begin + bytes * (warp + 1) / warps;
-  uint64_t range_begin = 0;
+// that device memory does not idle between the two. Each warp calls it once.
+__device__ inline void PrefetchNext(const NextWeights& next, int lane) {
+  if (lane != 0) return;
+  const uint32_t warp = threadIdx.x / 32;
+#pragma unroll 1
   for (int i = 0; i < next.count; ++i) {
-    const uint64_t first = max(begin, range_begin) / 16 * 16;
-    const uint64_t last = min(end, range_begin + next.ranges[i].bytes) / 16 * 16;
-    if (first < last) {
-      PrefetchToCache(next.ranges[i].data + (first - range_begin),
-                      static_cast<uint32_t>(last - first));
-    }
-    range_begin += next.ranges[i].bytes;
+    const NextWeights::Range& range = next.ranges[i];
+    PrefetchToCache(range.data + size_t{range.stride} * blockIdx.x + range.chunk * warp,
+                    range.chunk);
   }
 }
 
@@ -100,6 +98,10 @@ __device__ inline void StoreResult(const MatmulParameters& p, int tile_row, int 
   if (term.accumulate) value = __fadd_rn(__ldcg(y), value);
   *y = value;
 }
+
+// `matrices` for blocks of `warps` warps, `blocks` of them: their first part, evenly over the
+// blocks.
+NextWeights MakeNextWeights(std::span<const PackedMatrix> matrices, int blocks, int warps);
 
 // What launchers must know of the current device.
 struct DeviceLimits {

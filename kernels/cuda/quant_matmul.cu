@@ -22,28 +22,16 @@ void AddTerm(const MatmulTerm& term, MatmulParameters* p) {
 // is what passes between two products, and a good part of the second-level cache.
 constexpr uint64_t kMostPrefetchBytes = 16 << 20;
 
-NextWeights Next(std::span<const PackedMatrix> matrices, const DeviceLimits& device) {
-  NextWeights next = {};
-  for (const PackedMatrix& matrix : matrices) {
-    const size_t bytes = PackedBytes(matrix.type, matrix.n, matrix.k);
-    if (bytes > UINT32_MAX) continue;
-    next.ranges[next.count++] = {static_cast<const uint8_t*>(matrix.data),
-                                 static_cast<uint32_t>(bytes)};
-  }
-  next.bytes_per_block = static_cast<uint32_t>(kMostPrefetchBytes / device.multiprocessors);
-  return next;
-}
-
 // Terms of one type.
 cudaError_t LaunchSameType(std::span<const MatmulTerm> terms, const Activations& x,
-                           const NextWeights& next, const DeviceLimits& device,
+                           std::span<const PackedMatrix> next, const DeviceLimits& device,
                            cudaStream_t stream) {
   MatmulParameters p = {};
   for (const MatmulTerm& term : terms) AddTerm(term, &p);
   p.superblocks = x.PaddedColumns() / kSuperblock;
   p.rows = x.rows;
   p.x = reinterpret_cast<const __half*>(x.halves);
-  p.next = next;
+  p.next_matrices = next;
   return VisitTileType(terms[0].weights.type, cudaErrorInvalidValue, [&]<TensorType type>() {
     return LaunchTypedMatmul<type>(p, device, stream);
   });
@@ -65,6 +53,21 @@ cudaError_t ReadLimits(DeviceLimits* limits) {
 
 }  // namespace
 
+NextWeights MakeNextWeights(std::span<const PackedMatrix> matrices, int blocks, int warps) {
+  NextWeights next = {};
+  size_t total = 0;
+  for (const PackedMatrix& matrix : matrices) total += PackedBytes(matrix.type, matrix.n, matrix.k);
+  for (const PackedMatrix& matrix : matrices) {
+    const size_t bytes = PackedBytes(matrix.type, matrix.n, matrix.k);
+    const size_t wanted = total <= kMostPrefetchBytes ? bytes : kMostPrefetchBytes * bytes / total;
+    const size_t stride = bytes / blocks / 16 * 16, chunk = wanted / blocks / warps / 16 * 16;
+    if (chunk == 0 || FormFor(matrix.type) != ActivationForm::kHalf) continue;
+    next.ranges[next.count++] = {static_cast<const uint8_t*>(matrix.data),
+                                 static_cast<uint32_t>(stride), static_cast<uint32_t>(chunk)};
+  }
+  return next;
+}
+
 cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x,
                          std::span<const PackedMatrix> next, cudaStream_t stream) {
   if (x.form == ActivationForm::kFloat) {
@@ -80,8 +83,8 @@ cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x
     size_t same = 1;  // neighbours of one type go together
     while (same < terms.size() && terms[same].weights.type == terms[0].weights.type) ++same;
     const bool last = same == terms.size();
-    status = LaunchSameType(terms.first(same), x, last ? Next(next, device) : NextWeights{}, device,
-                            stream);
+    status = LaunchSameType(terms.first(same), x, last ? next : std::span<const PackedMatrix>(),
+                            device, stream);
     terms = terms.subspan(same);
   }
   return status;

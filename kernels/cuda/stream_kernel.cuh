@@ -1,8 +1,8 @@
 // Products for 1 to 8 rows of activations at the speed of the weights' stream. A block has an even
-// share of the rows of tiles. The 8 warps of a team take one split of k each, of the same 16 output
-// rows, every tile fetched ahead into a ring of the warp's own, so that no barrier stands in the
-// stream; partial sums meet in shared memory once per 16 output rows. The activations of all of k
-// lie in shared memory.
+// share of the rows of tiles. The 16 warps of a team take one split of k each, of the same 16
+// output rows, every tile fetched ahead into a ring of the warp's own, so that no barrier stands in
+// the stream; partial sums meet in shared memory once per 16 output rows. The activations of all of
+// k lie in shared memory.
 #ifndef STAGECOACH_KERNELS_CUDA_STREAM_KERNEL_CUH_
 #define STAGECOACH_KERNELS_CUDA_STREAM_KERNEL_CUH_
 
@@ -72,8 +72,7 @@ class TileFetcher {
     Locate();
   }
 
-  // Begins the copy of the next tile, if there is one, as a group of copies of its own. When there
-  // is none any more, begins with the next product's weights.
+  // Begins the copy of the next tile, if there is one, as a group of copies of its own.
   __device__ void Fetch() {
     if (tile_row_ < end_) {
       uint8_t* target = ring_ + stage_ * Tile::kBytes;
@@ -89,9 +88,6 @@ class TileFetcher {
         Locate();
       }
       if (++stage_ == kStages) stage_ = 0;
-    } else if (!ended_) {
-      ended_ = true;
-      if (lane_ == 0) PrefetchNext(p_.next, threadIdx.x / 32, blockDim.x / 32);
     }
     CommitCopies();
   }
@@ -107,7 +103,6 @@ class TileFetcher {
   const uint8_t* source_ = nullptr;
   int lane_, tile_row_, end_, step_, first_, last_, superblock_;
   int stage_ = 0;
-  bool ended_ = false;
 };
 
 // kColumns: 1, 2, 4 or 8, at least p.rows. Blocks of 1 or kMaxTeams teams, any number of them.
@@ -126,11 +121,12 @@ __global__ void __launch_bounds__(kMaxTeams* kTeamThreads, 1)
   uint8_t* activations = shared + teams * Layout::kTeamBytes;
 
   const int first = SplitBegin(split, p.superblocks), last = SplitBegin(split + 1, p.superblocks);
-  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-  const int end = static_cast<int>(int64_t{p.tile_rows} * (block + 1) / blocks);
-  int tile_row = static_cast<int>(int64_t{p.tile_rows} * block / blocks) + team;
+  const int block = static_cast<int>(blockIdx.x);
+  const int begin = block * p.block_rows + min(block, p.longer_blocks);
+  const int end = begin + p.block_rows + (block < p.longer_blocks ? 1 : 0);
+  int tile_row = begin + team;
   TileFetcher<Tile, Layout::kStages> fetcher(p, ring, lane, tile_row, end, teams, first, last);
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < Layout::kStages; ++i) fetcher.Fetch();
   LetNextKernelStart();
   WaitForPreviousKernel();
@@ -140,7 +136,9 @@ __global__ void __launch_bounds__(kMaxTeams* kTeamThreads, 1)
 
   int stage = 0, half = 0;
   for (; tile_row < end; tile_row += teams) {
+    if (tile_row + teams >= end) PrefetchNext(p.next, lane);  // all of this product is on its way
     float acc[1][1][4] = {};
+#pragma unroll 1
     for (int s = first; s < last; ++s) {
       WaitCopies<Layout::kStages - 1>();
       __syncwarp();

@@ -30,6 +30,13 @@ __device__ inline uint32_t BitsOf(__half2 halves) {
   memcpy(&bits, &halves, 4);
   return bits;
 }
+// (word & mask) | bits, in one instruction: the compiler would make two of it where mask and bits
+// are constants.
+__device__ inline uint32_t MaskAndOr(uint32_t word, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+}
 __device__ inline uint32_t MoveRight(uint32_t word, int bits) {
   return bits >= 0 ? word >> bits : word << -bits;
 }
@@ -77,8 +84,8 @@ struct TilePair {
       const auto add = [&](uint32_t plane, int width, int m, int shift) {
         const uint32_t word = MoveRight(plane, PlacePair(width, m) - shift);
         const uint32_t mask = (((1u << width) - 1) << shift) * 0x00010001u;
-        first |= word & mask;
-        second |= word & (mask << 4);
+        first = MaskAndOr(word, mask, first);
+        second = MaskAndOr(word, mask << 4, second);
       };
       if constexpr (Tile::kHasBits) add(bits, 1, i * 4 + r * 2 + h, Tile::kBitShift);
       if constexpr (Tile::kHasCrumbs) {

@@ -32,7 +32,12 @@ cudaError_t LaunchStream(const MatmulParameters& p, const DeviceLimits& device,
       std::max<size_t>(Layout::SharedBytes(teams, p.superblocks), device.shared_bytes / 2 + 1024);
   const cudaError_t status = AllowSharedMemory(StreamKernel<Tile, kColumns>, device.shared_bytes);
   if (status != cudaSuccess) return status;
-  return LaunchKernel(StreamKernel<Tile, kColumns>, shape, stream, p);
+  MatmulParameters own = p;
+  const int blocks = static_cast<int>(shape.grid.x);
+  own.next = MakeNextWeights(p.next_matrices, blocks, shape.threads / 32);
+  own.block_rows = p.tile_rows / blocks;
+  own.longer_blocks = p.tile_rows % blocks;
+  return LaunchKernel(StreamKernel<Tile, kColumns>, shape, stream, own);
 }
 
 template <typename Tile, int kColumns, bool kSplitK>
