@@ -1,5 +1,7 @@
 #include "kernels/cuda/quant_matmul.h"
 
+#include <array>
+
 #include "kernels/cuda/float_matmul.cuh"
 #include "kernels/cuda/matmul_parameters.cuh"
 
@@ -82,9 +84,13 @@ cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x
   while (status == cudaSuccess && !terms.empty()) {
     size_t same = 1;  // neighbours of one type go together
     while (same < terms.size() && terms[same].weights.type == terms[0].weights.type) ++same;
-    const bool last = same == terms.size();
-    status = LaunchSameType(terms.first(same), x, last ? next : std::span<const PackedMatrix>(),
-                            device, stream);
+    std::array<PackedMatrix, kMaxMatmulTerms> rest;
+    const size_t rest_count = terms.size() - same;
+    for (size_t i = 0; i < rest_count; ++i) rest[i] = terms[same + i].weights;
+    status = LaunchSameType(
+        terms.first(same), x,
+        rest_count > 0 ? std::span<const PackedMatrix>(rest).first(rest_count) : next, device,
+        stream);
     terms = terms.subspan(same);
   }
   return status;
