@@ -44,12 +44,11 @@ template <typename Tile, int kColumns, bool kSplitK>
 cudaError_t LaunchTileKernel(const MatmulParameters& p, int row_blocks, const DeviceLimits& device,
                              cudaStream_t stream) {
   using Layout = TileLayout<Tile, kColumns, kSplitK>;
-  constexpr int kCluster = kSplitK ? kSplits : 1;
   LaunchShape shape;
-  shape.grid = dim3(row_blocks * kCluster,
+  shape.cluster = kSplitK ? kCluster : 1;
+  shape.grid = dim3(row_blocks * shape.cluster,
                     (p.tile_rows * kTileRows + Layout::kBlockRows - 1) / Layout::kBlockRows);
   shape.threads = kTileThreads;
-  shape.cluster = kCluster;
   shape.shared_bytes = Layout::kSharedBytes;
   const auto kernel = TileKernel<Tile, kColumns, kSplitK>;
   const cudaError_t status = AllowSharedMemory(kernel, device.shared_bytes);
