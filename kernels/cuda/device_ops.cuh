@@ -18,8 +18,9 @@ __device__ inline uint8_t* SharedMemory() {
 
 // 16 bytes, both addresses 16-byte aligned.
 __device__ inline void CopyAsync16(void* shared, const void* global) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(global)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
                : "memory");
 }
 // Ends a group of this thread's copies (which may be empty).
@@ -28,6 +29,49 @@ __device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::
 template <int kPending>
 __device__ inline void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// --- Copies of the copy engine, which complete on a barrier in shared memory. The barrier's phases
+// alternate: the first copy completes phase 0, the next one phase 1, then 0 again.
+
+__device__ inline uint32_t SharedAddress(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+// One thread; others may wait on it after a barrier of theirs.
+__device__ inline void InitCopyBarrier(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
+          SharedAddress(barrier))
+      : "memory");
+#endif
+}
+// One thread. bytes: a multiple of 16, as are both addresses. Nobody reads `shared` any more.
+__device__ inline void CopyBulk(void* shared, const void* global, uint32_t bytes,
+                                uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+      "r"(bytes)
+      : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(SharedAddress(shared)),
+      "l"(global), "r"(bytes), "r"(SharedAddress(barrier))
+      : "memory");
+#endif
+}
+// Returns when the copy of this phase is complete and visible.
+__device__ inline void AwaitCopy(const uint64_t* barrier, uint32_t phase) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n\t.reg .pred done;\n"
+      "AGAIN_%=:\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra AGAIN_%=;\n\t}" ::"r"(SharedAddress(barrier)),
+      "r"(phase)
+      : "memory");
+#endif
 }
 
 // Hints that `bytes` bytes (a multiple of 16, as is the address) will be read soon: into the
@@ -69,10 +113,9 @@ __device__ inline void LetNextKernelStart() {
 
 // --- Barriers and clusters (compute capability 9.0).
 
-// A barrier among `threads` threads (whole warps) of the block; kId: 1 .. 15.
-template <int kId>
-__device__ inline void NamedBarrier(int threads) {
-  asm volatile("barrier.sync %0, %1;" ::"n"(kId), "r"(threads) : "memory");
+// A barrier among `threads` threads (whole warps) of the block; id: 1 .. 15.
+__device__ inline void NamedBarrier(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 __device__ inline uint32_t ClusterRank() {
   uint32_t rank = 0;

@@ -14,7 +14,7 @@
 
 namespace stagecoach::cuda {
 
-inline constexpr int kSplits = 16;  // of k; fixes the order of sums, so it is part of the contract
+inline constexpr int kSplits = 8;  // of k; fixes the order of sums, so it is part of the contract
 
 // The first superblock of a split.
 __host__ __device__ inline int SplitBegin(int split, int superblocks) {
@@ -56,6 +56,7 @@ struct MatmulParameters {
   NextWeights next;
   int block_rows;     // tile rows of a block,
   int longer_blocks;  // the first of which have one more
+  int stages;         // tiles in the ring of a warp
 
   __device__ const Term& TermOf(int tile_row) const {
     int i = 0;

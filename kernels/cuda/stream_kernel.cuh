@@ -1,8 +1,8 @@
 // Products for 1 to 8 rows of activations at the speed of the weights' stream. A block has an even
-// share of the rows of tiles. The 16 warps of a team take one split of k each, of the same 16
-// output rows, every tile fetched ahead into a ring of the warp's own, so that no barrier stands in
-// the stream; partial sums meet in shared memory once per 16 output rows. The activations of all of
-// k lie in shared memory.
+// share of the rows of tiles, and its teams take turns at them. The 8 warps of a team take one
+// split of k each, of the same 16 output rows, every tile fetched ahead into a ring of the warp's
+// own, so that no barrier stands in the stream; partial sums meet in shared memory once per 16
+// output rows. The activations of all of k lie in shared memory.
 #ifndef STAGECOACH_KERNELS_CUDA_STREAM_KERNEL_CUH_
 #define STAGECOACH_KERNELS_CUDA_STREAM_KERNEL_CUH_
 
@@ -12,23 +12,18 @@
 namespace stagecoach::cuda {
 
 inline constexpr int kTeamThreads = kSplits * 32;
-inline constexpr int kMaxTeams = 2;  // of a block
+inline constexpr int kMaxTeams = 4;   // of a block
+inline constexpr int kMaxStages = 6;  // of a ring, in tiles
 
-// Shared memory of a block, in order: rings, partial sums, activations.
+// Shared memory of a block, in order: rings, partial sums, activations, copy barriers.
 template <typename Tile, int kColumns>
 struct StreamLayout {
   using Block = SuperblockActivations<kColumns>;
-  // Tiles of a warp's ring. What is on its way to a multiprocessor must cover the way's latency,
-  // and what its first fetches bring should last while the activations are awaited.
-  static constexpr int kRoomForRing = (kColumns < 4 ? 160 : 80) * 1024 / (kMaxTeams * kSplits);
-  static constexpr int kFitting = kRoomForRing / Tile::kBytes;
-  static constexpr int kStages = kFitting < 2 ? 2 : kFitting > 4 ? 4 : kFitting;
-  static constexpr int kRingBytes = kStages * Tile::kBytes;  // of a warp
-  static constexpr int kPartials = kSplits * kTileRows * kColumns;
-  static constexpr int kTeamBytes = kSplits * kRingBytes + 2 * kPartials * 4;
+  static constexpr int kPartials = kSplits * kTileRows * kColumns;  // of a team, twice
 
-  static constexpr size_t SharedBytes(int teams, int superblocks) {
-    return static_cast<size_t>(teams) * kTeamBytes +
+  static constexpr size_t SharedBytes(int teams, int stages, int superblocks) {
+    const size_t warps = static_cast<size_t>(teams) * kSplits;
+    return warps * stages * (Tile::kBytes + 8) + size_t{8} * teams * kPartials +
            static_cast<size_t>(superblocks) * Block::kBytes;
   }
 };
@@ -52,16 +47,18 @@ __device__ inline void FetchActivations(const MatmulParameters& p, uint8_t* shar
   CommitCopies();
 }
 
-// The walk of one warp over its tiles, ahead of the products.
-template <typename Tile, int kStages>
-class TileFetcher {
+// The walk of one warp over its tiles, ahead of the products, and its ring.
+template <typename Tile>
+class TileRing {
  public:
   // Superblocks [first, last) of every `step`-th row of tiles from `tile_row` to before `end`.
-  __device__ TileFetcher(const MatmulParameters& p, uint8_t* ring, int lane, int tile_row, int end,
-                         int step, int first, int last)
+  // barriers: [p.stages].
+  __device__ TileRing(const MatmulParameters& p, uint8_t* ring, uint64_t* barriers, int lane,
+                      int tile_row, int end, int step, int first, int last)
       : p_(p),
         ring_(ring),
-        lane_(lane),
+        barriers_(barriers),
+        leader_(lane == 0),
         tile_row_(tile_row),
         end_(end),
         step_(step),
@@ -69,27 +66,38 @@ class TileFetcher {
         last_(last),
         superblock_(first) {
     if (first_ == last_) tile_row_ = end_;  // nothing to fetch, ever
+    if (leader_) {
+      for (int i = 0; i < p.stages; ++i) InitCopyBarrier(barriers + i);
+    }
+    __syncwarp();
     Locate();
   }
 
-  // Begins the copy of the next tile, if there is one, as a group of copies of its own.
-  __device__ void Fetch() {
-    if (tile_row_ < end_) {
-      uint8_t* target = ring_ + stage_ * Tile::kBytes;
-#pragma unroll
-      for (int i = 0; i < (Tile::kBytes + 511) / 512; ++i) {
-        const int offset = i * 512 + lane_ * 16;
-        if (offset < Tile::kBytes) CopyAsync16(target + offset, source_ + offset);
-      }
-      source_ += Tile::kBytes;
-      if (++superblock_ == last_) {
-        superblock_ = first_;
-        tile_row_ += step_;
-        Locate();
-      }
-      if (++stage_ == kStages) stage_ = 0;
+  // Begins the copy of the next tile, if there is one, to stage `stage` of the ring.
+  __device__ void Fetch(int stage) {
+    if (tile_row_ >= end_) return;
+    if (leader_) CopyBulk(ring_ + stage * Tile::kBytes, source_, Tile::kBytes, barriers_ + stage);
+    source_ += Tile::kBytes;
+    if (++superblock_ == last_) {
+      superblock_ = first_;
+      tile_row_ += step_;
+      Locate();
     }
-    CommitCopies();
+  }
+
+  // The oldest tile, once it is there.
+  __device__ const uint8_t* Front() const {
+    AwaitCopy(barriers_ + stage_, phase_);
+    return ring_ + stage_ * Tile::kBytes;
+  }
+  // Nobody needs the oldest tile any more: the next one is fetched in its place.
+  __device__ void Pop() {
+    __syncwarp();
+    Fetch(stage_);
+    if (++stage_ == p_.stages) {
+      stage_ = 0;
+      phase_ ^= 1;
+    }
   }
 
  private:
@@ -100,53 +108,53 @@ class TileFetcher {
 
   const MatmulParameters& p_;
   uint8_t* ring_;
+  uint64_t* barriers_;
   const uint8_t* source_ = nullptr;
-  int lane_, tile_row_, end_, step_, first_, last_, superblock_;
+  bool leader_;
+  int tile_row_, end_, step_, first_, last_, superblock_;
   int stage_ = 0;
+  uint32_t phase_ = 0;
 };
 
-// kColumns: 1, 2, 4 or 8, at least p.rows. Blocks of 1 or kMaxTeams teams, any number of them.
+// kColumns: 1, 2, 4 or 8, at least p.rows. Blocks of 1 to kMaxTeams teams, any number of them.
 template <typename Tile, int kColumns>
 __global__ void __launch_bounds__(kMaxTeams* kTeamThreads, 1)
     StreamKernel(const __grid_constant__ MatmulParameters p) {
   using Layout = StreamLayout<Tile, kColumns>;
   using Block = typename Layout::Block;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int team = threadIdx.x / kTeamThreads, split = threadIdx.x / 32 % kSplits;
-  const int teams = blockDim.x / kTeamThreads;
+  const int warp = threadIdx.x / 32, team = warp / kSplits, split = warp % kSplits;
+  const int warps = blockDim.x / 32, teams = warps / kSplits;
   uint8_t* shared = SharedMemory();
-  uint8_t* ring = shared + (team * kSplits + split) * Layout::kRingBytes;
-  auto* both_partials = reinterpret_cast<float*>(shared + teams * kSplits * Layout::kRingBytes) +
-                        team * 2 * Layout::kPartials;
-  uint8_t* activations = shared + teams * Layout::kTeamBytes;
+  auto* all_partials = reinterpret_cast<float*>(shared + warps * p.stages * Tile::kBytes);
+  float* both_partials = all_partials + team * 2 * Layout::kPartials;
+  auto* activations = reinterpret_cast<uint8_t*>(all_partials + teams * 2 * Layout::kPartials);
+  auto* barriers = reinterpret_cast<uint64_t*>(activations + p.superblocks * Block::kBytes);
 
   const int first = SplitBegin(split, p.superblocks), last = SplitBegin(split + 1, p.superblocks);
   const int block = static_cast<int>(blockIdx.x);
   const int begin = block * p.block_rows + min(block, p.longer_blocks);
   const int end = begin + p.block_rows + (block < p.longer_blocks ? 1 : 0);
   int tile_row = begin + team;
-  TileFetcher<Tile, Layout::kStages> fetcher(p, ring, lane, tile_row, end, teams, first, last);
+  TileRing<Tile> ring(p, shared + warp * p.stages * Tile::kBytes, barriers + warp * p.stages, lane,
+                      tile_row, end, teams, first, last);
 #pragma unroll 1
-  for (int i = 0; i < Layout::kStages; ++i) fetcher.Fetch();
+  for (int i = 0; i < p.stages; ++i) ring.Fetch(i);
   LetNextKernelStart();
   WaitForPreviousKernel();
   FetchActivations<kColumns>(p, activations);
   WaitCopies<0>();
   __syncthreads();
 
-  int stage = 0, half = 0;
+  int half = 0;
+#pragma unroll 1
   for (; tile_row < end; tile_row += teams) {
     if (tile_row + teams >= end) PrefetchNext(p.next, lane);  // all of this product is on its way
-    float acc[1][1][4] = {};
+    float acc[1][4] = {};
 #pragma unroll 1
     for (int s = first; s < last; ++s) {
-      WaitCopies<Layout::kStages - 1>();
-      __syncwarp();
-      const uint8_t* const tiles[1] = {ring + stage * Tile::kBytes};
-      AddSuperblock<Tile, kColumns, 1>(tiles, activations + s * Block::kBytes, lane, acc);
-      __syncwarp();     // all lanes are done with the tile
-      fetcher.Fetch();  // in its place
-      if (++stage == Layout::kStages) stage = 0;
+      AddSuperblock<Tile, kColumns>(ring.Front(), activations + s * Block::kBytes, lane, acc);
+      ring.Pop();
     }
     // While some warps still add up one half, others may write the other; none is two ahead.
     float* partials = both_partials + half * Layout::kPartials;
@@ -155,13 +163,9 @@ __global__ void __launch_bounds__(kMaxTeams* kTeamThreads, 1)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int column = 2 * t + i % 2;
-      if (column < kColumns) own[column * kTileRows + g + i / 2 * 8] = acc[0][0][i];
+      if (column < kColumns) own[column * kTileRows + g + i / 2 * 8] = acc[0][i];
     }
-    if (team == 0) {
-      NamedBarrier<1>(kTeamThreads);
-    } else {
-      NamedBarrier<2>(kTeamThreads);
-    }
+    NamedBarrier(1 + team, kTeamThreads);
     const int index = threadIdx.x % kTeamThreads;
     if (index < kTileRows * kColumns) {
       float value = 0;

@@ -32,37 +32,27 @@ struct SuperblockActivations {
   }
 };
 
-// acc[tile][c] += tiles[tile] * column tile c of the activations. acc[..][i]: rows g (i < 2) and
-// g + 8 of the tile, columns 2t + i % 2. Tiles are of the same superblock.
-template <typename Tile, int kColumns, int kTiles>
+// acc[c] += tile * column tile c of the activations. acc[c][i]: rows g (i < 2) and g + 8 of the
+// tile, columns 2t + i % 2.
+template <typename Tile, int kColumns>
 __device__ inline void AddSuperblock(
-    const uint8_t* const (&tiles)[kTiles], const uint8_t* block, int lane,
-    float (&acc)[kTiles][SuperblockActivations<kColumns>::kColumnTiles][4]) {
+    const uint8_t* tile, const uint8_t* block, int lane,
+    float (&acc)[SuperblockActivations<kColumns>::kColumnTiles][4]) {
   using Block = SuperblockActivations<kColumns>;
-  static_assert(kTiles == 1 || kTiles == 2);
-  const TileScales<Tile> scales[2] = {TileScales<Tile>(tiles[0], lane),
-                                      TileScales<Tile>(tiles[kTiles - 1], lane)};
+  const TileScales<Tile> scales(tile, lane);
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    const TilePair<Tile> pairs[2] = {TilePair<Tile>(tiles[0], p, lane),
-                                     TilePair<Tile>(tiles[kTiles - 1], p, lane)};
-    const PairScales pair_scales[2] = {scales[0].Pair(p), scales[kTiles - 1].Pair(p)};
+    const TilePair<Tile> pair(tile, p, lane);
+    const PairScales pair_scales = scales.Pair(p);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      GroupWeights weights[kTiles];
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        weights[tile] = DecodeGroup<Tile>(pairs[tile], pair_scales[tile], i);
-      }
+      const GroupWeights weights = DecodeGroup<Tile>(pair, pair_scales, i);
+      const uint32_t(&w)[2][4] = weights.bits;
 #pragma unroll
       for (int c = 0; c < Block::kColumnTiles; ++c) {
         const uint4 x = Block::Halves(block, 2 * p + i, c, lane);
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          const uint32_t(&w)[2][4] = weights[tile].bits;
-          MultiplyAdd(acc[tile][c], w[0][0], w[1][0], w[0][1], w[1][1], x.x, x.y);
-          MultiplyAdd(acc[tile][c], w[0][2], w[1][2], w[0][3], w[1][3], x.z, x.w);
-        }
+        MultiplyAdd(acc[c], w[0][0], w[1][0], w[0][1], w[1][1], x.x, x.y);
+        MultiplyAdd(acc[c], w[0][2], w[1][2], w[0][3], w[1][3], x.z, x.w);
       }
     }
   }

@@ -113,10 +113,15 @@ struct PairScales {
 // The bytes 2p and 2p + 1 of 8, as two halves, `least` added, times `delta`.
 template <int least>
 __device__ inline __half2 ScaledBytes(uint2 bytes, int p, __half2 delta) {
+  const __half2 minus_1024_deltas = __hmul2_rn(delta, __float2half2_rn(-1024));
   const uint32_t word = p < 2 ? bytes.x : bytes.y;
   const __half2 value =
       AsHalves(__byte_perm(word, kHalves1024, p % 2 == 0 ? 0x7170 : 0x7372));  // 1024 + byte
-  return __hmul2_rn(__hadd2_rn(value, __float2half2_rn(static_cast<float>(least - 1024))), delta);
+  if constexpr (least == 0) {  // exactly the same in one step: 1024 * delta is exact
+    return __hfma2(value, delta, minus_1024_deltas);
+  } else {
+    return __hmul2_rn(__hadd2_rn(value, __float2half2_rn(static_cast<float>(least - 1024))), delta);
+  }
 }
 
 // What a tile's scales are to one lane.

@@ -11,32 +11,39 @@
 
 namespace stagecoach::cuda {
 
+inline constexpr int kLeastStages = 2;
+
 template <typename Tile, int kColumns>
 bool StreamFits(const MatmulParameters& p, const DeviceLimits& device) {
-  return p.rows <= kColumns &&
-         StreamLayout<Tile, kColumns>::SharedBytes(1, p.superblocks) <= device.shared_bytes;
+  return p.rows <= kColumns && StreamLayout<Tile, kColumns>::SharedBytes(
+                                   1, kLeastStages, p.superblocks) <= device.shared_bytes;
 }
 
 template <typename Tile, int kColumns>
 cudaError_t LaunchStream(const MatmulParameters& p, const DeviceLimits& device,
                          cudaStream_t stream) {
-  using Layout = StreamLayout<Tile, kColumns>;
-  const bool two_teams = Layout::SharedBytes(kMaxTeams, p.superblocks) <= device.shared_bytes;
-  const int teams = two_teams ? kMaxTeams : 1;
+  const int blocks = std::min(p.tile_rows, device.multiprocessors);
+  const auto shared_bytes = [&](int teams, int stages) {
+    return StreamLayout<Tile, kColumns>::SharedBytes(teams, stages, p.superblocks);
+  };
+  int teams = std::min((p.tile_rows + blocks - 1) / blocks, kMaxTeams);
+  while (shared_bytes(teams, kLeastStages) > device.shared_bytes) --teams;
+  int stages = kMaxStages;
+  while (shared_bytes(teams, stages) > device.shared_bytes) --stages;
+  MatmulParameters own = p;
+  own.stages = stages;
+  own.block_rows = p.tile_rows / blocks;
+  own.longer_blocks = p.tile_rows % blocks;
+  own.next = MakeNextWeights(p.next_matrices, blocks, teams * kSplits);
   LaunchShape shape;
-  shape.grid = dim3(std::min(p.tile_rows, device.multiprocessors));
+  shape.grid = dim3(blocks);
   shape.threads = teams * kTeamThreads;
   // One block at a time on a multiprocessor, so that all have the same share: where two fit, those
   // of the next kernel crowd on the multiprocessors that finish first.
   shape.shared_bytes =
-      std::max<size_t>(Layout::SharedBytes(teams, p.superblocks), device.shared_bytes / 2 + 1024);
+      std::max<size_t>(shared_bytes(teams, stages), device.shared_bytes / 2 + 1024);
   const cudaError_t status = AllowSharedMemory(StreamKernel<Tile, kColumns>, device.shared_bytes);
   if (status != cudaSuccess) return status;
-  MatmulParameters own = p;
-  const int blocks = static_cast<int>(shape.grid.x);
-  own.next = MakeNextWeights(p.next_matrices, blocks, shape.threads / 32);
-  own.block_rows = p.tile_rows / blocks;
-  own.longer_blocks = p.tile_rows % blocks;
   return LaunchKernel(StreamKernel<Tile, kColumns>, shape, stream, own);
 }
 
@@ -45,10 +52,10 @@ cudaError_t LaunchTileKernel(const MatmulParameters& p, int row_blocks, const De
                              cudaStream_t stream) {
   using Layout = TileLayout<Tile, kColumns, kSplitK>;
   LaunchShape shape;
-  shape.cluster = kSplitK ? kCluster : 1;
+  shape.cluster = kSplitK ? kSplits : 1;
   shape.grid = dim3(row_blocks * shape.cluster,
                     (p.tile_rows * kTileRows + Layout::kBlockRows - 1) / Layout::kBlockRows);
-  shape.threads = kTileThreads;
+  shape.threads = Layout::kThreads;
   shape.shared_bytes = Layout::kSharedBytes;
   const auto kernel = TileKernel<Tile, kColumns, kSplitK>;
   const cudaError_t status = AllowSharedMemory(kernel, device.shared_bytes);
