@@ -14,7 +14,7 @@
 
 namespace stagecoach::cuda {
 
-inline constexpr int kSplits = 8;  // of k; fixes the order of sums, so it is part of the contract
+inline constexpr int kSplits = 16;  // of k; fixes the order of sums, so it is part of the contract
 
 // The first superblock of a split.
 __host__ __device__ inline int SplitBegin(int split, int superblocks) {
@@ -57,6 +57,7 @@ struct MatmulParameters {
   int block_rows;     // tile rows of a block,
   int longer_blocks;  // the first of which have one more
   int stages;         // tiles in the ring of a warp
+  int team_warps;     // which share the splits of a row of tiles evenly
 
   __device__ const Term& TermOf(int tile_row) const {
     int i = 0;
@@ -87,13 +88,14 @@ __device__ inline void PrefetchNext(const NextWeights& next, int lane) {
 }
 
 // Rows outside the matrix and the activations are left out.
+template <typename Tile>
 __device__ inline void StoreResult(const MatmulParameters& p, int tile_row, int row_in_tile,
                                    int row, float value) {
   if (row >= p.rows) return;
   const MatmulParameters::Term& term = p.TermOf(tile_row);
   const int n = (tile_row - term.first_tile_row) * kTileRows + row_in_tile;
   if (n >= term.n) return;
-  value = __fmul_rn(value, 1 / kActivationScale);
+  value = __fmul_rn(value, 1 / (kActivationScale * Tile::kWeightScale));
   if (term.bias != nullptr) value = __fadd_rn(value, __ldcg(term.bias + n));
   float* y = term.y + static_cast<size_t>(row) * term.y_stride + n;
   if (term.accumulate) value = __fadd_rn(__ldcg(y), value);

@@ -10,8 +10,8 @@
 // products over 16 columns at a time, in one order, whichever kernel runs. With S = ceil(k / 256)
 // superblocks:
 //
-//   partial[j] = superblocks [j * S / 8, (j + 1) * S / 8) in order, 16 columns after 16 columns
-//   y          = (((0 + partial[0]) + partial[1]) + ...) + partial[7] (+ bias) (then y_old + that)
+//   partial[j] = superblocks [j * S / 16, (j + 1) * S / 16) in order, 16 columns after 16 columns
+//   y          = (((0 + partial[0]) + partial[1]) + ...) + partial[15] (+ bias) (then y_old + that)
 //
 // Weights are decoded to halves (tile_decode.cuh), x is taken times kActivationScale, and y is
 // divided by it. Both are rounded to 11 bits, much less than int8 activations would lose.

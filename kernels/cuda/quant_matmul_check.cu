@@ -11,6 +11,7 @@
 
 #include "kernels/cuda/device_array.h"
 #include "kernels/cuda/quant_matmul.h"
+#include "kernels/cuda/tile_format.cuh"
 #include "model/block_decode.h"
 
 namespace stagecoach::cuda {
@@ -55,8 +56,9 @@ void MakeSane(std::mt19937& random, Block* block) {
 
 double RoundToHalf(double value) { return HalfToFloat(FloatToHalf(static_cast<float>(value))); }
 
+// unit: what the device's weights are multiplied with before they are rounded (tile_format.cuh).
 template <typename Block>
-RandomWeights MakeWeights(std::mt19937& random, int n, int k) {
+RandomWeights MakeWeights(std::mt19937& random, int n, int k, double unit) {
   RandomWeights result;
   const size_t count = static_cast<size_t>(n) * k / Block::kElements;
   result.raw.resize((count * sizeof(Block) + 3) / 4 * 4);
@@ -79,7 +81,9 @@ RandomWeights MakeWeights(std::mt19937& random, int n, int k) {
         const double scale = static_cast<double>(blocks[b].delta()) * blocks[b].scale(g);
         const double offset = -static_cast<double>(blocks[b].delta_min()) * blocks[b].min(g);
         out[i] = scale * blocks[b].quant(i) + offset;
-        decoded[i] = RoundToHalf(RoundToHalf(scale) * blocks[b].quant(i) + RoundToHalf(offset));
+        decoded[i] = RoundToHalf(RoundToHalf(scale) * unit * blocks[b].quant(i) +
+                                 RoundToHalf(RoundToHalf(offset) * unit)) /
+                     unit;
       }
     }
   }
@@ -124,10 +128,10 @@ CheckedTerm MakeTerm(std::mt19937& random, const MatmulCheck& check, int n, bool
   CheckedTerm term;
   term.n = n;
   term.accumulate = accumulate;
-  term.weights = [&] {
-    return VisitBlockType(check.type,
-                          [&]<typename Block>() { return MakeWeights<Block>(random, n, check.k); });
-  }();
+  const double unit =
+      VisitTileType(check.type, 1.0f, []<TensorType type>() { return TileOf<type>::kWeightScale; });
+  term.weights = VisitBlockType(
+      check.type, [&]<typename Block>() { return MakeWeights<Block>(random, n, check.k, unit); });
   const DeviceArray<uint8_t> raw(term.weights.raw);
   term.packed = DeviceArray<uint8_t>(PackedBytes(check.type, n, check.k));
   CheckDevice(LaunchRepack(check.type, n, check.k, raw.get(), term.packed.get(), nullptr));

@@ -41,13 +41,12 @@ __device__ void PackQuants(const RawMatrix<Block>& raw, int row, int column, uin
   const auto bits = [&](int lane, int r, int tile_column, int first, int count) {
     return raw.Bits(row + RowOf(lane, r), column + tile_column, Tile::kLeastQuant, first, count);
   };
-  // Both columns of pair j, `width` bits from `first` on, where a word has the fields of pairs 2m
-  // and 2m + 1.
-  const auto pair = [&](int lane, int group, int r, int j, int m, int first, int width) {
+  // Both columns of pair j, `width` bits from `first` on, as field f of a word.
+  const auto field = [&](int lane, int group, int r, int j, int f, int first, int width) {
     const int tile_column = ColumnOf(lane, group, j);
     const uint32_t low = bits(lane, r, tile_column, first, width);
     const uint32_t high = bits(lane, r, tile_column + 1, first, width);
-    return (low | high << 16) << (PlacePair(width, m) + j % 2 * 4);
+    return (low | high << 16) << PlaceField(width, f);
   };
   auto* words = reinterpret_cast<uint32_t*>(tile);
   for (int i = threadIdx.x; i < 8 * 32; i += kRepackThreads) {
@@ -55,7 +54,7 @@ __device__ void PackQuants(const RawMatrix<Block>& raw, int row, int column, uin
     for (int r = 0; r < 2; ++r) {
       if constexpr (Tile::kHasNibbles) {
         uint32_t word = 0;
-        for (int j = 0; j < 4; ++j) word |= pair(lane, group, r, j, j / 2, 0, 4);
+        for (int j = 0; j < 4; ++j) word |= field(lane, group, r, j, j, 0, 4);
         words[Tile::kNibbles / 4 + place * 4 + group % 2 * 2 + r] = word;
       }
       if constexpr (Tile::kBits == 8) {
@@ -68,7 +67,7 @@ __device__ void PackQuants(const RawMatrix<Block>& raw, int row, int column, uin
     if constexpr (Tile::kHasCrumbs) {
       uint32_t word = 0;
       for (int rj = 0; rj < 8; ++rj) {
-        word |= pair(lane, group, rj / 4, rj % 4, rj / 2, Tile::kCrumbShift, 2);
+        word |= field(lane, group, rj / 4, rj % 4, rj, Tile::kCrumbShift, 2);
       }
       words[Tile::kCrumbs / 4 + place * 2 + group % 2] = word;
     }
@@ -76,7 +75,7 @@ __device__ void PackQuants(const RawMatrix<Block>& raw, int row, int column, uin
       if (group % 2 != 0) continue;
       uint32_t word = 0;
       for (int irj = 0; irj < 16; ++irj) {
-        word |= pair(lane, group + irj / 8, irj / 4 % 2, irj % 4, irj / 2, Tile::kBitShift, 1);
+        word |= field(lane, group + irj / 8, irj / 4 % 2, irj % 4, irj, Tile::kBitShift, 1);
       }
       words[Tile::kBitPlane / 4 + place] = word;
     }

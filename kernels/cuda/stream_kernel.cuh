@@ -11,9 +11,9 @@
 
 namespace stagecoach::cuda {
 
-inline constexpr int kTeamThreads = kSplits * 32;
-inline constexpr int kMaxTeams = 4;   // of a block
-inline constexpr int kMaxStages = 6;  // of a ring, in tiles
+inline constexpr int kLeastTeamWarps = 8;   // more: twice as many
+inline constexpr int kMaxStreamWarps = 32;  // of a block
+inline constexpr int kMaxStages = 6;        // of a ring, in tiles
 
 // Shared memory of a block, in order: rings, partial sums, activations, copy barriers.
 template <typename Tile, int kColumns>
@@ -21,9 +21,9 @@ struct StreamLayout {
   using Block = SuperblockActivations<kColumns>;
   static constexpr int kPartials = kSplits * kTileRows * kColumns;  // of a team, twice
 
-  static constexpr size_t SharedBytes(int teams, int stages, int superblocks) {
-    const size_t warps = static_cast<size_t>(teams) * kSplits;
-    return warps * stages * (Tile::kBytes + 8) + size_t{8} * teams * kPartials +
+  static constexpr size_t SharedBytes(int warps, int stages, int superblocks) {
+    return static_cast<size_t>(warps) * stages * (Tile::kBytes + 8) +
+           size_t{8} * (warps / kLeastTeamWarps) * kPartials +
            static_cast<size_t>(superblocks) * Block::kBytes;
   }
 };
@@ -116,22 +116,25 @@ class TileRing {
   uint32_t phase_ = 0;
 };
 
-// kColumns: 1, 2, 4 or 8, at least p.rows. Blocks of 1 to kMaxTeams teams, any number of them.
+// kColumns: 1, 2, 4 or 8, at least p.rows. Any number of blocks, of whole teams.
 template <typename Tile, int kColumns>
-__global__ void __launch_bounds__(kMaxTeams* kTeamThreads, 1)
+__global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
     StreamKernel(const __grid_constant__ MatmulParameters p) {
   using Layout = StreamLayout<Tile, kColumns>;
   using Block = typename Layout::Block;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int warp = threadIdx.x / 32, team = warp / kSplits, split = warp % kSplits;
-  const int warps = blockDim.x / 32, teams = warps / kSplits;
+  const int warp = threadIdx.x / 32, team = warp / p.team_warps;
+  const int warps = blockDim.x / 32, teams = warps / p.team_warps;
+  const int splits = kSplits / p.team_warps;  // of a warp
+  const int first_split = (warp - team * p.team_warps) * splits;
   uint8_t* shared = SharedMemory();
   auto* all_partials = reinterpret_cast<float*>(shared + warps * p.stages * Tile::kBytes);
   float* both_partials = all_partials + team * 2 * Layout::kPartials;
   auto* activations = reinterpret_cast<uint8_t*>(all_partials + teams * 2 * Layout::kPartials);
   auto* barriers = reinterpret_cast<uint64_t*>(activations + p.superblocks * Block::kBytes);
 
-  const int first = SplitBegin(split, p.superblocks), last = SplitBegin(split + 1, p.superblocks);
+  const int first = SplitBegin(first_split, p.superblocks);
+  const int last = SplitBegin(first_split + splits, p.superblocks);
   const int block = static_cast<int>(blockIdx.x);
   const int begin = block * p.block_rows + min(block, p.longer_blocks);
   const int end = begin + p.block_rows + (block < p.longer_blocks ? 1 : 0);
@@ -150,30 +153,34 @@ __global__ void __launch_bounds__(kMaxTeams* kTeamThreads, 1)
 #pragma unroll 1
   for (; tile_row < end; tile_row += teams) {
     if (tile_row + teams >= end) PrefetchNext(p.next, lane);  // all of this product is on its way
-    float acc[1][4] = {};
-#pragma unroll 1
-    for (int s = first; s < last; ++s) {
-      AddSuperblock<Tile, kColumns>(ring.Front(), activations + s * Block::kBytes, lane, acc);
-      ring.Pop();
-    }
     // While some warps still add up one half, others may write the other; none is two ahead.
     float* partials = both_partials + half * Layout::kPartials;
     half = 1 - half;
-    float* own = partials + split * kTileRows * kColumns;  // [column][16]
+    int s = first;
+#pragma unroll 1
+    for (int split = first_split; split < first_split + splits; ++split) {
+      float acc[1][4] = {};
+#pragma unroll 1
+      for (const int split_end = SplitBegin(split + 1, p.superblocks); s < split_end; ++s) {
+        AddSuperblock<Tile, kColumns>(ring.Front(), activations + s * Block::kBytes, lane, acc);
+        ring.Pop();
+      }
+      float* own = partials + split * kTileRows * kColumns;  // [column][16]
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int column = 2 * t + i % 2;
-      if (column < kColumns) own[column * kTileRows + g + i / 2 * 8] = acc[0][i];
+      for (int i = 0; i < 4; ++i) {
+        const int column = 2 * t + i % 2;
+        if (column < kColumns) own[column * kTileRows + g + i / 2 * 8] = acc[0][i];
+      }
     }
-    NamedBarrier(1 + team, kTeamThreads);
-    const int index = threadIdx.x % kTeamThreads;
+    NamedBarrier(1 + team, p.team_warps * 32);
+    const int index = threadIdx.x - team * p.team_warps * 32;
     if (index < kTileRows * kColumns) {
       float value = 0;
 #pragma unroll
       for (int j = 0; j < kSplits; ++j) {
         value = __fadd_rn(value, partials[j * kTileRows * kColumns + index]);
       }
-      StoreResult(p, tile_row, index % kTileRows, index / kTileRows, value);
+      StoreResult<Tile>(p, tile_row, index % kTileRows, index / kTileRows, value);
     }
   }
 }

@@ -5,7 +5,8 @@
 //   scale = half(d * integer scale), offset = -half(dmin * integer minimum);
 //   of blocks of 32 columns: scale = d, offset = -delta_min
 //
-// (model/block_decode.h). Beyond what halves hold, 65504, a weight is infinite.
+// (model/block_decode.h), times Tile::kWeightScale. Weights beyond what halves hold are infinite:
+// with scales from 2 on in types of 4 bits, from 65504 on in others.
 #ifndef STAGECOACH_KERNELS_CUDA_TILE_DECODE_CUH_
 #define STAGECOACH_KERNELS_CUDA_TILE_DECODE_CUH_
 
@@ -70,10 +71,16 @@ struct TilePair {
     }
   }
 
-  // The quants of group i (0, 1), row r, pairs 2h and 2h + 1 (h = 0, 1), exact.
+  // The quants of group i (0, 1), row r, pairs 2h and 2h + 1 (h = 0, 1), exact; of subnormal types
+  // less the least quant and times 2^-20.
   __device__ void Quants(int i, int r, int h, __half2 (&quants)[2]) const {
     constexpr float kLeast = Tile::kLeastQuant;
-    if constexpr (Tile::kBits == 8) {
+    const uint32_t nibble =
+        i == 0 ? (r == 0 ? nibbles.x : nibbles.y) : (r == 0 ? nibbles.z : nibbles.w);
+    if constexpr (Tile::kSubnormal) {
+      quants[0] = AsHalves(MoveRight(nibble, PlaceField(4, 2 * h) - 4) & 0x00f000f0);
+      quants[1] = AsHalves(MoveRight(nibble, PlaceField(4, 2 * h + 1) - 4) & 0x00f000f0);
+    } else if constexpr (Tile::kBits == 8) {
       const uint32_t word =
           h == 0 ? (r == 0 ? bytes[i].x : bytes[i].z) : (r == 0 ? bytes[i].y : bytes[i].w);
       const __half2 less = __float2half2_rn(kLeast - 1024);
@@ -81,21 +88,17 @@ struct TilePair {
       quants[1] = __hadd2_rn(AsHalves(__byte_perm(word, kHalves1024, 0x7372)), less);
     } else {
       uint32_t first = kHalves1024, second = kHalves1024;
-      const auto add = [&](uint32_t plane, int width, int m, int shift) {
-        const uint32_t word = MoveRight(plane, PlacePair(width, m) - shift);
+      const auto add = [&](uint32_t plane, int width, int f, int shift) {
+        const uint32_t word = MoveRight(plane, PlaceField(width, f) - shift);
         const uint32_t mask = (((1u << width) - 1) << shift) * 0x00010001u;
         first = MaskAndOr(word, mask, first);
         second = MaskAndOr(word, mask << 4, second);
       };
-      if constexpr (Tile::kHasBits) add(bits, 1, i * 4 + r * 2 + h, Tile::kBitShift);
+      if constexpr (Tile::kHasBits) add(bits, 1, i * 8 + r * 4 + 2 * h, Tile::kBitShift);
       if constexpr (Tile::kHasCrumbs) {
-        add(i == 0 ? crumbs.x : crumbs.y, 2, r * 2 + h, Tile::kCrumbShift);
+        add(i == 0 ? crumbs.x : crumbs.y, 2, r * 4 + 2 * h, Tile::kCrumbShift);
       }
-      if constexpr (Tile::kHasNibbles) {
-        const uint32_t word =
-            i == 0 ? (r == 0 ? nibbles.x : nibbles.y) : (r == 0 ? nibbles.z : nibbles.w);
-        add(word, 4, h, 0);
-      }
+      if constexpr (Tile::kHasNibbles) add(nibble, 4, 2 * h, 0);
       // 1024 + quant, and 1024 + 16 * quant.
       quants[0] = __hadd2_rn(AsHalves(first), __float2half2_rn(kLeast - 1024));
       quants[1] =
@@ -104,10 +107,10 @@ struct TilePair {
   }
 };
 
-// Scales and offsets of the lane's rows in a pair of groups.
+// Scales and offsets of the lane's rows in a pair of groups, as DecodeGroup wants them.
 struct PairScales {
   __half2 scale[2];   // [r]: of both groups
-  __half2 offset[2];  // of types with a minimum
+  __half2 offset[2];  // of types with a minimum and subnormal ones
 };
 
 // The bytes 2p and 2p + 1 of 8, as two halves, `least` added, times `delta`.
@@ -172,6 +175,18 @@ class TileScales {
         }
       }
     }
+    if constexpr (Tile::kSubnormal) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if constexpr (Tile::kHasMin) {
+          result.offset[r] = __hmul2_rn(result.offset[r], __float2half2_rn(Tile::kWeightScale));
+        } else {
+          result.offset[r] =
+              __hmul2_rn(result.scale[r], __float2half2_rn(Tile::kLeastQuant * Tile::kWeightScale));
+        }
+        result.scale[r] = __hmul2_rn(result.scale[r], __float2half2_rn(32768));
+      }
+    }
     return result;
   }
 
@@ -191,6 +206,7 @@ struct GroupWeights {
 template <typename Tile>
 __device__ inline GroupWeights DecodeGroup(const TilePair<Tile>& pair, const PairScales& scales,
                                            int i) {
+  constexpr bool kHasOffset = Tile::kHasMin || Tile::kSubnormal;
   GroupWeights result;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -202,7 +218,7 @@ __device__ inline GroupWeights DecodeGroup(const TilePair<Tile>& pair, const Pai
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         __half2 weight;
-        if constexpr (Tile::kHasMin) {
+        if constexpr (kHasOffset) {
           const __half2 offset =
               i == 0 ? __low2half2(scales.offset[r]) : __high2half2(scales.offset[r]);
           weight = __hfma2(quants[j], scale, offset);

@@ -16,7 +16,7 @@
 //   or, for blocks of 32 columns: deltas [group][g][r] halves, and delta minimums alike
 //
 // In a word the lower half has the first column of each pair, the upper half the second one; where
-// in a half, PlacePair says. A quant is stored as its lowest bits, less the least quant of its
+// in a half, PlaceField says. A quant is stored as its lowest bits, less the least quant of its
 // type; the lowest are in the plane named first: nibbles and bits (5), nibbles and crumbs (6),
 // crumbs and bits (3). Signed scales have their least value taken off, too.
 #ifndef STAGECOACH_KERNELS_CUDA_TILE_FORMAT_CUH_
@@ -62,14 +62,20 @@ struct TileFormat {
       kDeltas + (kFloatScales ? (has_min ? 512 : 256) : (has_min ? 64 : 32));
   static_assert(kBytes % 16 == 0);
 
+  // Four bits in the middle of a half's mantissa, and nothing else, are a (subnormal) half
+  // themselves: the quant times 2^-20. Its scale is then taken times 2^15, so weights are 32 times
+  // too small.
+  static constexpr bool kSubnormal = bits == 4;
+  static constexpr float kWeightScale = kSubnormal ? 1.0f / 32 : 1.0f;
+
   static constexpr int kCrumbShift = kHasNibbles ? 4 : 0;  // the quant's first bit in this plane
   static constexpr int kBitShift = bits - 1;
 };
 
-// Where in a half-word the fields of the two pairs 2m and 2m + 1 lie, of `width` bits each: the
-// first one at the result, the second one 4 bits above it.
-__host__ __device__ constexpr int PlacePair(int width, int m) {
-  return m % (4 / width) * width + m / (4 / width) * 8;
+// Where in a half-word field f lies, of `width` bits: such that fields 2m and 2m + 1 are 4 bits
+// apart.
+__host__ __device__ constexpr int PlaceField(int width, int f) {
+  return f / 2 % (4 / width) * width + f / 2 / (4 / width) * 8 + f % 2 * 4;
 }
 
 template <int bits, int least_quant, Scaling scaling, int least_scale, bool has_min>

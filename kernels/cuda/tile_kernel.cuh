@@ -1,6 +1,6 @@
 // Products for more rows of activations than the stream kernel takes. A block computes 16 output
 // rows per warp for kColumns rows of activations, superblock after superblock through a ring of
-// stages. Either it walks all of k, or (kSplitK) it takes one split of k, and the 8 blocks of a
+// stages. Either it walks all of k, or (kSplitK) it takes two splits of k, and the 8 blocks of a
 // cluster add their partial sums up through each other's shared memory: where there are too few
 // blocks otherwise. Both add in the same order.
 #ifndef STAGECOACH_KERNELS_CUDA_TILE_KERNEL_CUH_
@@ -10,6 +10,10 @@
 #include "kernels/cuda/superblock_product.cuh"
 
 namespace stagecoach::cuda {
+
+inline constexpr int kCluster = 8;  // blocks, with kSplitK
+inline constexpr int kBlockSplits = kSplits / kCluster;
+static_assert(kBlockSplits == 2);
 
 template <typename Tile, int kColumns, bool kSplitK>
 struct TileLayout {
@@ -26,7 +30,7 @@ struct TileLayout {
   static constexpr int kStages = kFitting > 4 ? 4 : kFitting;
   static_assert(kStages >= 2);
   static constexpr int kRingBytes = kStages * kStageBytes;
-  static constexpr int kSumsBytes = kSplitK ? kColumns * kBlockRows * 4 : 0;  // a float per result
+  static constexpr int kSumsBytes = kSplitK ? kBlockSplits * kColumns * kBlockRows * 4 : 0;
   static constexpr int kSharedBytes = kRingBytes > kSumsBytes ? kRingBytes : kSumsBytes;
 };
 
@@ -49,28 +53,30 @@ __device__ inline void FetchActivationStage(const MatmulParameters& p, int first
   }
 }
 
-// Adds the partial sums of the cluster's blocks up, [kColumns][kBlockRows] in each, and stores
-// them; a block does its share of the columns.
-template <typename Layout, int kColumns>
+// Adds the partial sums of the cluster's blocks up, [2 splits][kColumns][kBlockRows] in each, and
+// stores them; a block does its share of the columns.
+template <typename Tile, int kColumns>
 __device__ inline void StoreClusterSums(const MatmulParameters& p, int first_tile_row,
                                         int first_row, const float* partials) {
-  constexpr int kShare = kColumns / kSplits, kRows = Layout::kBlockRows;
+  using Layout = TileLayout<Tile, kColumns, true>;
+  constexpr int kShare = kColumns / kCluster, kRows = Layout::kBlockRows;
   const int first_column = static_cast<int>(ClusterRank()) * kShare;
   for (int i = threadIdx.x; i < kShare * kRows; i += Layout::kThreads) {
     const int column = first_column + i / kRows, row = i % kRows;
     float value = 0;
 #pragma unroll
     for (int j = 0; j < kSplits; ++j) {
-      value = __fadd_rn(value, LoadFromCluster(partials + column * kRows + row, j));
+      const float* partial = partials + (j % kBlockSplits * kColumns + column) * kRows + row;
+      value = __fadd_rn(value, LoadFromCluster(partial, j / kBlockSplits));
     }
     const int tile_row = first_tile_row + row / kTileRows;
     if (tile_row < p.tile_rows) {
-      StoreResult(p, tile_row, row % kTileRows, first_row + column, value);
+      StoreResult<Tile>(p, tile_row, row % kTileRows, first_row + column, value);
     }
   }
 }
 
-// kColumns: 8, 16, 32 or 64. Grid: x = groups of kColumns rows of activations (times kSplits, in
+// kColumns: 8, 16, 32 or 64. Grid: x = groups of kColumns rows of activations (times kCluster, in
 // clusters of that size), y = groups of kBlockRows output rows.
 template <typename Tile, int kColumns, bool kSplitK>
 __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
@@ -81,10 +87,11 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int first_tile_row = static_cast<int>(blockIdx.y) * Layout::kWarps;
   const int tile_row = first_tile_row + warp;
-  const int first_row = static_cast<int>(blockIdx.x) / (kSplitK ? kSplits : 1) * kColumns;
-  const int only_split = kSplitK ? static_cast<int>(ClusterRank()) : 0;
-  const int first = kSplitK ? SplitBegin(only_split, p.superblocks) : 0;
-  const int last = kSplitK ? SplitBegin(only_split + 1, p.superblocks) : p.superblocks;
+  const int first_row = static_cast<int>(blockIdx.x) / (kSplitK ? kCluster : 1) * kColumns;
+  const int first_split = kSplitK ? static_cast<int>(ClusterRank()) * kBlockSplits : 0;
+  const int end_split = kSplitK ? first_split + kBlockSplits : kSplits;
+  const int first = SplitBegin(first_split, p.superblocks);
+  const int last = SplitBegin(end_split, p.superblocks);
   const bool has_weights = tile_row < p.tile_rows;
   const uint8_t* weights = has_weights ? TileRow<Tile>(p, tile_row) : nullptr;
   uint8_t* shared = SharedMemory();
@@ -120,7 +127,7 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
 
   float acc[kColumnTiles][4] = {};     // of the split at hand
   float totals[kColumnTiles][4] = {};  // of those before it
-  int split = 0;
+  int split_end = SplitBegin(first_split + 1, p.superblocks), split = first_split;
 #pragma unroll 1
   for (int s = first; s < last; ++s) {
     WaitCopies<Layout::kStages - 2>();
@@ -128,40 +135,43 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
     fetch_weights(s + Layout::kStages - 1);
     fetch_activations(s + Layout::kStages - 1);
     CommitCopies();
-    if (has_weights) {
-      const uint8_t* stage = stage_of(s);
-      AddSuperblock<Tile, kColumns>(stage + warp * Tile::kBytes, stage + Layout::kWeightBytes, lane,
-                                    acc);
-    }
-    if constexpr (!kSplitK) {
-      while (SplitBegin(split + 1, p.superblocks) <= s) ++split;
-      if (SplitBegin(split + 1, p.superblocks) != s + 1) continue;
+    if (s == split_end) {
 #pragma unroll
       for (int j = 0; j < kColumnTiles * 4; ++j) {
         totals[j / 4][j % 4] = __fadd_rn(totals[j / 4][j % 4], acc[j / 4][j % 4]);
         acc[j / 4][j % 4] = 0;
       }
+      while (split_end <= s) split_end = SplitBegin(++split + 1, p.superblocks);
+    }
+    if (has_weights) {
+      const uint8_t* stage = stage_of(s);
+      AddSuperblock<Tile, kColumns>(stage + warp * Tile::kBytes, stage + Layout::kWeightBytes, lane,
+                                    acc);
     }
   }
 
   if constexpr (kSplitK) {
     WaitCopies<0>();
     __syncthreads();  // the stages are free
+    // If one of the two splits is empty, it does not matter which one.
     auto* partials = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int j = 0; j < kColumnTiles * 4; ++j) {
       const int c = j / 4, i = j % 4;
-      partials[(c * 8 + 2 * t + i % 2) * Layout::kBlockRows + warp * kTileRows + g + i / 2 * 8] =
-          acc[c][i];
+      float* partial = partials + (c * 8 + 2 * t + i % 2) * Layout::kBlockRows + warp * kTileRows +
+                       g + i / 2 * 8;
+      partial[0] = totals[c][i];
+      partial[kColumns * Layout::kBlockRows] = acc[c][i];
     }
     ClusterBarrier();
-    StoreClusterSums<Layout, kColumns>(p, first_tile_row, first_row, partials);
+    StoreClusterSums<Tile, kColumns>(p, first_tile_row, first_row, partials);
     ClusterBarrier();  // nobody leaves while others read its sums
   } else if (has_weights) {
 #pragma unroll
     for (int j = 0; j < kColumnTiles * 4; ++j) {
       const int c = j / 4, i = j % 4;
-      StoreResult(p, tile_row, g + i / 2 * 8, first_row + c * 8 + 2 * t + i % 2, totals[c][i]);
+      StoreResult<Tile>(p, tile_row, g + i / 2 * 8, first_row + c * 8 + 2 * t + i % 2,
+                        __fadd_rn(totals[c][i], acc[c][i]));
     }
   }
 }

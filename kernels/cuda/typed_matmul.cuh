@@ -15,33 +15,39 @@ inline constexpr int kLeastStages = 2;
 
 template <typename Tile, int kColumns>
 bool StreamFits(const MatmulParameters& p, const DeviceLimits& device) {
-  return p.rows <= kColumns && StreamLayout<Tile, kColumns>::SharedBytes(
-                                   1, kLeastStages, p.superblocks) <= device.shared_bytes;
+  return p.rows <= kColumns &&
+         StreamLayout<Tile, kColumns>::SharedBytes(kLeastTeamWarps, kLeastStages, p.superblocks) <=
+             device.shared_bytes;
 }
 
 template <typename Tile, int kColumns>
 cudaError_t LaunchStream(const MatmulParameters& p, const DeviceLimits& device,
                          cudaStream_t stream) {
   const int blocks = std::min(p.tile_rows, device.multiprocessors);
-  const auto shared_bytes = [&](int teams, int stages) {
-    return StreamLayout<Tile, kColumns>::SharedBytes(teams, stages, p.superblocks);
+  const int block_rows = (p.tile_rows + blocks - 1) / blocks;  // at most
+  const auto shared_bytes = [&](int warps, int stages) {
+    return StreamLayout<Tile, kColumns>::SharedBytes(warps, stages, p.superblocks);
   };
-  int teams = std::min((p.tile_rows + blocks - 1) / blocks, kMaxTeams);
-  while (shared_bytes(teams, kLeastStages) > device.shared_bytes) --teams;
+  int warps = kMaxStreamWarps;
+  while (shared_bytes(warps, kLeastStages) > device.shared_bytes) warps -= kLeastTeamWarps;
   int stages = kMaxStages;
-  while (shared_bytes(teams, stages) > device.shared_bytes) --stages;
+  while (shared_bytes(warps, stages) > device.shared_bytes) --stages;
   MatmulParameters own = p;
   own.stages = stages;
+  // Small teams have less to do per row of tiles, but there must be rows for all of them.
+  own.team_warps = kLeastTeamWarps;
+  while (own.team_warps < kSplits && warps / own.team_warps > block_rows) own.team_warps *= 2;
+  warps = std::min(warps / own.team_warps, block_rows) * own.team_warps;
   own.block_rows = p.tile_rows / blocks;
   own.longer_blocks = p.tile_rows % blocks;
-  own.next = MakeNextWeights(p.next_matrices, blocks, teams * kSplits);
+  own.next = MakeNextWeights(p.next_matrices, blocks, warps);
   LaunchShape shape;
   shape.grid = dim3(blocks);
-  shape.threads = teams * kTeamThreads;
+  shape.threads = warps * 32;
   // One block at a time on a multiprocessor, so that all have the same share: where two fit, those
   // of the next kernel crowd on the multiprocessors that finish first.
   shape.shared_bytes =
-      std::max<size_t>(shared_bytes(teams, stages), device.shared_bytes / 2 + 1024);
+      std::max<size_t>(shared_bytes(warps, stages), device.shared_bytes / 2 + 1024);
   const cudaError_t status = AllowSharedMemory(StreamKernel<Tile, kColumns>, device.shared_bytes);
   if (status != cudaSuccess) return status;
   return LaunchKernel(StreamKernel<Tile, kColumns>, shape, stream, own);
@@ -52,7 +58,7 @@ cudaError_t LaunchTileKernel(const MatmulParameters& p, int row_blocks, const De
                              cudaStream_t stream) {
   using Layout = TileLayout<Tile, kColumns, kSplitK>;
   LaunchShape shape;
-  shape.cluster = kSplitK ? kSplits : 1;
+  shape.cluster = kSplitK ? kCluster : 1;
   shape.grid = dim3(row_blocks * shape.cluster,
                     (p.tile_rows * kTileRows + Layout::kBlockRows - 1) / Layout::kBlockRows);
   shape.threads = Layout::kThreads;
