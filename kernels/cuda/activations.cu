@@ -37,8 +37,9 @@ __device__ void StoreColumns(const float (&v)[kLaneColumns], const Activations& 
   }
   uint4 bits;
   memcpy(&bits, pairs, sizeof(bits));
-  *reinterpret_cast<uint4*>(out.halves + static_cast<size_t>(row) * out.PaddedColumns() + column) =
-      bits;
+  const size_t group = superblock * (kSuperblock / 32) + lane / 4;
+  auto* place = reinterpret_cast<uint4*>(out.halves) + (group * out.rows + row) * 4 + lane % 4;
+  *place = bits;
 }
 
 // A lane's 8 columns of a row of k floats, zero beyond it. Past the first-level cache: the kernel
@@ -154,7 +155,9 @@ ActivationForm FormFor(TensorType type) {
 size_t ActivationBytes(int rows, int k) {
   Activations shape;
   shape.k = k;
-  const size_t halves = size_t{2} * rows * shape.PaddedColumns(), floats = size_t{4} * rows * k;
+  constexpr size_t kRowTileBytes = 64 * 64;
+  const size_t halves = size_t{2} * rows * shape.PaddedColumns() + kRowTileBytes;
+  const size_t floats = size_t{4} * rows * k;
   return AlignUp(halves > floats ? halves : floats);
 }
 

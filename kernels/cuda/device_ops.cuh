@@ -14,25 +14,8 @@ __device__ inline uint8_t* SharedMemory() {
   return shared_memory;
 }
 
-// --- Copies from global to shared memory that complete later, past the first-level cache.
-
-// 16 bytes, both addresses 16-byte aligned.
-__device__ inline void CopyAsync16(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
-}
-// Ends a group of this thread's copies (which may be empty).
-__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most the kPending youngest groups of this thread are under way.
-template <int kPending>
-__device__ inline void WaitCopies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 // --- Copies of the copy engine, which complete on a barrier in shared memory. The barrier's phases
-// alternate: the first copy completes phase 0, the next one phase 1, then 0 again.
+// alternate: the first one is 0, the next one 1, then 0 again.
 
 __device__ inline uint32_t SharedAddress(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -46,14 +29,19 @@ __device__ inline void InitCopyBarrier(uint64_t* barrier) {
       : "memory");
 #endif
 }
-// One thread. bytes: a multiple of 16, as are both addresses. Nobody reads `shared` any more.
-__device__ inline void CopyBulk(void* shared, const void* global, uint32_t bytes,
-                                uint64_t* barrier) {
+// One thread: the phase is complete when copies of so many bytes are.
+__device__ inline void ExpectCopies(uint64_t* barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
       "r"(bytes)
       : "memory");
+#endif
+}
+// bytes: a multiple of 16, as are both addresses. Nobody reads `shared` any more.
+__device__ inline void CopyBulk(void* shared, const void* global, uint32_t bytes,
+                                uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(SharedAddress(shared)),
@@ -61,7 +49,7 @@ __device__ inline void CopyBulk(void* shared, const void* global, uint32_t bytes
       : "memory");
 #endif
 }
-// Returns when the copy of this phase is complete and visible.
+// Returns when the copies of this phase are complete and visible.
 __device__ inline void AwaitCopy(const uint64_t* barrier, uint32_t phase) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(

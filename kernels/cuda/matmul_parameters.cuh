@@ -2,7 +2,6 @@
 #ifndef STAGECOACH_KERNELS_CUDA_MATMUL_PARAMETERS_CUH_
 #define STAGECOACH_KERNELS_CUDA_MATMUL_PARAMETERS_CUH_
 
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -50,7 +49,7 @@ struct MatmulParameters {
   int tile_rows;    // of all terms
   int superblocks;  // per row
   int rows;
-  const __half* x;                              // [rows][superblocks * 256]
+  const uint8_t* x;                             // halves [superblocks * 8][rows][32]
   std::span<const PackedMatrix> next_matrices;  // for the launcher
   // What launchers add.
   NextWeights next;

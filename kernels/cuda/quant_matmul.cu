@@ -32,7 +32,7 @@ cudaError_t LaunchSameType(std::span<const MatmulTerm> terms, const Activations&
   for (const MatmulTerm& term : terms) AddTerm(term, &p);
   p.superblocks = x.PaddedColumns() / kSuperblock;
   p.rows = x.rows;
-  p.x = reinterpret_cast<const __half*>(x.halves);
+  p.x = reinterpret_cast<const uint8_t*>(x.halves);
   p.next_matrices = next;
   return VisitTileType(terms[0].weights.type, cudaErrorInvalidValue, [&]<TensorType type>() {
     return LaunchTypedMatmul<type>(p, device, stream);

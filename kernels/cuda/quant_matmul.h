@@ -74,14 +74,15 @@ struct Activations {
   int rows = 0;
   int k = 0;
   float* values = nullptr;     // kFloat: [rows][k]
-  uint16_t* halves = nullptr;  // kHalf: [rows][PaddedColumns()], zero beyond k
+  uint16_t* halves = nullptr;  // kHalf: [PaddedColumns() / 32][rows][32], zero beyond k
 
   STAGECOACH_HOST_DEVICE int PaddedColumns() const {
     return (k + kSuperblock - 1) / kSuperblock * kSuperblock;
   }
 };
 
-// Bytes for any form of activations of up to rows x k.
+// Bytes for any form of activations of up to rows x k; some more than they fill, for kernels read
+// whole tiles of rows.
 size_t ActivationBytes(int rows, int k);
 
 // Lays activations out in `memory` [ActivationBytes(rows, k)], 16-byte aligned. The same memory may

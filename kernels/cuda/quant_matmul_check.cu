@@ -97,10 +97,11 @@ std::vector<double> ReadActivations(const Activations& x) {
     const auto values = CopyToHost(x.values, result.size());
     return {values.begin(), values.end()};
   }
-  const int columns = x.PaddedColumns();
-  const auto halves = CopyToHost(x.halves, static_cast<size_t>(x.rows) * columns);
+  const auto halves = CopyToHost(x.halves, static_cast<size_t>(x.rows) * x.PaddedColumns());
   for (size_t i = 0; i < result.size(); ++i) {
-    result[i] = HalfToFloat(halves[i / x.k * columns + i % x.k]) / kActivationScale;
+    const size_t row = i / x.k, column = i % x.k;
+    const size_t place = (column / 32 * x.rows + row) * 32 + column % 32;
+    result[i] = HalfToFloat(halves[place]) / kActivationScale;
   }
   return result;
 }
@@ -128,8 +129,8 @@ CheckedTerm MakeTerm(std::mt19937& random, const MatmulCheck& check, int n, bool
   CheckedTerm term;
   term.n = n;
   term.accumulate = accumulate;
-  const double unit =
-      VisitTileType(check.type, 1.0f, []<TensorType type>() { return TileOf<type>::kWeightScale; });
+  const double unit = VisitTileType(check.type, 1.0f,
+                                    [&]<TensorType type>() { return TileOf<type>::kWeightScale; });
   term.weights = VisitBlockType(
       check.type, [&]<typename Block>() { return MakeWeights<Block>(random, n, check.k, unit); });
   const DeviceArray<uint8_t> raw(term.weights.raw);

@@ -12,40 +12,20 @@
 namespace stagecoach::cuda {
 
 inline constexpr int kLeastTeamWarps = 8;   // more: twice as many
-inline constexpr int kMaxStreamWarps = 32;  // of a block
-inline constexpr int kMaxStages = 6;        // of a ring, in tiles
+inline constexpr int kMaxStreamWarps = 16;  // of a block
+inline constexpr int kMaxStages = 3;        // of a ring, in tiles
 
 // Shared memory of a block, in order: rings, partial sums, activations, copy barriers.
 template <typename Tile, int kColumns>
 struct StreamLayout {
-  using Block = SuperblockActivations<kColumns>;
   static constexpr int kPartials = kSplits * kTileRows * kColumns;  // of a team, twice
 
-  static constexpr size_t SharedBytes(int warps, int stages, int superblocks) {
+  static constexpr size_t SharedBytes(int warps, int stages, int superblocks, int rows) {
     return static_cast<size_t>(warps) * stages * (Tile::kBytes + 8) +
            size_t{8} * (warps / kLeastTeamWarps) * kPartials +
-           static_cast<size_t>(superblocks) * Block::kBytes;
+           static_cast<size_t>(superblocks) * ActivationBlockBytes(rows) + 8;
   }
 };
-
-// Copies the activations of all superblocks to shared memory, those of a superblock together.
-// Complete after WaitCopies<0>() and a barrier.
-template <int kColumns>
-__device__ inline void FetchActivations(const MatmulParameters& p, uint8_t* shared) {
-  using Block = SuperblockActivations<kColumns>;
-  const int chunks = p.superblocks * kTileColumns / 8;  // of 16 bytes, in a row
-  // Every block begins elsewhere, or all would ask the same slice of the cache at the same time.
-  const int turn = static_cast<int>(blockIdx.x) % p.superblocks * (kTileColumns / 8);
-  for (int row = 0; row < p.rows; ++row) {
-    const auto* x = reinterpret_cast<const uint8_t*>(p.x) + static_cast<size_t>(row) * chunks * 16;
-    for (int j = threadIdx.x; j < chunks; j += blockDim.x) {
-      const int i = j + turn < chunks ? j + turn : j + turn - chunks;
-      const int superblock = i / 32, group = i / 4 % kGroups, part = i % 4;
-      CopyAsync16(shared + superblock * Block::kBytes + Block::Place(group, row, part), x + i * 16);
-    }
-  }
-  CommitCopies();
-}
 
 // The walk of one warp over its tiles, ahead of the products, and its ring.
 template <typename Tile>
@@ -76,7 +56,10 @@ class TileRing {
   // Begins the copy of the next tile, if there is one, to stage `stage` of the ring.
   __device__ void Fetch(int stage) {
     if (tile_row_ >= end_) return;
-    if (leader_) CopyBulk(ring_ + stage * Tile::kBytes, source_, Tile::kBytes, barriers_ + stage);
+    if (leader_) {
+      ExpectCopies(barriers_ + stage, Tile::kBytes);
+      CopyBulk(ring_ + stage * Tile::kBytes, source_, Tile::kBytes, barriers_ + stage);
+    }
     source_ += Tile::kBytes;
     if (++superblock_ == last_) {
       superblock_ = first_;
@@ -121,7 +104,6 @@ template <typename Tile, int kColumns>
 __global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
     StreamKernel(const __grid_constant__ MatmulParameters p) {
   using Layout = StreamLayout<Tile, kColumns>;
-  using Block = typename Layout::Block;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp = threadIdx.x / 32, team = warp / p.team_warps;
   const int warps = blockDim.x / 32, teams = warps / p.team_warps;
@@ -131,7 +113,9 @@ __global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
   auto* all_partials = reinterpret_cast<float*>(shared + warps * p.stages * Tile::kBytes);
   float* both_partials = all_partials + team * 2 * Layout::kPartials;
   auto* activations = reinterpret_cast<uint8_t*>(all_partials + teams * 2 * Layout::kPartials);
-  auto* barriers = reinterpret_cast<uint64_t*>(activations + p.superblocks * Block::kBytes);
+  const uint32_t activation_bytes = p.superblocks * ActivationBlockBytes(p.rows);
+  auto* barriers = reinterpret_cast<uint64_t*>(activations + activation_bytes);
+  uint64_t* activation_barrier = barriers + warps * p.stages;
 
   const int first = SplitBegin(first_split, p.superblocks);
   const int last = SplitBegin(first_split + splits, p.superblocks);
@@ -144,10 +128,14 @@ __global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
 #pragma unroll 1
   for (int i = 0; i < p.stages; ++i) ring.Fetch(i);
   LetNextKernelStart();
+  if (threadIdx.x == 0) InitCopyBarrier(activation_barrier);
   WaitForPreviousKernel();
-  FetchActivations<kColumns>(p, activations);
-  WaitCopies<0>();
   __syncthreads();
+  if (threadIdx.x == 0) {
+    ExpectCopies(activation_barrier, activation_bytes);
+    CopyBulk(activations, p.x, activation_bytes, activation_barrier);
+  }
+  AwaitCopy(activation_barrier, 0);
 
   int half = 0;
 #pragma unroll 1
@@ -162,7 +150,8 @@ __global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
       float acc[1][4] = {};
 #pragma unroll 1
       for (const int split_end = SplitBegin(split + 1, p.superblocks); s < split_end; ++s) {
-        AddSuperblock<Tile, kColumns>(ring.Front(), activations + s * Block::kBytes, lane, acc);
+        const SuperblockActivations x = {activations + s * ActivationBlockBytes(p.rows), p.rows};
+        AddSuperblock<Tile, kColumns>(ring.Front(), x, lane, acc);
         ring.Pop();
       }
       float* own = partials + split * kTileRows * kColumns;  // [column][16]

@@ -22,36 +22,19 @@ struct TileLayout {
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kBlockRows = kWarps * kTileRows;  // output rows of a block
   static constexpr int kWeightBytes = kWarps * Tile::kBytes;
-  static constexpr int kStageBytes = kWeightBytes + SuperblockActivations<kColumns>::kBytes;
+  static constexpr int kStageBytes = kWeightBytes + ActivationBlockBytes(kColumns);
   static constexpr int kHalfBytes = 113 * 1024;  // of two blocks on a multiprocessor
-  static constexpr int kBlocks = kWarps == 16 || 2 * kStageBytes > kHalfBytes ? 1 : 2;
+  static constexpr int kBlocks = kWarps == 16 || 2 * kStageBytes > kHalfBytes - 64 ? 1 : 2;
   static constexpr int kMostBytes = kBlocks == 1 ? 227 * 1024 : kHalfBytes;
-  static constexpr int kFitting = kMostBytes / kStageBytes;
+  static constexpr int kFitting = (kMostBytes - 64) / kStageBytes;
   static constexpr int kStages = kFitting > 4 ? 4 : kFitting;
   static_assert(kStages >= 2);
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kSumsBytes = kSplitK ? kBlockSplits * kColumns * kBlockRows * 4 : 0;
-  static constexpr int kSharedBytes = kRingBytes > kSumsBytes ? kRingBytes : kSumsBytes;
+  // Copy barriers, [kStages], lie behind the ring.
+  static constexpr int kSharedBytes =
+      kRingBytes + kStages * 8 > kSumsBytes ? kRingBytes + kStages * 8 : kSumsBytes;
 };
-
-// Begins the copy of one superblock's activations for rows [first_row, first_row + kColumns);
-// columns beyond the last row repeat it.
-template <int kColumns, int kThreads>
-__device__ inline void FetchActivationStage(const MatmulParameters& p, int first_row,
-                                            int superblock, uint8_t* stage) {
-  constexpr int kChunks = kColumns * kTileColumns / 8;  // of 16 bytes
-#pragma unroll
-  for (int i = 0; i < kChunks / kThreads; ++i) {
-    // 8 neighbouring threads write 2 columns of a group: no two of them the same banks.
-    const int chunk = i * kThreads + static_cast<int>(threadIdx.x);
-    const int part = chunk % 4, group = chunk / 8 % kGroups,
-              column = chunk / 64 * 2 + chunk / 4 % 2;
-    const int row = min(first_row + column, p.rows - 1);
-    CopyAsync16(stage + SuperblockActivations<kColumns>::Place(group, column, part),
-                p.x + (static_cast<size_t>(row) * p.superblocks + superblock) * kTileColumns +
-                    group * 32 + part * 8);
-  }
-}
 
 // Adds the partial sums of the cluster's blocks up, [2 splits][kColumns][kBlockRows] in each, and
 // stores them; a block does its share of the columns.
@@ -96,45 +79,44 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
   const uint8_t* weights = has_weights ? TileRow<Tile>(p, tile_row) : nullptr;
   uint8_t* shared = SharedMemory();
 
-  const auto stage_of = [&](int s) {
-    return shared + (s - first) % Layout::kStages * Layout::kStageBytes;
+  auto* barriers = reinterpret_cast<uint64_t*>(shared + Layout::kRingBytes);
+  if (threadIdx.x < Layout::kStages) InitCopyBarrier(barriers + threadIdx.x);
+  __syncthreads();
+  // Superblock s is the i-th of this block, in stage i % kStages.
+  const auto fetch_weights = [&](int s, int stage) {
+    if (s >= last || !has_weights || lane != 0) return;
+    CopyBulk(shared + stage * Layout::kStageBytes + warp * Tile::kBytes,
+             weights + static_cast<size_t>(s) * Tile::kBytes, Tile::kBytes, barriers + stage);
   };
-  const auto fetch_weights = [&](int s) {
-    if (s >= last || !has_weights) return;
-    uint8_t* target = stage_of(s) + warp * Tile::kBytes;
-    const uint8_t* source = weights + static_cast<size_t>(s) * Tile::kBytes;
-#pragma unroll
-    for (int i = 0; i < (Tile::kBytes + 511) / 512; ++i) {
-      const int offset = i * 512 + lane * 16;
-      if (offset < Tile::kBytes) CopyAsync16(target + offset, source + offset);
+  // Columns beyond the last row get what lies behind it; nobody reads what becomes of them.
+  const auto fetch_activations = [&](int s, int stage) {
+    if (s >= last || warp != 0) return;
+    if (lane == 0) {
+      const int tiles = min(Layout::kWarps, p.tile_rows - first_tile_row);
+      ExpectCopies(barriers + stage, tiles * Tile::kBytes + ActivationBlockBytes(kColumns));
     }
-  };
-  const auto fetch_activations = [&](int s) {
-    if (s >= last) return;
-    FetchActivationStage<kColumns, Layout::kThreads>(p, first_row, s,
-                                                     stage_of(s) + Layout::kWeightBytes);
+    if (lane < kGroups) {
+      CopyBulk(shared + stage * Layout::kStageBytes + Layout::kWeightBytes + lane * kColumns * 64,
+               p.x + (static_cast<size_t>(s * kGroups + lane) * p.rows + first_row) * 64,
+               kColumns * 64, barriers + stage);
+    }
   };
 
 #pragma unroll 1
-  for (int i = 0; i < Layout::kStages - 1; ++i) fetch_weights(first + i);
+  for (int i = 0; i < Layout::kStages; ++i) fetch_weights(first + i, i);
   LetNextKernelStart();
   WaitForPreviousKernel();
 #pragma unroll 1
-  for (int i = 0; i < Layout::kStages - 1; ++i) {
-    fetch_activations(first + i);
-    CommitCopies();
-  }
+  for (int i = 0; i < Layout::kStages; ++i) fetch_activations(first + i, i);
 
   float acc[kColumnTiles][4] = {};     // of the split at hand
   float totals[kColumnTiles][4] = {};  // of those before it
   int split_end = SplitBegin(first_split + 1, p.superblocks), split = first_split;
+  int stage = 0;
+  uint32_t phase = 0;
 #pragma unroll 1
   for (int s = first; s < last; ++s) {
-    WaitCopies<Layout::kStages - 2>();
-    __syncthreads();  // stage s is complete, and nobody reads the one before it any more
-    fetch_weights(s + Layout::kStages - 1);
-    fetch_activations(s + Layout::kStages - 1);
-    CommitCopies();
+    AwaitCopy(barriers + stage, phase);
     if (s == split_end) {
 #pragma unroll
       for (int j = 0; j < kColumnTiles * 4; ++j) {
@@ -144,15 +126,20 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
       while (split_end <= s) split_end = SplitBegin(++split + 1, p.superblocks);
     }
     if (has_weights) {
-      const uint8_t* stage = stage_of(s);
-      AddSuperblock<Tile, kColumns>(stage + warp * Tile::kBytes, stage + Layout::kWeightBytes, lane,
-                                    acc);
+      const uint8_t* own = shared + stage * Layout::kStageBytes;
+      const SuperblockActivations x = {own + Layout::kWeightBytes, kColumns};
+      AddSuperblock<Tile, kColumns>(own + warp * Tile::kBytes, x, lane, acc);
+    }
+    __syncthreads();  // nobody reads the stage any more
+    fetch_activations(s + Layout::kStages, stage);
+    fetch_weights(s + Layout::kStages, stage);
+    if (++stage == Layout::kStages) {
+      stage = 0;
+      phase ^= 1;
     }
   }
 
   if constexpr (kSplitK) {
-    WaitCopies<0>();
-    __syncthreads();  // the stages are free
     // If one of the two splits is empty, it does not matter which one.
     auto* partials = reinterpret_cast<float*>(shared);
 #pragma unroll

@@ -16,8 +16,8 @@ inline constexpr int kLeastStages = 2;
 template <typename Tile, int kColumns>
 bool StreamFits(const MatmulParameters& p, const DeviceLimits& device) {
   return p.rows <= kColumns &&
-         StreamLayout<Tile, kColumns>::SharedBytes(kLeastTeamWarps, kLeastStages, p.superblocks) <=
-             device.shared_bytes;
+         StreamLayout<Tile, kColumns>::SharedBytes(kLeastTeamWarps, kLeastStages, p.superblocks,
+                                                   p.rows) <= device.shared_bytes;
 }
 
 template <typename Tile, int kColumns>
@@ -26,7 +26,7 @@ cudaError_t LaunchStream(const MatmulParameters& p, const DeviceLimits& device,
   const int blocks = std::min(p.tile_rows, device.multiprocessors);
   const int block_rows = (p.tile_rows + blocks - 1) / blocks;  // at most
   const auto shared_bytes = [&](int warps, int stages) {
-    return StreamLayout<Tile, kColumns>::SharedBytes(warps, stages, p.superblocks);
+    return StreamLayout<Tile, kColumns>::SharedBytes(warps, stages, p.superblocks, p.rows);
   };
   int warps = kMaxStreamWarps;
   while (shared_bytes(warps, kLeastStages) > device.shared_bytes) warps -= kLeastTeamWarps;
