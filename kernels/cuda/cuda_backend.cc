@@ -258,7 +258,7 @@ absl::Status CudaBackend::MatMul(const TensorInfo& tensor, std::span<const std::
       LayOutActivations(memory.data(), FormFor(tensor.type), rows, matrix.k);
   STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchConvert(in.data(), activations, device_->compute()));
   const MatmulTerm term[] = {{.weights = matrix, .y = out.data(), .y_stride = matrix.n}};
-  STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(term, activations, {}, device_->compute()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(term, activations, device_->compute()));
   return ToHost(out, y);
 }
 

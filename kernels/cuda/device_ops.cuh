@@ -62,14 +62,6 @@ __device__ inline void AwaitCopy(const uint64_t* barrier, uint32_t phase) {
 #endif
 }
 
-// Hints that `bytes` bytes (a multiple of 16, as is the address) will be read soon: into the
-// second-level cache.
-__device__ inline void PrefetchToCache(const void* global, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes));
-#endif
-}
-
 // --- Matrix products of a warp: d[16][8] += a[16][16] * b[16][8], halves into float32. With g =
 // lane / 4 and t = lane % 4 a lane holds pairs of halves
 //   a0: row g,     columns 2t, 2t + 1     a2: row g,     columns 2t + 8, 2t + 9

@@ -13,11 +13,10 @@ namespace stagecoach::cuda {
 namespace {
 
 // The products of `terms`, which read the same rows x k activations; prepare(Activations) makes
-// these, once for each form that the terms' types need. next: as for LaunchMatmul.
+// these, once for each form that the terms' types need.
 template <typename Prepare>
 absl::Status Project(const CudaWorkspace& workspace, std::span<const MatmulTerm> terms, int rows,
-                     std::span<const PackedMatrix> next, cudaStream_t stream,
-                     const Prepare& prepare) {
+                     cudaStream_t stream, const Prepare& prepare) {
   for (const ActivationForm form : {ActivationForm::kFloat, ActivationForm::kHalf}) {
     std::array<MatmulTerm, kMaxMatmulTerms> same;
     size_t count = 0;
@@ -28,7 +27,7 @@ absl::Status Project(const CudaWorkspace& workspace, std::span<const MatmulTerm>
     const Activations x =
         LayOutActivations(workspace.activations.data(), form, rows, same[0].weights.k);
     STAGECOACH_RETURN_IF_CUDA_ERROR(prepare(x));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(std::span(same).first(count), x, next, stream));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(std::span(same).first(count), x, stream));
   }
   return absl::OkStatus();
 }
@@ -64,22 +63,18 @@ absl::Status EnqueueTurns(CudaWorkspace& ws, cudaStream_t stream) {
 }
 
 absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayout& kv,
-                          const UnitStorage* next_layer, cudaStream_t stream) {
+                          cudaStream_t stream) {
   const ModelParams& params = ws.params;
   const auto norm = [&](TensorRole role) {
     return [&ws, &params, stream, weight = w.vector(role)](const Activations& x) {
       return LaunchRmsNorm(ws.residual.data(), weight, params.norm_epsilon, x, stream);
     };
   };
-  const auto matrices = [](const UnitStorage& unit, auto... roles) {
-    return std::array{unit.matrix(roles)...};
-  };
   const MatmulTerm qkv[] = {
       Term(w.matrix(TensorRole::kAttnQ), ws.q.data(), w.vector(TensorRole::kAttnQBias)),
       Term(w.matrix(TensorRole::kAttnK), ws.k.data(), w.vector(TensorRole::kAttnKBias)),
       Term(w.matrix(TensorRole::kAttnV), ws.v.data(), w.vector(TensorRole::kAttnVBias))};
-  STAGECOACH_RETURN_IF_ERROR(Project(ws, qkv, ws.rows, matrices(w, TensorRole::kAttnOutput), stream,
-                                     norm(TensorRole::kAttnNorm)));
+  STAGECOACH_RETURN_IF_ERROR(Project(ws, qkv, ws.rows, stream, norm(TensorRole::kAttnNorm)));
   const AttentionInputs inputs = {.q = ws.q.data(),
                                   .k = ws.k.data(),
                                   .v = ws.v.data(),
@@ -89,24 +84,18 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
                                                  ws.partials.data(), ws.attended.data(), stream));
   const MatmulTerm output[] = {Term(w.matrix(TensorRole::kAttnOutput), ws.residual.data(),
                                     w.vector(TensorRole::kAttnOutputBias), /*accumulate=*/true)};
-  STAGECOACH_RETURN_IF_ERROR(
-      Project(ws, output, ws.rows, matrices(w, TensorRole::kFfnGate, TensorRole::kFfnUp), stream,
-              [&](const Activations& x) { return LaunchConvert(ws.attended.data(), x, stream); }));
+  STAGECOACH_RETURN_IF_ERROR(Project(ws, output, ws.rows, stream, [&](const Activations& x) {
+    return LaunchConvert(ws.attended.data(), x, stream);
+  }));
 
   const MatmulTerm inward[] = {Term(w.matrix(TensorRole::kFfnGate), ws.gate.data()),
                                Term(w.matrix(TensorRole::kFfnUp), ws.up.data())};
-  STAGECOACH_RETURN_IF_ERROR(Project(ws, inward, ws.rows, matrices(w, TensorRole::kFfnDown), stream,
-                                     norm(TensorRole::kFfnNorm)));
+  STAGECOACH_RETURN_IF_ERROR(Project(ws, inward, ws.rows, stream, norm(TensorRole::kFfnNorm)));
   const MatmulTerm outward[] = {Term(w.matrix(TensorRole::kFfnDown), ws.residual.data(),
                                      /*bias=*/nullptr, /*accumulate=*/true)};
-  std::array<PackedMatrix, 3> next;
-  if (next_layer != nullptr) {
-    next = matrices(*next_layer, TensorRole::kAttnQ, TensorRole::kAttnK, TensorRole::kAttnV);
-  }
-  return Project(ws, outward, ws.rows, std::span(next).first(next_layer == nullptr ? 0 : 3), stream,
-                 [&](const Activations& x) {
-                   return LaunchSwiGlu(ws.gate.data(), ws.up.data(), params.ffn_length, x, stream);
-                 });
+  return Project(ws, outward, ws.rows, stream, [&](const Activations& x) {
+    return LaunchSwiGlu(ws.gate.data(), ws.up.data(), params.ffn_length, x, stream);
+  });
 }
 
 absl::Status EnqueueHead(CudaWorkspace& ws, const UnitStorage& head, int count,
@@ -115,7 +104,7 @@ absl::Status EnqueueHead(CudaWorkspace& ws, const UnitStorage& head, int count,
                                             ws.inputs.head_rows(), count, ws.head_input.data(),
                                             stream));
   const MatmulTerm output[] = {Term(head.matrix(TensorRole::kOutput), ws.logits.data())};
-  return Project(ws, output, count, {}, stream, [&](const Activations& x) {
+  return Project(ws, output, count, stream, [&](const Activations& x) {
     return LaunchRmsNorm(ws.head_input.data(), head.vector(TensorRole::kOutputNorm),
                          ws.params.norm_epsilon, x, stream);
   });

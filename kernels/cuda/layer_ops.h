@@ -21,10 +21,8 @@ absl::Status EnqueueEmbed(CudaWorkspace& workspace, const UnitStorage& embedding
 absl::Status EnqueueSetResidual(CudaWorkspace& workspace, cudaStream_t stream);
 // Before the first layer.
 absl::Status EnqueueTurns(CudaWorkspace& workspace, cudaStream_t stream);
-// next_layer: the one that will run after this one, or null; a hint, if its weights are there for
-// as long as this one's.
 absl::Status EnqueueLayer(CudaWorkspace& workspace, const UnitStorage& layer, const KvLayout& kv,
-                          const UnitStorage* next_layer, cudaStream_t stream);
+                          cudaStream_t stream);
 // Logits of the `count` (<= kHeadRows) rows in workspace.inputs.head_rows() to workspace.logits.
 absl::Status EnqueueHead(CudaWorkspace& workspace, const UnitStorage& head, int count,
                          cudaStream_t stream);

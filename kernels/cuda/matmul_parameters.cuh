@@ -5,7 +5,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <span>
 
 #include "kernels/cuda/device_ops.cuh"
 #include "kernels/cuda/quant_matmul.h"
@@ -19,18 +18,6 @@ inline constexpr int kSplits = 16;  // of k; fixes the order of sums, so it is p
 __host__ __device__ inline int SplitBegin(int split, int superblocks) {
   return split * superblocks / kSplits;
 }
-
-// Memory that the next product will read: of each range, warp w of block b fetches `chunk` bytes
-// from b * stride + w * chunk on. Multiples of 16.
-struct NextWeights {
-  struct Range {
-    const uint8_t* data;
-    uint32_t stride;
-    uint32_t chunk;
-  };
-  Range ranges[kMaxMatmulTerms];
-  int count;
-};
 
 // Terms of one type over the same activations, by value in a kernel's parameters. Their tile rows
 // are numbered through.
@@ -49,13 +36,10 @@ struct MatmulParameters {
   int tile_rows;    // of all terms
   int superblocks;  // per row
   int rows;
-  const uint8_t* x;                             // halves [superblocks * 8][rows][32]
-  std::span<const PackedMatrix> next_matrices;  // for the launcher
-  // What launchers add.
-  NextWeights next;
+  const uint8_t* x;  // halves [superblocks * 8][rows][32]
+  // What LaunchStream adds.
   int block_rows;     // tile rows of a block,
   int longer_blocks;  // the first of which have one more
-  int stages;         // tiles in the ring of a warp
   int team_warps;     // which share the splits of a row of tiles evenly
 
   __device__ const Term& TermOf(int tile_row) const {
@@ -73,19 +57,6 @@ __device__ inline const uint8_t* TileRow(const MatmulParameters& p, int tile_row
          static_cast<size_t>(tile_row - term.first_tile_row) * p.superblocks * Tile::kBytes;
 }
 
-// Begins to fetch this block's share of the next product's weights into the second-level cache, so
-// that device memory does not idle between the two. Each warp calls it once.
-__device__ inline void PrefetchNext(const NextWeights& next, int lane) {
-  if (lane != 0) return;
-  const uint32_t warp = threadIdx.x / 32;
-#pragma unroll 1
-  for (int i = 0; i < next.count; ++i) {
-    const NextWeights::Range& range = next.ranges[i];
-    PrefetchToCache(range.data + size_t{range.stride} * blockIdx.x + range.chunk * warp,
-                    range.chunk);
-  }
-}
-
 // Rows outside the matrix and the activations are left out.
 template <typename Tile>
 __device__ inline void StoreResult(const MatmulParameters& p, int tile_row, int row_in_tile,
@@ -100,10 +71,6 @@ __device__ inline void StoreResult(const MatmulParameters& p, int tile_row, int 
   if (term.accumulate) value = __fadd_rn(__ldcg(y), value);
   *y = value;
 }
-
-// `matrices` for blocks of `warps` warps, `blocks` of them: their first part, evenly over the
-// blocks.
-NextWeights MakeNextWeights(std::span<const PackedMatrix> matrices, int blocks, int warps);
 
 // What launchers must know of the current device.
 struct DeviceLimits {

@@ -1,7 +1,5 @@
 #include "kernels/cuda/quant_matmul.h"
 
-#include <array>
-
 #include "kernels/cuda/float_matmul.cuh"
 #include "kernels/cuda/matmul_parameters.cuh"
 
@@ -20,20 +18,14 @@ void AddTerm(const MatmulTerm& term, MatmulParameters* p) {
   p->tile_rows += (term.weights.n + kTileRows - 1) / kTileRows;
 }
 
-// Of the next product's weights this much is fetched ahead: some microseconds of the stream, which
-// is what passes between two products, and a good part of the second-level cache.
-constexpr uint64_t kMostPrefetchBytes = 16 << 20;
-
 // Terms of one type.
 cudaError_t LaunchSameType(std::span<const MatmulTerm> terms, const Activations& x,
-                           std::span<const PackedMatrix> next, const DeviceLimits& device,
-                           cudaStream_t stream) {
+                           const DeviceLimits& device, cudaStream_t stream) {
   MatmulParameters p = {};
   for (const MatmulTerm& term : terms) AddTerm(term, &p);
   p.superblocks = x.PaddedColumns() / kSuperblock;
   p.rows = x.rows;
   p.x = reinterpret_cast<const uint8_t*>(x.halves);
-  p.next_matrices = next;
   return VisitTileType(terms[0].weights.type, cudaErrorInvalidValue, [&]<TensorType type>() {
     return LaunchTypedMatmul<type>(p, device, stream);
   });
@@ -55,23 +47,8 @@ cudaError_t ReadLimits(DeviceLimits* limits) {
 
 }  // namespace
 
-NextWeights MakeNextWeights(std::span<const PackedMatrix> matrices, int blocks, int warps) {
-  NextWeights next = {};
-  size_t total = 0;
-  for (const PackedMatrix& matrix : matrices) total += PackedBytes(matrix.type, matrix.n, matrix.k);
-  for (const PackedMatrix& matrix : matrices) {
-    const size_t bytes = PackedBytes(matrix.type, matrix.n, matrix.k);
-    const size_t wanted = total <= kMostPrefetchBytes ? bytes : kMostPrefetchBytes * bytes / total;
-    const size_t stride = bytes / blocks / 16 * 16, chunk = wanted / blocks / warps / 16 * 16;
-    if (chunk == 0 || FormFor(matrix.type) != ActivationForm::kHalf) continue;
-    next.ranges[next.count++] = {static_cast<const uint8_t*>(matrix.data),
-                                 static_cast<uint32_t>(stride), static_cast<uint32_t>(chunk)};
-  }
-  return next;
-}
-
 cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x,
-                         std::span<const PackedMatrix> next, cudaStream_t stream) {
+                         cudaStream_t stream) {
   if (x.form == ActivationForm::kFloat) {
     for (const MatmulTerm& term : terms) {
       const cudaError_t status = LaunchFloatMatmul(term, x, stream);
@@ -84,13 +61,7 @@ cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x
   while (status == cudaSuccess && !terms.empty()) {
     size_t same = 1;  // neighbours of one type go together
     while (same < terms.size() && terms[same].weights.type == terms[0].weights.type) ++same;
-    std::array<PackedMatrix, kMaxMatmulTerms> rest;
-    const size_t rest_count = terms.size() - same;
-    for (size_t i = 0; i < rest_count; ++i) rest[i] = terms[same + i].weights;
-    status = LaunchSameType(
-        terms.first(same), x,
-        rest_count > 0 ? std::span<const PackedMatrix>(rest).first(rest_count) : next, device,
-        stream);
+    status = LaunchSameType(terms.first(same), x, device, stream);
     terms = terms.subspan(same);
   }
   return status;

@@ -116,11 +116,8 @@ inline constexpr int kMaxMatmulTerms = 4;
 // Matrices that read the same activations (q, k, v; gate, up), fused where their types are the
 // same. All have x.k columns and a type whose form is x.form; outputs do not overlap; 1 to
 // kMaxMatmulTerms terms, x.rows >= 1.
-// next: a hint: what the next product will read (up to kMaxMatmulTerms matrices, complete, and
-// alive until this one has run) is fetched into the second-level cache while device memory would
-// idle.
 cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x,
-                         std::span<const PackedMatrix> next, cudaStream_t stream);
+                         cudaStream_t stream);
 
 }  // namespace stagecoach::cuda
 

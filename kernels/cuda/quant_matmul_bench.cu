@@ -131,7 +131,7 @@ void MeasureShape(Bench& bench, TensorType type, int n, int k) {
                 [&] {
                   for (int i = 0; i < launches; ++i) {
                     const MatmulTerm term = {bench.Take(type, n, k), bench.y.get(), n};
-                    CheckDevice(LaunchMatmul({&term, 1}, x, {}, bench.stream));
+                    CheckDevice(LaunchMatmul({&term, 1}, x, bench.stream));
                   }
                 }) /
         launches;
@@ -174,8 +174,8 @@ struct LayerWeights {
 
 // The products of one layer and, if `whole`, what makes the activations before each. next: the
 // layer behind it, or null.
-void RecordLayer(Bench& bench, const ModelShape& shape, const LayerWeights& w,
-                 const LayerWeights* next, int rows, bool whole) {
+void RecordLayer(Bench& bench, const ModelShape& shape, const LayerWeights& w, int rows,
+                 bool whole) {
   const Activations x = bench.Converted(TensorType::kQ4_K, rows, shape.width);
   const Activations hidden = bench.Converted(TensorType::kQ4_K, rows, shape.hidden);
   float* residual = bench.x.get();
@@ -187,22 +187,19 @@ void RecordLayer(Bench& bench, const ModelShape& shape, const LayerWeights& w,
   norm();
   const MatmulTerm qkv_terms[] = {
       {w.q, y, qkv}, {w.k, y + shape.width, qkv}, {w.v, y + shape.width + shape.kv_width, qkv}};
-  CheckDevice(LaunchMatmul(qkv_terms, x, {&w.output, 1}, bench.stream));
+  CheckDevice(LaunchMatmul(qkv_terms, x, bench.stream));
   if (whole) CheckDevice(LaunchConvert(y, x, bench.stream));
   const MatmulTerm output = {w.output, residual, shape.width, nullptr, true};
-  const PackedMatrix both[] = {w.gate, w.up};
-  CheckDevice(LaunchMatmul({&output, 1}, x, both, bench.stream));
+  CheckDevice(LaunchMatmul({&output, 1}, x, bench.stream));
   norm();
   const MatmulTerm gate_up[] = {{w.gate, y, 2 * shape.hidden},
                                 {w.up, y + shape.hidden, 2 * shape.hidden}};
-  CheckDevice(LaunchMatmul(gate_up, x, {&w.down, 1}, bench.stream));
+  CheckDevice(LaunchMatmul(gate_up, x, bench.stream));
   if (whole) {
     CheckDevice(LaunchSwiGlu(y, y + shape.hidden, 2 * shape.hidden, hidden, bench.stream));
   }
   const MatmulTerm down = {w.down, residual, shape.width, nullptr, true};
-  std::vector<PackedMatrix> after;
-  if (next != nullptr) after = {next->q, next->k, next->v};
-  CheckDevice(LaunchMatmul({&down, 1}, hidden, after, bench.stream));
+  CheckDevice(LaunchMatmul({&down, 1}, hidden, bench.stream));
 }
 
 // All products of one pass through a Q4_K_M file of this shape.
@@ -235,14 +232,11 @@ void MeasureModel(Bench& bench, const ModelShape& shape) {
     double seconds[2];
     for (const bool whole : {false, true}) {
       seconds[whole] = Measure(bench, [&] {
-        for (size_t i = 0; i < layers.size(); ++i) {
-          const LayerWeights* next = i + 1 < layers.size() ? &layers[i + 1] : nullptr;
-          RecordLayer(bench, shape, layers[i], next, rows, whole);
-        }
+        for (const LayerWeights& w : layers) RecordLayer(bench, shape, w, rows, whole);
         const int head_rows = std::min(rows, 64);
         const Activations x = bench.Converted(TensorType::kQ6_K, head_rows, shape.width);
         const MatmulTerm term = {head, bench.y.get(), shape.vocab};
-        CheckDevice(LaunchMatmul({&term, 1}, x, {}, bench.stream));
+        CheckDevice(LaunchMatmul({&term, 1}, x, bench.stream));
       });
     }
     const double rate = bytes / seconds[0];

@@ -166,7 +166,7 @@ std::vector<std::vector<float>> Multiply(const MatmulCheck& check,
                         term.accumulate ? term.bias.get() : nullptr,
                         term.accumulate});
   }
-  CheckDevice(LaunchMatmul(launched, activations, {&launched[0].weights, 1}, nullptr));
+  CheckDevice(LaunchMatmul(launched, activations, nullptr));
   CheckDevice(cudaDeviceSynchronize());
   if (converted != nullptr) *converted = ReadActivations(activations);
   std::vector<std::vector<float>> result;

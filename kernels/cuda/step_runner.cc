@@ -120,16 +120,15 @@ bool StepRunner::FollowsGraph(const Pending& operation, size_t index) const {
 
 // Only what a stream capture can hold.
 absl::Status StepRunner::Enqueue(const UnitStorage* weights, const KvLayout& kv,
-                                 const UnitStorage* next_layer, cudaStream_t stream) {
+                                 cudaStream_t stream) {
   if (weights == nullptr) return EnqueueSetResidual(workspace_, stream);
   if (kv.data == nullptr) return EnqueueEmbed(workspace_, *weights, stream);
-  return EnqueueLayer(workspace_, *weights, kv, next_layer, stream);
+  return EnqueueLayer(workspace_, *weights, kv, stream);
 }
 
 absl::Status StepRunner::Launch(const Pending& operation) {
   if (!operation.residual) STAGECOACH_RETURN_IF_ERROR(operation.weights->AwaitUpload());
-  STAGECOACH_RETURN_IF_ERROR(Enqueue(operation.weights.get(), operation.kv,
-                                     /*next_layer=*/nullptr, device_.compute()));
+  STAGECOACH_RETURN_IF_ERROR(Enqueue(operation.weights.get(), operation.kv, device_.compute()));
   if (operation.residual) {
     STAGECOACH_RETURN_IF_CUDA_ERROR(
         cudaEventRecord(workspace_.residual_sent.get(), device_.compute()));
@@ -195,8 +194,7 @@ absl::Status StepRunner::Capture(std::span<const std::shared_ptr<const UnitStora
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
   absl::Status status = absl::OkStatus();
   for (size_t i = 0; i < operations_.size() && status.ok(); ++i) {
-    const UnitStorage* next = i + 1 < weights.size() ? weights[i + 1].get() : nullptr;
-    status = Enqueue(weights[i].get(), operations_[i].kv, next, stream);
+    status = Enqueue(weights[i].get(), operations_[i].kv, stream);
   }
   cudaGraph_t graph = nullptr;
   const cudaError_t ended = cudaStreamEndCapture(stream, &graph);

@@ -75,8 +75,7 @@ class StepRunner {
   absl::Status SetBatch(const StepBatch& batch, const KvLayout& kv);
   absl::Status Add(Pending operation);
   bool FollowsGraph(const Pending& operation, size_t index) const;
-  absl::Status Enqueue(const UnitStorage* weights, const KvLayout& kv,
-                       const UnitStorage* next_layer, cudaStream_t stream);
+  absl::Status Enqueue(const UnitStorage* weights, const KvLayout& kv, cudaStream_t stream);
   absl::Status Launch(const Pending& operation);
   absl::Status LaunchWaiting();
   // After a step of operations_: makes its graph if it came the second time.

@@ -13,15 +13,15 @@ namespace stagecoach::cuda {
 
 inline constexpr int kLeastTeamWarps = 8;   // more: twice as many
 inline constexpr int kMaxStreamWarps = 16;  // of a block
-inline constexpr int kMaxStages = 3;        // of a ring, in tiles
+inline constexpr int kStages = 2;           // of a ring, in tiles
 
 // Shared memory of a block, in order: rings, partial sums, activations, copy barriers.
 template <typename Tile, int kColumns>
 struct StreamLayout {
   static constexpr int kPartials = kSplits * kTileRows * kColumns;  // of a team, twice
 
-  static constexpr size_t SharedBytes(int warps, int stages, int superblocks, int rows) {
-    return static_cast<size_t>(warps) * stages * (Tile::kBytes + 8) +
+  static constexpr size_t SharedBytes(int warps, int superblocks, int rows) {
+    return static_cast<size_t>(warps) * kStages * (Tile::kBytes + 8) +
            size_t{8} * (warps / kLeastTeamWarps) * kPartials +
            static_cast<size_t>(superblocks) * ActivationBlockBytes(rows) + 8;
   }
@@ -32,7 +32,7 @@ template <typename Tile>
 class TileRing {
  public:
   // Superblocks [first, last) of every `step`-th row of tiles from `tile_row` to before `end`.
-  // barriers: [p.stages].
+  // barriers: [kStages].
   __device__ TileRing(const MatmulParameters& p, uint8_t* ring, uint64_t* barriers, int lane,
                       int tile_row, int end, int step, int first, int last)
       : p_(p),
@@ -47,7 +47,7 @@ class TileRing {
         superblock_(first) {
     if (first_ == last_) tile_row_ = end_;  // nothing to fetch, ever
     if (leader_) {
-      for (int i = 0; i < p.stages; ++i) InitCopyBarrier(barriers + i);
+      for (int i = 0; i < kStages; ++i) InitCopyBarrier(barriers + i);
     }
     __syncwarp();
     Locate();
@@ -77,7 +77,7 @@ class TileRing {
   __device__ void Pop() {
     __syncwarp();
     Fetch(stage_);
-    if (++stage_ == p_.stages) {
+    if (++stage_ == kStages) {
       stage_ = 0;
       phase_ ^= 1;
     }
@@ -110,12 +110,12 @@ __global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
   const int splits = kSplits / p.team_warps;  // of a warp
   const int first_split = (warp - team * p.team_warps) * splits;
   uint8_t* shared = SharedMemory();
-  auto* all_partials = reinterpret_cast<float*>(shared + warps * p.stages * Tile::kBytes);
+  auto* all_partials = reinterpret_cast<float*>(shared + warps * kStages * Tile::kBytes);
   float* both_partials = all_partials + team * 2 * Layout::kPartials;
   auto* activations = reinterpret_cast<uint8_t*>(all_partials + teams * 2 * Layout::kPartials);
   const uint32_t activation_bytes = p.superblocks * ActivationBlockBytes(p.rows);
   auto* barriers = reinterpret_cast<uint64_t*>(activations + activation_bytes);
-  uint64_t* activation_barrier = barriers + warps * p.stages;
+  uint64_t* activation_barrier = barriers + warps * kStages;
 
   const int first = SplitBegin(first_split, p.superblocks);
   const int last = SplitBegin(first_split + splits, p.superblocks);
@@ -123,10 +123,10 @@ __global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
   const int begin = block * p.block_rows + min(block, p.longer_blocks);
   const int end = begin + p.block_rows + (block < p.longer_blocks ? 1 : 0);
   int tile_row = begin + team;
-  TileRing<Tile> ring(p, shared + warp * p.stages * Tile::kBytes, barriers + warp * p.stages, lane,
+  TileRing<Tile> ring(p, shared + warp * kStages * Tile::kBytes, barriers + warp * kStages, lane,
                       tile_row, end, teams, first, last);
 #pragma unroll 1
-  for (int i = 0; i < p.stages; ++i) ring.Fetch(i);
+  for (int i = 0; i < kStages; ++i) ring.Fetch(i);
   LetNextKernelStart();
   if (threadIdx.x == 0) InitCopyBarrier(activation_barrier);
   WaitForPreviousKernel();
@@ -140,7 +140,6 @@ __global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
   int half = 0;
 #pragma unroll 1
   for (; tile_row < end; tile_row += teams) {
-    if (tile_row + teams >= end) PrefetchNext(p.next, lane);  // all of this product is on its way
     // While some warps still add up one half, others may write the other; none is two ahead.
     float* partials = both_partials + half * Layout::kPartials;
     half = 1 - half;

@@ -11,13 +11,10 @@
 
 namespace stagecoach::cuda {
 
-inline constexpr int kLeastStages = 2;
-
 template <typename Tile, int kColumns>
 bool StreamFits(const MatmulParameters& p, const DeviceLimits& device) {
-  return p.rows <= kColumns &&
-         StreamLayout<Tile, kColumns>::SharedBytes(kLeastTeamWarps, kLeastStages, p.superblocks,
-                                                   p.rows) <= device.shared_bytes;
+  return p.rows <= kColumns && StreamLayout<Tile, kColumns>::SharedBytes(
+                                   kLeastTeamWarps, p.superblocks, p.rows) <= device.shared_bytes;
 }
 
 template <typename Tile, int kColumns>
@@ -25,29 +22,24 @@ cudaError_t LaunchStream(const MatmulParameters& p, const DeviceLimits& device,
                          cudaStream_t stream) {
   const int blocks = std::min(p.tile_rows, device.multiprocessors);
   const int block_rows = (p.tile_rows + blocks - 1) / blocks;  // at most
-  const auto shared_bytes = [&](int warps, int stages) {
-    return StreamLayout<Tile, kColumns>::SharedBytes(warps, stages, p.superblocks, p.rows);
+  const auto shared_bytes = [&](int warps) {
+    return StreamLayout<Tile, kColumns>::SharedBytes(warps, p.superblocks, p.rows);
   };
   int warps = kMaxStreamWarps;
-  while (shared_bytes(warps, kLeastStages) > device.shared_bytes) warps -= kLeastTeamWarps;
-  int stages = kMaxStages;
-  while (shared_bytes(warps, stages) > device.shared_bytes) --stages;
+  while (shared_bytes(warps) > device.shared_bytes) warps -= kLeastTeamWarps;
   MatmulParameters own = p;
-  own.stages = stages;
   // Small teams have less to do per row of tiles, but there must be rows for all of them.
   own.team_warps = kLeastTeamWarps;
   while (own.team_warps < kSplits && warps / own.team_warps > block_rows) own.team_warps *= 2;
   warps = std::min(warps / own.team_warps, block_rows) * own.team_warps;
   own.block_rows = p.tile_rows / blocks;
   own.longer_blocks = p.tile_rows % blocks;
-  own.next = MakeNextWeights(p.next_matrices, blocks, warps);
   LaunchShape shape;
   shape.grid = dim3(blocks);
   shape.threads = warps * 32;
   // One block at a time on a multiprocessor, so that all have the same share: where two fit, those
   // of the next kernel crowd on the multiprocessors that finish first.
-  shape.shared_bytes =
-      std::max<size_t>(shared_bytes(warps, stages), device.shared_bytes / 2 + 1024);
+  shape.shared_bytes = std::max<size_t>(shared_bytes(warps), device.shared_bytes / 2 + 1024);
   const cudaError_t status = AllowSharedMemory(StreamKernel<Tile, kColumns>, device.shared_bytes);
   if (status != cudaSuccess) return status;
   return LaunchKernel(StreamKernel<Tile, kColumns>, shape, stream, own);
