@@ -37,9 +37,7 @@ __device__ void StoreColumns(const float (&v)[kLaneColumns], const Activations& 
   }
   uint4 bits;
   memcpy(&bits, pairs, sizeof(bits));
-  const size_t group = superblock * (kSuperblock / 32) + lane / 4;
-  auto* place = reinterpret_cast<uint4*>(out.halves) + (group * out.rows + row) * 4 + lane % 4;
-  *place = bits;
+  *reinterpret_cast<uint4*>(out.halves + out.HalfPlace(row, column)) = bits;
 }
 
 // A lane's 8 columns of a row of k floats, zero beyond it. Past the first-level cache: the kernel

@@ -14,15 +14,16 @@ namespace {
 constexpr int kMergeThreads = 128;
 
 // Grid: x = heads, y = rows.
-__global__ void MergeChunksKernel(AttentionTask task, int chunk_positions) {
+__global__ void MergeChunksKernel(const __grid_constant__ AttentionTask task, int chunk_positions) {
   LetNextKernelStart();
   WaitForPreviousKernel();
   const size_t row = blockIdx.y, head = row * task.heads + blockIdx.x;
   const int length = task.kv.value_length;
   const int chunks = task.table.positions[row] / chunk_positions + 1;
   const float* partials = task.partials + head * task.chunks * (length + 2);
+  const AttendedHead out(task, head, length);
   for (int d = threadIdx.x; d < length; d += kMergeThreads) {
-    task.out[head * length + d] = MergeChunks(partials, chunks, length, d);
+    out.Store(d, MergeChunks(partials, chunks, length, d));
   }
 }
 
@@ -65,7 +66,7 @@ AttentionPlan PlanAttention(const AttentionShape& shape, int heads, const KvLayo
 
 cudaError_t StoreAndAttend(const AttentionPlan& plan, const RowTable& table,
                            const AttentionInputs& in, const KvLayout& kv, float* scratch,
-                           float* out, cudaStream_t stream) {
+                           const Activations& out, cudaStream_t stream) {
   if (!plan.stores) {
     const cudaError_t error = RopeAndStore(in.turns, in.pairs, table, plan.rows, plan.heads, in.q,
                                            in.k, in.v, kv, stream);

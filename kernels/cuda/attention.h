@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/cuda_kv_cache.h"
+#include "kernels/cuda/quant_matmul.h"
 #include "kernels/cuda/rope.h"
 
 namespace stagecoach::cuda {
@@ -68,11 +69,11 @@ struct AttentionShape {
 AttentionPlan PlanAttention(const AttentionShape& shape, int heads, const KvLayout& kv,
                             int multiprocessors, size_t scratch_floats);
 
-// Turns, stores, and attends: out [rows][heads][value_length] of the rows at table.positions; scale
-// 1 / sqrt(key_length).
+// Turns, stores, and attends: out [rows][heads * value_length] of the rows at table.positions;
+// scale 1 / sqrt(key_length). Halves only if they have no columns to pad.
 cudaError_t StoreAndAttend(const AttentionPlan& plan, const RowTable& table,
                            const AttentionInputs& in, const KvLayout& kv, float* scratch,
-                           float* out, cudaStream_t stream);
+                           const Activations& out, cudaStream_t stream);
 
 }  // namespace stagecoach::cuda
 

@@ -156,7 +156,8 @@ struct BlockState {
 };
 
 template <typename Element, int kHeads, int kVector, int kVectors>
-__global__ void __launch_bounds__(kThreads) AttendKernel(AttentionTask task) {
+__global__ void __launch_bounds__(kThreads)
+    AttendKernel(const __grid_constant__ AttentionTask task) {
   using State = BlockState<Element, kHeads, kVector, kVectors>;
   __shared__ State state;
   LetNextKernelStart();
@@ -200,8 +201,8 @@ __global__ void __launch_bounds__(kThreads) AttendKernel(AttentionTask task) {
         partial[kv.value_length + 1] = state.softmax[h].sum;
       }
     } else {
-      task.out[(first_head + h) * kv.value_length + d] =
-          state.values[h][d] * (1.0f / state.softmax[h].sum);
+      AttendedHead(task, first_head + h, kv.value_length)
+          .Store(d, state.values[h][d] * (1.0f / state.softmax[h].sum));
     }
   }
 }

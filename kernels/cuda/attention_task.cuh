@@ -2,9 +2,11 @@
 #ifndef STAGECOACH_KERNELS_CUDA_ATTENTION_TASK_CUH_
 #define STAGECOACH_KERNELS_CUDA_ATTENTION_TASK_CUH_
 
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/quant_matmul.h"
 
 namespace stagecoach::cuda {
 
@@ -12,13 +14,47 @@ struct AttentionTask {
   RowTable table;
   AttentionInputs in;
   bool store;       // `in` has neither been turned nor stored
-  float* out;       // [rows][heads][value_length]
+  Activations out;  // [rows][heads * value_length]
   float* partials;  // kScratch: [rows][heads][chunks]{ values [value_length], maximum, sum }
   KvLayout kv;
   int heads;
   int tiles;
   int chunks;
   float scale;  // log2(e) / sqrt(key_length): scores are exponents of 2
+};
+
+// Where the result of one row and head goes.
+class AttendedHead {
+ public:
+  // index: row * heads + head. length: of values.
+  __device__ AttendedHead(const AttentionTask& task, size_t index, int length)
+      : out_(task.out),
+        row_(static_cast<int>(index / task.heads)),
+        column_(static_cast<int>(index % task.heads) * length) {}
+
+  __device__ void Store(int d, float value) const {
+    if (out_.form == ActivationForm::kFloat) {
+      out_.values[static_cast<size_t>(row_) * out_.k + column_ + d] = value;
+    } else {
+      out_.halves[out_.HalfPlace(row_, column_ + d)] =
+          __half_as_ushort(__float2half_rn(__fmul_rn(value, kActivationScale)));
+    }
+  }
+  // Of d and d + 1; d is even.
+  __device__ void StorePair(int d, float first, float second) const {
+    if (out_.form == ActivationForm::kFloat) {
+      *reinterpret_cast<float2*>(out_.values + static_cast<size_t>(row_) * out_.k + column_ + d) =
+          make_float2(first, second);
+    } else {
+      *reinterpret_cast<__half2*>(out_.halves + out_.HalfPlace(row_, column_ + d)) =
+          __floats2half2_rn(__fmul_rn(first, kActivationScale),
+                            __fmul_rn(second, kActivationScale));
+    }
+  }
+
+ private:
+  const Activations& out_;
+  int row_, column_;
 };
 
 // The maximum score, and the sum of 2^(score - maximum), over some positions.

@@ -32,15 +32,6 @@ constexpr int kHalfSums = kHalfDims / 8;
 
 constexpr int CeilDivide(int a, int b) { return (a + b - 1) / b; }
 
-// c += a * b of halves.
-__device__ void MultiplyAdd(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                            uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 __device__ uint32_t PackHalves(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);
@@ -273,14 +264,14 @@ __device__ void Walk(const AttentionTask& task, const QueryTile& tile,
   for (int row = 0; row < 2; ++row) {
     const int query = g + 8 * row;
     if (!tile.Valid(query)) continue;
-    float* out = task.out + tile.Head(query, task.heads) * kDims + 2 * t;
+    const AttendedHead out(task, tile.Head(query, task.heads), kDims);
     const float inverse = 1.0f / softmax[row].sum;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
       for (int m = 0; m < kHalfSums; ++m) {
-        *reinterpret_cast<float2*>(out + half * kHalfDims + m * 8) =
-            make_float2(values[half][m][2 * row] * inverse, values[half][m][2 * row + 1] * inverse);
+        out.StorePair(half * kHalfDims + m * 8 + 2 * t, values[half][m][2 * row] * inverse,
+                      values[half][m][2 * row + 1] * inverse);
       }
     }
   }
@@ -369,8 +360,8 @@ __global__ void __launch_bounds__(kThreads)
       const int m = i / kDims, d = i % kDims;
       if (!tile.Valid(m)) continue;
       const int chunks = tile.Position(m, task.table.positions) / kTensorChunkPositions + 1;
-      task.out[tile.Head(m, task.heads) * kDims + d] =
-          MergeChunks(partials + m * kTensorWarps * kPartial, chunks, kDims, d);
+      AttendedHead(task, tile.Head(m, task.heads), kDims)
+          .Store(d, MergeChunks(partials + m * kTensorWarps * kPartial, chunks, kDims, d));
     }
   } else {
     if (!needed) return;

@@ -342,8 +342,10 @@ absl::Status CudaBackend::Attention(const ModelParams& params, std::span<const f
           needs_scratch ? PartialFloats(plan.rows, plan.heads, plan.chunks, params.value_length)
                         : 0));
   const AttentionInputs in = {.q = queries.data(), .k = keys.data(), .v = values.data()};
+  const Activations attended = LayOutActivations(result.data(), ActivationForm::kFloat, batch.rows,
+                                                 params.heads * params.value_length);
   STAGECOACH_RETURN_IF_CUDA_ERROR(StoreAndAttend(plan, inputs.table(), in, layout, scratch.data(),
-                                                 result.data(), device_->compute()));
+                                                 attended, device_->compute()));
   return ToHost(result, out);
 }
 

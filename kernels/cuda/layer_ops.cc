@@ -80,12 +80,19 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
                                   .v = ws.v.data(),
                                   .turns = ws.turns.data(),
                                   .pairs = params.rope_dims / 2};
-  STAGECOACH_RETURN_IF_CUDA_ERROR(StoreAndAttend(ws.plan, ws.inputs.table(), inputs, kv,
-                                                 ws.partials.data(), ws.attended.data(), stream));
+  // Attention itself makes what the next product reads, if that is easily done.
+  const int width = params.heads * params.value_length;
+  const bool direct = width % kSuperblock == 0 &&
+                      FormFor(w.matrix(TensorRole::kAttnOutput).type) == ActivationForm::kHalf;
+  const Activations attended =
+      direct ? LayOutActivations(ws.activations.data(), ActivationForm::kHalf, ws.rows, width)
+             : LayOutActivations(ws.attended.data(), ActivationForm::kFloat, ws.rows, width);
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      StoreAndAttend(ws.plan, ws.inputs.table(), inputs, kv, ws.partials.data(), attended, stream));
   const MatmulTerm output[] = {Term(w.matrix(TensorRole::kAttnOutput), ws.residual.data(),
                                     w.vector(TensorRole::kAttnOutputBias), /*accumulate=*/true)};
   STAGECOACH_RETURN_IF_ERROR(Project(ws, output, ws.rows, stream, [&](const Activations& x) {
-    return LaunchConvert(ws.attended.data(), x, stream);
+    return direct ? cudaSuccess : LaunchConvert(ws.attended.data(), x, stream);
   }));
 
   const MatmulTerm inward[] = {Term(w.matrix(TensorRole::kFfnGate), ws.gate.data()),

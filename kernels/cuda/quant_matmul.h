@@ -79,6 +79,10 @@ struct Activations {
   STAGECOACH_HOST_DEVICE int PaddedColumns() const {
     return (k + kSuperblock - 1) / kSuperblock * kSuperblock;
   }
+  // Where in `halves` a value is.
+  STAGECOACH_HOST_DEVICE size_t HalfPlace(int row, int column) const {
+    return (static_cast<size_t>(column / 32) * rows + row) * 32 + column % 32;
+  }
 };
 
 // Bytes for any form of activations of up to rows x k; some more than they fill, for kernels read

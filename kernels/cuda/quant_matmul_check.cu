@@ -99,9 +99,8 @@ std::vector<double> ReadActivations(const Activations& x) {
   }
   const auto halves = CopyToHost(x.halves, static_cast<size_t>(x.rows) * x.PaddedColumns());
   for (size_t i = 0; i < result.size(); ++i) {
-    const size_t row = i / x.k, column = i % x.k;
-    const size_t place = (column / 32 * x.rows + row) * 32 + column % 32;
-    result[i] = HalfToFloat(halves[place]) / kActivationScale;
+    const int row = static_cast<int>(i / x.k), column = static_cast<int>(i % x.k);
+    result[i] = HalfToFloat(halves[x.HalfPlace(row, column)]) / kActivationScale;
   }
   return result;
 }
