@@ -8,6 +8,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "model/test_paths.h"
 
 namespace stagecoach {
 namespace {
@@ -335,7 +336,7 @@ class PlannerModelTest : public testing::Test {
  protected:
   void SetUp() override {
     absl::StatusOr<std::shared_ptr<const ModelFile>> model =
-        ModelFile::Open(STAGECOACH_SOURCE_DIR "/tests/data/demo-Q4_K_M.gguf");
+        ModelFile::Open(TestDataPath("demo-Q4_K_M.gguf"));
     ASSERT_TRUE(model.ok()) << model.status();
     model_ = *std::move(model);
   }

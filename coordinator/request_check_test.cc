@@ -9,6 +9,7 @@
 
 #include "coordinator/limits.h"
 #include "model/model_file.h"
+#include "model/test_paths.h"
 
 namespace stagecoach {
 namespace {
@@ -21,7 +22,7 @@ constexpr int kContext = 64;
 class RequestCheckTest : public testing::Test {
  protected:
   static void SetUpTestSuite() {
-    auto model = ModelFile::Open(STAGECOACH_SOURCE_DIR "/tests/data/demo2-Q8_0.gguf");
+    auto model = ModelFile::Open(TestDataPath("demo2-Q8_0.gguf"));
     ASSERT_TRUE(model.ok()) << model.status();
     auto tokenizer = Tokenizer::Create((*model)->gguf());
     ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();

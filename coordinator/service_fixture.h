@@ -17,6 +17,7 @@
 #include "absl/time/clock.h"
 #include "coordinator/coordinator.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "model/test_paths.h"
 #include "proto/inference.grpc.pb.h"
 #include "worker/control_client.h"
 #include "worker/link/grpc_link.h"
@@ -24,7 +25,7 @@
 
 namespace stagecoach {
 
-inline constexpr char kModelPath[] = STAGECOACH_SOURCE_DIR "/tests/data/demo-Q4_K_M.gguf";
+inline const std::string kModelPath = TestDataPath("demo-Q4_K_M.gguf");
 inline constexpr char kPrompt[] = "[INST] Tell me a story about a fox and a lantern. [/INST]";
 inline constexpr size_t kMaxMessageBytes = 64 << 20;
 inline constexpr absl::Duration kPatience = absl::Seconds(60);

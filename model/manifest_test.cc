@@ -14,6 +14,7 @@
 #include "model/gguf_image.h"
 #include "model/model_error.h"
 #include "model/model_file.h"
+#include "model/test_paths.h"
 #include "xxhash.h"
 
 namespace stagecoach {
@@ -21,7 +22,7 @@ namespace {
 
 using ::testing::HasSubstr;
 
-constexpr char kModelPath[] = STAGECOACH_SOURCE_DIR "/tests/data/demo2-Q8_0.gguf";
+const std::string kModelPath = TestDataPath("demo2-Q8_0.gguf");
 
 std::shared_ptr<const ModelFile> OpenDemo() { return ModelFile::Open(kModelPath).value(); }
 
@@ -77,8 +78,7 @@ TEST(ManifestTest, OpenRefusesTheManifestOfAnotherModel) {
   const auto same = ModelFile::Open(kModelPath, {.manifest = path});
   ASSERT_TRUE(same.ok()) << same.status();
   EXPECT_NE((*same)->manifest(), nullptr);
-  const auto other =
-      ModelFile::Open(STAGECOACH_SOURCE_DIR "/tests/data/demo2-F32.gguf", {.manifest = path});
+  const auto other = ModelFile::Open(TestDataPath("demo2-F32.gguf"), {.manifest = path});
   EXPECT_EQ(GetModelError(other.status()), ModelError::kCorrupt) << other.status();
   std::filesystem::remove(path);
   EXPECT_TRUE(absl::IsNotFound(ModelFile::Open(kModelPath, {.manifest = path}).status()));

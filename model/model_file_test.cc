@@ -14,6 +14,7 @@
 #include "model/faulty_file.h"
 #include "model/gguf_image.h"
 #include "model/model_error.h"
+#include "model/test_paths.h"
 
 namespace stagecoach {
 namespace {
@@ -40,7 +41,7 @@ constexpr Unit kEmbedding{Unit::Kind::kEmbedding};
 constexpr Unit kHead{Unit::Kind::kHead};
 
 TEST(ModelFileTest, OpensTheDemoModel) {
-  const ModelOr model = ModelFile::Open(STAGECOACH_SOURCE_DIR "/tests/data/demo-Q4_K_M.gguf");
+  const ModelOr model = ModelFile::Open(TestDataPath("demo-Q4_K_M.gguf"));
   ASSERT_TRUE(model.ok()) << model.status();
   const ModelParams& params = (*model)->params();
   EXPECT_EQ(params.layers, 32);

@@ -12,6 +12,7 @@
 
 #include "gtest/gtest.h"
 #include "model/file.h"
+#include "model/test_paths.h"
 #include "model/tokenizer_test_vocab.h"
 #include "nlohmann/json.hpp"
 
@@ -23,10 +24,6 @@ constexpr size_t kLongTextBytes = 1 << 20;
 
 namespace stagecoach {
 namespace {
-
-std::string DataPath(const std::string& name) {
-  return std::string(STAGECOACH_SOURCE_DIR) + "/tests/data/" + name;
-}
 
 std::unique_ptr<Tokenizer> LoadTokenizer(const std::string& path) {
   const absl::StatusOr<std::unique_ptr<RandomAccessFile>> file = OpenFile(path);
@@ -48,7 +45,7 @@ std::unique_ptr<Tokenizer> LoadTokenizer(const std::string& path) {
 }
 
 const Tokenizer& DemoTokenizer() {
-  static const Tokenizer* tokenizer = LoadTokenizer(DataPath("demo-Q4_K_M.gguf")).release();
+  static const Tokenizer* tokenizer = LoadTokenizer(TestDataPath("demo-Q4_K_M.gguf")).release();
   return *tokenizer;
 }
 
@@ -69,7 +66,7 @@ std::vector<int32_t> Encode(const Tokenizer& tokenizer, std::string_view text,
 }
 
 TEST(TokenizerTest, DemoVocabularyAgreesWithSentencePiece) {
-  std::ifstream lines(DataPath("golden/demo.tokenizer.jsonl"));
+  std::ifstream lines(TestDataPath("golden/demo.tokenizer.jsonl"));
   int count = 0;
   for (std::string line; std::getline(lines, line); ++count) {
     const nlohmann::json golden = nlohmann::json::parse(line);
@@ -152,7 +149,7 @@ using NamedTokenizers = std::vector<std::pair<std::string, std::unique_ptr<Token
 // The demo model's and those of small vocabularies with the given pre-tokenisers.
 NamedTokenizers DemoAnd(const std::vector<std::string>& pre_tokenizers) {
   NamedTokenizers all;
-  all.emplace_back("demo", LoadTokenizer(DataPath("demo-Q4_K_M.gguf")));
+  all.emplace_back("demo", LoadTokenizer(TestDataPath("demo-Q4_K_M.gguf")));
   for (const std::string& pre : pre_tokenizers) all.emplace_back(pre, SmallBpe(pre));
   return all;
 }

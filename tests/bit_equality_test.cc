@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "model/test_paths.h"
 #include "tests/stage_chain.h"
 
 namespace stagecoach {

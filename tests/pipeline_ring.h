@@ -18,6 +18,7 @@
 #include "coordinator/pipeline.h"
 #include "coordinator/planner.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "model/test_paths.h"
 #include "tests/stage_chain.h"
 #include "worker/hooked_file.h"
 #include "worker/link/in_process_link.h"

@@ -13,6 +13,7 @@
 
 #include "absl/status/status.h"
 #include "absl/time/clock.h"
+#include "model/test_paths.h"
 #include "tests/stage_chain.h"
 #include "tools/child_process.h"
 #include "tools/client.h"
@@ -29,7 +30,7 @@ inline LocalClusterOptions Options(int workers) {
   options.model = kModel;
   options.workers = workers;
   options.threads = 1;
-  options.bin_dir = STAGECOACH_BIN_DIR;
+  options.bin_dir = TestBinaryDir();
   options.on_log = [](const std::string& line) { std::fprintf(stderr, "%s\n", line.c_str()); };
   return options;
 }
@@ -78,7 +79,7 @@ struct Finished {
 };
 
 inline Finished RunBinary(std::vector<std::string> argv) {
-  argv[0] = std::string(STAGECOACH_BIN_DIR) + "/" + argv[0];
+  argv[0] = TestBinaryDir() + "/" + argv[0];
   Finished finished;
   auto child =
       ChildProcess::Start(argv, [&](const std::string& line) { finished.output += line + "\n"; });

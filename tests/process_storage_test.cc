@@ -13,6 +13,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
+#include "model/test_paths.h"
 #include "tests/process_fixture.h"
 
 namespace stagecoach {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/time/clock.h"
+#include "model/test_paths.h"
 #include "tests/process_fixture.h"
 
 namespace stagecoach {

@@ -14,11 +14,6 @@
 
 namespace stagecoach {
 
-std::string TestDataPath(const std::string& name) {
-  const char* const moved = std::getenv("STAGECOACH_SOURCE_DIR");
-  return std::string(moved != nullptr ? moved : STAGECOACH_SOURCE_DIR) + "/tests/data/" + name;
-}
-
 std::string TestDevice() {
   const char* const device = std::getenv("STAGECOACH_TEST_DEVICE");
   return device != nullptr ? device : "cpu";

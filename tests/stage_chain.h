@@ -89,9 +89,6 @@ class StageChain {
   v1::StepHeader pending_;  // what comes in front of the next step's rows
 };
 
-// tests/data/<name>; STAGECOACH_SOURCE_DIR in the environment says where tests/ is if it has moved
-// since the build.
-std::string TestDataPath(const std::string& name);
 std::string ReadTestFile(const std::string& path);
 // float32 little-endian file.
 std::vector<float> ReadFloats(const std::string& path);

@@ -12,6 +12,7 @@
 #include "fmt/format.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "model/test_paths.h"
 #include "proto/cluster.grpc.pb.h"
 #include "worker/link/in_process_link.h"
 
@@ -88,7 +89,7 @@ class ControlClientTest : public testing::Test {
   ~ControlClientTest() override { node_.Shutdown(); }
 
   std::shared_ptr<const ModelFile> model_ =
-      ModelFile::Open(STAGECOACH_SOURCE_DIR "/tests/data/demo2-Q8_0.gguf").value();
+      ModelFile::Open(TestDataPath("demo2-Q8_0.gguf")).value();
   std::unique_ptr<Backend> backend_ = MakeCpuBackend({.threads = 1});
   InProcessHub hub_;
   WorkerNode node_{backend_.get(), model_, &hub_, WorkerOptions{.name = "w0"}};

@@ -16,6 +16,7 @@
 #include "absl/synchronization/mutex.h"
 #include "model/file.h"
 #include "model/model_file.h"
+#include "model/test_paths.h"
 
 namespace stagecoach {
 
@@ -71,7 +72,7 @@ class HookedFile : public RandomAccessFile {
 // A file of tests/data as a model, read through `hook`.
 inline absl::StatusOr<std::shared_ptr<const ModelFile>> OpenHookedModel(
     const std::string& name, std::shared_ptr<ReadHook> hook) {
-  auto file = OpenFile(std::string(STAGECOACH_SOURCE_DIR) + "/tests/data/" + name);
+  auto file = OpenFile(TestDataPath(name));
   if (!file.ok()) return file.status();
   std::vector<std::unique_ptr<RandomAccessFile>> files;
   files.push_back(std::make_unique<HookedFile>(*std::move(file), std::move(hook)));

@@ -17,6 +17,7 @@
 #include "model/direct_file.h"
 #include "model/faulty_file.h"
 #include "model/model_error.h"
+#include "model/test_paths.h"
 #include "worker/layer_store_fixture.h"
 #include "worker/load_rate.h"
 #include "worker/read_buffer.h"
@@ -285,7 +286,7 @@ class ChangingFileTest : public ::testing::TestWithParam<ReadMode> {
   }
   ~ChangingFileTest() override { std::filesystem::remove_all(folder_); }
 
-  static constexpr char kSource[] = STAGECOACH_SOURCE_DIR "/tests/data/demo2-Q8_0.gguf";
+  static inline const std::string kSource = TestDataPath("demo2-Q8_0.gguf");
   const std::filesystem::path folder_ =
       ::testing::TempDir() + "storage_fault_test." + std::to_string(::getpid());
   const std::string path_ = folder_ / "model.gguf";

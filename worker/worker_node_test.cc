@@ -10,6 +10,7 @@
 #include "fmt/format.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "model/test_paths.h"
 #include "worker/kv_slots.h"
 #include "worker/link/in_process_link.h"
 
@@ -26,7 +27,7 @@ const std::vector<int32_t> kPrompt = {1,   304, 305,  997, 496, 378, 943,
 const std::vector<int32_t> kStory = {373, 966, 524, 515, 950, 378};
 
 std::shared_ptr<const ModelFile> DemoModel() {
-  return ModelFile::Open(STAGECOACH_SOURCE_DIR "/tests/data/demo-Q4_K_M.gguf").value();
+  return ModelFile::Open(TestDataPath("demo-Q4_K_M.gguf")).value();
 }
 
 // The results end of the ring.

@@ -8,11 +8,12 @@
 #include "kernels/compare.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/golden_fixture.h"
+#include "model/test_paths.h"
 
 namespace stagecoach {
 namespace {
 
-const std::string kData = std::string(STAGECOACH_SOURCE_DIR) + "/tests/data";
+const std::string kData = TestDataPath("");
 
 std::vector<float> Logits(const std::string& name, const CpuOptions& options, int chunk) {
   return RunGolden(*MakeCpuBackend(options), kData, name, chunk);

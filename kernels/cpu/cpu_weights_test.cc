@@ -7,6 +7,7 @@
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "model/model_file.h"
+#include "model/test_paths.h"
 
 namespace stagecoach {
 namespace {
@@ -15,8 +16,7 @@ class CpuWeightsTest : public testing::TestWithParam<std::string> {};
 
 TEST_P(CpuWeightsTest, ResidentBytesAreToldBeforeLoading) {
   const std::unique_ptr<Backend> backend = MakeCpuBackend({.threads = 1});
-  const auto model = ModelFile::Open(std::string(STAGECOACH_SOURCE_DIR) + "/tests/data/demo2-" +
-                                     GetParam() + ".gguf");
+  const auto model = ModelFile::Open(TestDataPath("demo2-") + GetParam() + ".gguf");
   ASSERT_TRUE(model.ok()) << model.status();
   const ModelParams& params = (*model)->params();
   for (const Unit& unit : StageUnits(params, 0, params.layers)) {

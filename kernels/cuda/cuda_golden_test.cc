@@ -7,6 +7,7 @@
 #include "kernels/compare.h"
 #include "kernels/cuda/cuda_test.h"
 #include "kernels/golden_fixture.h"
+#include "model/test_paths.h"
 
 namespace stagecoach {
 namespace {

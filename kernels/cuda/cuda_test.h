@@ -2,9 +2,7 @@
 #ifndef STAGECOACH_KERNELS_CUDA_CUDA_TEST_H_
 #define STAGECOACH_KERNELS_CUDA_CUDA_TEST_H_
 
-#include <cstdlib>
 #include <memory>
-#include <string>
 
 #include "gtest/gtest.h"
 #include "kernels/cuda/cuda_backend.h"
@@ -23,13 +21,6 @@ class CudaTest : public testing::Test {
 
   std::unique_ptr<Backend> backend_;
 };
-
-// tests/data/<name>; STAGECOACH_SOURCE_DIR in the environment says where tests/ is if the program
-// runs on another machine than the one it was built on.
-inline std::string TestDataPath(const std::string& name) {
-  const char* const moved = std::getenv("STAGECOACH_SOURCE_DIR");
-  return std::string(moved != nullptr ? moved : STAGECOACH_SOURCE_DIR) + "/tests/data/" + name;
-}
 
 }  // namespace stagecoach
 

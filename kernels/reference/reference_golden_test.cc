@@ -8,11 +8,12 @@
 #include "kernels/compare.h"
 #include "kernels/golden_fixture.h"
 #include "kernels/reference/reference_backend.h"
+#include "model/test_paths.h"
 
 namespace stagecoach {
 namespace {
 
-const std::string kData = std::string(STAGECOACH_SOURCE_DIR) + "/tests/data";
+const std::string kData = TestDataPath("");
 
 class ReferenceGolden : public testing::TestWithParam<GoldenModel> {};
 
