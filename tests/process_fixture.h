@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <utility>
@@ -24,12 +25,19 @@ namespace stagecoach {
 inline const std::string kModel = TestDataPath("demo-Q4_K_M.gguf");
 inline const std::string kStory = "[INST] Tell me a story about a fox and a lantern. [/INST]";
 
+// STAGECOACH_BIN_DIR in the environment says where the binaries are if the program runs on another
+// machine than the one it was built on.
+inline std::string BinDir() {
+  const char* const moved = std::getenv("STAGECOACH_BIN_DIR");
+  return moved != nullptr ? moved : STAGECOACH_BIN_DIR;
+}
+
 inline LocalClusterOptions Options(int workers) {
   LocalClusterOptions options;
   options.model = kModel;
   options.workers = workers;
   options.threads = 1;
-  options.bin_dir = STAGECOACH_BIN_DIR;
+  options.bin_dir = BinDir();
   options.on_log = [](const std::string& line) { std::fprintf(stderr, "%s\n", line.c_str()); };
   return options;
 }
@@ -78,7 +86,7 @@ struct Finished {
 };
 
 inline Finished RunBinary(std::vector<std::string> argv) {
-  argv[0] = std::string(STAGECOACH_BIN_DIR) + "/" + argv[0];
+  argv[0] = BinDir() + "/" + argv[0];
   Finished finished;
   auto child =
       ChildProcess::Start(argv, [&](const std::string& line) { finished.output += line + "\n"; });
