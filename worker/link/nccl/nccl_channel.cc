@@ -36,19 +36,30 @@ NcclChannel::NcclChannel(std::shared_ptr<NcclApi> nccl, std::shared_ptr<DeviceAp
 
 NcclChannel::~NcclChannel() {
   cancelled_ = true;
-  if (!AbortInTime() || !device_->Use(memory_.device).ok()) return;
+  if (!device_->Use(memory_.device).ok()) return;
+  if (!AbortInTime() || !StreamEndsInTime()) {
+    Stuck();
+    return;
+  }
+  if (stream_ != nullptr) device_->FreeStream(stream_);
   for (Slot& slot : slots_) {
     if (slot.copied != nullptr) device_->FreeEvent(slot.copied);
     if (slot.sent != nullptr) device_->FreeEvent(slot.sent);
     if (slot.data != nullptr) device_->FreeBuffer(slot.data);
   }
-  for (void* event : {ready_, received_}) {
+  for (void* event : {ready_, received_, ended_}) {
     if (event != nullptr) device_->FreeEvent(event);
   }
-  if (stream_ != nullptr) device_->FreeStream(stream_);
 }
 
-// False if the memory may still be in use.
+// The memory may still be in use.
+void NcclChannel::Stuck() const {
+  if (!options_.on_stuck) return;
+  options_.on_stuck(absl::InternalError(
+      fmt::format("the NCCL communicator with {} could not be aborted within {}", peer_,
+                  absl::FormatDuration(options_.abort_timeout))));
+}
+
 bool NcclChannel::AbortInTime() {
   if (comm_ == nullptr) return true;
   auto aborted = std::make_shared<absl::Notification>();
@@ -56,13 +67,19 @@ bool NcclChannel::AbortInTime() {
     if (device->Use(index).ok()) nccl->Abort(comm);
     aborted->Notify();
   }).detach();
-  if (aborted->WaitForNotificationWithTimeout(options_.abort_timeout)) return true;
-  if (options_.on_stuck) {
-    options_.on_stuck(absl::InternalError(
-        fmt::format("the NCCL communicator with {} could not be aborted within {}", peer_,
-                    absl::FormatDuration(options_.abort_timeout))));
+  return aborted->WaitForNotificationWithTimeout(options_.abort_timeout);
+}
+
+// What the abort has ended has left the stream.
+bool NcclChannel::StreamEndsInTime() {
+  if (ended_ == nullptr || !device_->Record(ended_, stream_).ok()) return true;
+  const absl::Time deadline = absl::Now() + options_.abort_timeout;
+  for (;;) {
+    const absl::StatusOr<bool> reached = device_->Reached(ended_);
+    if (!reached.ok() || *reached) return true;  // a device that fails does nothing more
+    if (absl::Now() > deadline) return false;
+    absl::SleepFor(kPollInterval);
   }
-  return false;
 }
 
 absl::Status NcclChannel::Begin(const NcclId& id) {
@@ -72,6 +89,7 @@ absl::Status NcclChannel::Begin(const NcclId& id) {
     return made.status();
   };
   STAGECOACH_RETURN_IF_ERROR(make(device_->NewStream(), &stream_));
+  STAGECOACH_RETURN_IF_ERROR(make(device_->NewEvent(), &ended_));
   if (rank_ == Rank::kReceiver) {
     STAGECOACH_RETURN_IF_ERROR(make(device_->NewEvent(), &ready_));
     STAGECOACH_RETURN_IF_ERROR(make(device_->NewEvent(), &received_));

@@ -52,6 +52,8 @@ class NcclChannel : public DeviceChannel {
   absl::Status Check(NcclCode code, std::string_view what);
   absl::Status NotMet(const absl::Status& status) const;
   bool AbortInTime();
+  bool StreamEndsInTime();
+  void Stuck() const;
 
   // Constant after construction.
   const std::shared_ptr<NcclApi> nccl_;
@@ -66,6 +68,7 @@ class NcclChannel : public DeviceChannel {
   // Of the one thread that uses the channel.
   NcclApi::Comm comm_ = nullptr;
   void* stream_ = nullptr;
+  void* ended_ = nullptr;     // event: nothing is in the stream any more
   void* ready_ = nullptr;     // receiver's events: the memory may be overwritten,
   void* received_ = nullptr;  // the payload is there
   std::array<Slot, kNcclSendSlots> slots_;
