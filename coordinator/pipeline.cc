@@ -177,6 +177,9 @@ absl::Status Pipeline::Impl::OnLink(uint64_t link, const v1::LinkHello& hello) {
   if (hello.d_model() != static_cast<uint32_t>(options_.d_model)) {
     return differs("d_model", hello.d_model(), options_.d_model);
   }
+  if (!hello.nccl_id().empty()) {
+    return absl::FailedPreconditionError("the link is for results by NCCL, which go in frames");
+  }
   absl::MutexLock lock(&mu_);
   if (hello.epoch() > last_epoch_) {
     return absl::UnavailableError(fmt::format("epoch {} has not begun here", hello.epoch()));

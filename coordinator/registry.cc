@@ -221,6 +221,12 @@ absl::Status Registry::CheckFleet(const v1::WorkerHello& hello) const {
       return absl::InvalidArgumentError(
           fmt::format("data_address: '{}' belongs to worker '{}'", hello.data_address(), name));
     }
+    const std::string obstacle = NcclObstacle(worker.hello, hello);
+    if ((hello.nccl_only() || worker.hello.nccl_only()) && !obstacle.empty()) {
+      return absl::FailedPreconditionError(
+          fmt::format("transports: worker '{}' has --transport nccl, but {}",
+                      hello.nccl_only() ? hello.worker() : worker.hello.worker(), obstacle));
+    }
   }
   if (others && (hello.backend() != backend_ || hello.kernel_revision() != kernel_revision_)) {
     return absl::FailedPreconditionError(
@@ -263,7 +269,8 @@ void Registry::OnAssignmentFailed(Worker& worker, const v1::AssignmentFailed& fa
   if (failed.epoch() != epoch_ || phase_ == Phase::kWaiting || stage_of(name) < 0) return;
   const std::string why = fmt::format("worker '{}' ({}): {}", name, LayersOf(name),
                                       CleanText(failed.message(), kMaxDetailBytes));
-  if (IsTransient(failed.status_code())) {
+  worker.nccl_failed |= failed.nccl();
+  if (IsTransient(failed.status_code()) || failed.nccl()) {
     EpochFailed(epoch_, absl::UnavailableError(why), now);
     return;
   }
@@ -396,6 +403,17 @@ std::optional<Plan> Registry::KeepRanges() const {
   return plan;
 }
 
+// Between neighbours; TRANSPORT_GRPC to and from the coordinator.
+v1::Transport Registry::TransportBetween(int stage, int next) const {
+  if (stage < 0 || next >= static_cast<int>(seats_.size())) return v1::TRANSPORT_GRPC;
+  const Worker& from = workers_.at(seats_[stage]);
+  const Worker& to = workers_.at(seats_[next]);
+  if (!NcclObstacle(from.hello, to.hello).empty()) return v1::TRANSPORT_GRPC;
+  const bool required = from.hello.nccl_only() || to.hello.nccl_only();
+  const bool failed = from.nccl_failed || to.nccl_failed;
+  return failed && !required ? v1::TRANSPORT_GRPC : v1::TRANSPORT_NCCL;
+}
+
 void Registry::BeginEpoch(MonotonicTime now) {
   epoch_ = std::max(epoch_, epoch_floor_) + 1;
   phase_ = Phase::kLinking;
@@ -418,6 +436,8 @@ void Registry::BeginEpoch(MonotonicTime now) {
     assignment.set_max_step_tokens(options_.limits.max_step_tokens);
     assignment.set_kv_blocks(plan_->kv_blocks);
     assignment.set_kv_type(ToWire(options_.limits.kv.type));
+    assignment.set_incoming(TransportBetween(i - 1, i));
+    assignment.set_outgoing(TransportBetween(i, i + 1));
     actions_.push_back(std::move(send));
   }
 }

@@ -98,7 +98,8 @@ class Registry {
     MonotonicTime last_heard;
     // The first one tells which epoch the worker comes from; it is not planned before that.
     std::optional<v1::WorkerHeartbeat> heartbeat;
-    std::string unfit;  // why it cannot be planned until it joins again; empty = it can
+    bool nccl_failed = false;  // since it joined: its links do without, if they may
+    std::string unfit;         // why it cannot be planned until it joins again; empty = it can
     bool usable() const { return heartbeat.has_value() && unfit.empty(); }
   };
 
@@ -121,6 +122,7 @@ class Registry {
   bool FillSeats();
   absl::StatusOr<Plan> PlanSeats();
   std::optional<Plan> KeepRanges() const;
+  v1::Transport TransportBetween(int stage, int next) const;
   void BeginEpoch(MonotonicTime now);
   void CheckLinks();
 

@@ -33,7 +33,18 @@ absl::Status CheckWords(const v1::WorkerHello& hello) {
   if (!IsWord(hello.kernel_revision(), kMaxAddressBytes)) {
     return Invalid("kernel_revision", fmt::format(fmt::runtime(limit), kMaxAddressBytes));
   }
+  for (const auto& [field, value] :
+       {std::pair("host_id", &hello.host_id()), std::pair("device_uuid", &hello.device_uuid())}) {
+    if (!value->empty() && !IsWord(*value, kMaxAddressBytes)) {
+      return Invalid(field, fmt::format(fmt::runtime(limit), kMaxAddressBytes));
+    }
+  }
   return absl::OkStatus();
+}
+
+bool Offers(const v1::WorkerHello& hello, std::string_view transport) {
+  const auto& transports = hello.transports();
+  return std::find(transports.begin(), transports.end(), transport) != transports.end();
 }
 
 // See StageStatus.residency. `fixed` may be shorter than `units`: the rest counts as fixed.
@@ -115,11 +126,29 @@ absl::Status CheckWorkerHello(const v1::WorkerHello& hello, const std::string& m
       return Invalid(field, fmt::format("{} is neither 0 nor a positive number", value));
     }
   }
-  const auto& transports = hello.transports();
-  if (std::find(transports.begin(), transports.end(), "grpc") == transports.end()) {
+  if (!Offers(hello, "grpc")) {
     return absl::FailedPreconditionError("transports: the worker does not offer 'grpc'");
   }
+  if (hello.nccl_only() && !Offers(hello, "nccl")) {
+    return absl::FailedPreconditionError(
+        "transports: 'nccl' only, but the worker does not offer it");
+  }
   return absl::OkStatus();
+}
+
+std::string NcclObstacle(const v1::WorkerHello& a, const v1::WorkerHello& b) {
+  for (const v1::WorkerHello* hello : {&a, &b}) {
+    if (!Offers(*hello, "nccl")) {
+      return fmt::format("worker '{}' does not offer NCCL", hello->worker());
+    }
+  }
+  if (a.device_uuid().empty() || a.device_uuid() != b.device_uuid() || a.host_id() != b.host_id()) {
+    return "";
+  }
+  return fmt::format(
+      "workers '{}' and '{}' are two ranks on one device ({} of host {}), which NCCL refuses: give "
+      "each its own by --device cuda:N, or use --transport auto",
+      a.worker(), b.worker(), a.device_uuid(), a.host_id());
 }
 
 std::string CleanText(std::string_view text, size_t max_bytes) {

@@ -17,6 +17,9 @@ namespace stagecoach {
 // INVALID_ARGUMENT naming the field for anything that cannot be true.
 absl::Status CheckWorkerHello(const v1::WorkerHello& hello, const std::string& model_hash);
 
+// Why the link between two workers cannot go by NCCL; empty = it can.
+std::string NcclObstacle(const v1::WorkerHello& a, const v1::WorkerHello& b);
+
 // At most `max_bytes` of `text`, with every byte outside printable ASCII replaced by '?': fit for
 // logs and messages.
 std::string CleanText(std::string_view text, size_t max_bytes);

@@ -1,5 +1,6 @@
 #include "kernels/backend.h"
 
+#include <bit>
 #include <limits>
 #include <optional>
 
@@ -42,6 +43,23 @@ uint64_t KvBytes(const KvShape& shape) {
 }
 
 uint64_t Backend::ResidentBytes(TensorRole, const TensorInfo& tensor) const { return tensor.bytes; }
+
+absl::Status Backend::TakeResidual(Workspace&, int) {
+  return absl::UnimplementedError("this backend takes residuals from the host only");
+}
+
+absl::Status Backend::LeaveResidual(Workspace&, std::span<uint8_t>) {
+  return absl::UnimplementedError("this backend gives residuals to the host only");
+}
+
+bool AllFinite(std::span<const float> values) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  uint32_t non_finite = 0;
+  for (const float value : values) {
+    non_finite |= (std::bit_cast<uint32_t>(value) & kExponent) == kExponent;
+  }
+  return non_finite == 0;
+}
 
 absl::Status Backend::HeadTop(Workspace&, const UnitWeights&, std::span<const int32_t>, int,
                               std::span<TopLogit>) {

@@ -35,6 +35,7 @@ struct BackendInfo {
   std::string kernel_revision;  // changes whenever result bits may change
   std::string description;      // "AVX2, 2 threads"
   uint64_t memory_bytes = 0;    // usable for weights, KV and workspace together
+  std::string device_uuid;      // of a GPU; the same in every process that uses it
 };
 
 // kQ8_0: runs of 32 values of one head at one position (the last run may be shorter) as int8 with a
@@ -105,6 +106,13 @@ class Workspace {
   virtual ~Workspace() = default;
 };
 
+// Where a workspace's residual stream lies, for transports that move it without the host.
+struct ResidualMemory {
+  float* data = nullptr;   // [max_rows][d_model]; stays as long as the workspace. Null: not offered
+  void* stream = nullptr;  // the cudaStream_t of the workspace's work; null: the host's memory
+  int device = 0;          // CUDA index
+};
+
 // All calls on one Workspace come from one thread at a time. Sizes are checked by the caller
 // (Stage); a mismatch there is our own bug. Errors: RESOURCE_EXHAUSTED, INTERNAL for device faults.
 class Backend {
@@ -132,6 +140,12 @@ class Backend {
   virtual absl::Status RunLayer(Workspace& workspace, const UnitWeights& layer, KvCache& kv,
                                 int kv_layer, const StepBatch& batch) = 0;
   virtual absl::Status GetResidual(Workspace& workspace, std::span<float> residual) = 0;
+  // Instead of SetResidual and GetResidual, where residual_memory().data is not null: the rows lie
+  // there already, and whatever wrote them has ended; or they stay there, all work on them has
+  // ended, and finite[row] is whether all values of the row are finite.
+  virtual ResidualMemory residual_memory(Workspace&) { return {}; }
+  virtual absl::Status TakeResidual(Workspace& workspace, int rows);
+  virtual absl::Status LeaveResidual(Workspace& workspace, std::span<uint8_t> finite);
   // logits: [rows.size()][vocab], for the residual rows named in `rows`.
   virtual absl::Status Head(Workspace& workspace, const UnitWeights& head,
                             std::span<const int32_t> rows, std::span<float> logits) = 0;
@@ -169,6 +183,9 @@ class Backend {
                                  std::span<const float> k, std::span<const float> v, KvCache& kv,
                                  int kv_layer, const StepBatch& batch, std::span<float> out) = 0;
 };
+
+// False if any value is NaN or infinite.
+bool AllFinite(std::span<const float> values);
 
 }  // namespace stagecoach
 

@@ -101,9 +101,11 @@ class Recorder : public RequestObserver {
 // A coordinator's pipeline and worker nodes around it.
 class Ring {
  public:
-  // Reads of the model go through `hook`, if there is one.
-  explicit Ring(int workers, LayerStoreOptions store = {}, std::shared_ptr<ReadHook> hook = nullptr)
-      : backend_(MakeCpuBackend({.threads = 1})) {
+  // Reads of the model go through `hook`, if there is one; activations through `transport`, if
+  // there is one.
+  explicit Ring(int workers, LayerStoreOptions store = {}, std::shared_ptr<ReadHook> hook = nullptr,
+                DeviceTransport* transport = nullptr)
+      : backend_(MakeCpuBackend({.threads = 1})), transport_(transport) {
     auto model = hook != nullptr ? OpenHookedModel("demo-Q4_K_M.gguf", std::move(hook))
                                  : ModelFile::Open(TestDataPath("demo-Q4_K_M.gguf"));
     EXPECT_TRUE(model.ok()) << model.status();
@@ -119,8 +121,9 @@ class Ring {
     hub_.Listen("coordinator", pipeline_.get());
     for (int w = 0; w < workers; ++w) {
       const std::string name = "w" + std::to_string(w);
-      nodes_.push_back(std::make_unique<WorkerNode>(backend_.get(), model_, &hub_,
-                                                    WorkerOptions{.name = name, .store = store}));
+      nodes_.push_back(std::make_unique<WorkerNode>(
+          backend_.get(), model_, &hub_,
+          WorkerOptions{.name = name, .store = store, .transport = transport}));
       hub_.Listen(name, nodes_.back().get());
     }
   }
@@ -159,6 +162,10 @@ class Ring {
       assignment.set_max_context(512);
       assignment.set_max_step_tokens(kRingStepTokens);
       assignment.set_kv_blocks(plan->kv_blocks);
+      if (transport_ != nullptr) {
+        if (stage > 0) assignment.set_incoming(v1::TRANSPORT_NCCL);
+        if (stage + 1 < stages) assignment.set_outgoing(v1::TRANSPORT_NCCL);
+      }
       nodes_[workers[stage]]->Assign(assignment);
     }
     const absl::Time limit = absl::Now() + absl::Seconds(60);
@@ -204,6 +211,7 @@ class Ring {
 
  private:
   std::unique_ptr<Backend> backend_;
+  DeviceTransport* const transport_;
   std::shared_ptr<const ModelFile> model_;
   InProcessHub hub_;
   std::unique_ptr<Pipeline> pipeline_;

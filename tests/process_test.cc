@@ -214,6 +214,20 @@ TEST(ProcessTest, ABadModelIsRefusedInOneLineWithExitCodeTwo) {
   EXPECT_EQ(missing.exit_code, 2) << missing.output;
 }
 
+TEST(ProcessTest, NcclWithoutAGpuIsRefusedInOneLineWithExitCodeTwo) {
+  const std::vector<std::string> command = {"stagecoach", "up",       "--once", "--model",
+                                            kModel,       "--device", "cpu",    "--transport"};
+  for (const auto& [transport, exit_code] : {std::pair("nccl", 2), std::pair("auto", 0)}) {
+    std::vector<std::string> argv = command;
+    argv.push_back(transport);
+    const Finished up = RunBinary(argv);
+    EXPECT_EQ(up.exit_code, exit_code) << up.output;
+    EXPECT_EQ(up.output.find("NCCL needs a GPU: --device cuda:N") != std::string::npos,
+              exit_code != 0)
+        << up.output;
+  }
+}
+
 TEST(ProcessTest, AWeightBudgetChangesNoToken) {
   const std::vector<std::string> command = {"stagecoach", "generate",     "--json", "--model",
                                             kModel,       "--prompt",     kStory,   "--workers",

@@ -45,12 +45,17 @@ class Contender {
   virtual std::string stages() { return ""; }
 };
 
+// "cuda:{}" (worker i on GPU i) for a process that is no worker.
+std::string FirstDevice(const std::string& device) {
+  return device == "cuda:{}" ? "cuda:0" : device;
+}
+
 // The whole model in this process.
 class InProcessContender : public Contender {
  public:
   static absl::StatusOr<std::unique_ptr<Contender>> Start(
       const std::shared_ptr<const ModelFile>& model, const ServiceFlags& flags, int context) {
-    auto stages = LocalStages::Create(model, {.device = flags.device,
+    auto stages = LocalStages::Create(model, {.device = FirstDevice(flags.device),
                                               .threads = flags.threads,
                                               .max_context = context,
                                               .max_step_tokens = context,
@@ -185,7 +190,8 @@ nlohmann::json Report(const BenchDecodeFlags& flags, const ModelFile& model,
 // Of the device's memory; of one core's where that is the CPU.
 absl::StatusOr<double> ReadBandwidth(const std::string& device) {
   if (device == "cpu") return MeasureReadBandwidth(1);
-  STAGECOACH_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend, OpenDevice(device, {}));
+  STAGECOACH_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend,
+                              OpenDevice(FirstDevice(device), {}));
   return MeasureDeviceBandwidth(*backend, 1);
 }
 
@@ -231,8 +237,10 @@ void AddBenchDecode(CLI::App& bench, Command& run) {
       ->check(CLI::Range(0, 512))
       ->capture_default_str();
   command
-      ->add_option("--device", flags->service.device, "Where it is computed: cpu, cuda:N or auto")
+      ->add_option("--device", flags->service.device,
+                   "Where it is computed: cpu, cuda:N, cuda:{} (worker i on GPU i) or auto")
       ->capture_default_str();
+  AddTransportFlags(*command, flags->service);
   command->add_option("--threads", flags->service.threads, "Threads per process")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "tools/bench.h"
+#include "tools/bench_hop_nccl.h"
 #include "tools/table.h"
 #include "worker/link/hop_bench.h"
 
@@ -17,7 +18,18 @@ struct BenchHopFlags {
   std::vector<uint64_t> bytes = {1024, 16 * 1024, 256 * 1024, 4 * 1024 * 1024};
   int count = 2000;
   std::string json;
+  std::string transport = "grpc";
+  NcclHopOptions nccl;
 };
+
+absl::Status RunNccl(BenchHopFlags& flags, bool bytes_given) {
+  if (bytes_given) flags.nccl.bytes = flags.bytes;
+  flags.nccl.count = flags.count;
+  flags.nccl.json = flags.json;
+  if (flags.nccl.peer_ids.size() == 2) return RunNcclHopPeer(flags.nccl);
+  if (flags.nccl.devices.size() == 1) flags.nccl.devices.push_back(flags.nccl.devices[0]);
+  return RunNcclHop(flags.nccl);
+}
 
 absl::Status RunBenchHop(const BenchHopFlags& flags) {
   std::vector<std::vector<std::string>> table = {
@@ -50,15 +62,30 @@ absl::Status RunBenchHop(const BenchHopFlags& flags) {
 void AddBenchHop(CLI::App& bench, Command& run) {
   auto flags = std::make_shared<BenchHopFlags>();
   CLI::App* command = bench.add_subcommand("hop", "Latency of one hop between processes");
-  command->add_option("--bytes", flags->bytes, "Payload sizes")
-      ->delimiter(',')
-      ->check(CLI::Range(4, 64 << 20))
-      ->capture_default_str();
+  CLI::Option* bytes = command->add_option("--bytes", flags->bytes, "Payload sizes");
+  bytes->delimiter(',')->check(CLI::Range(4, 64 << 20))->capture_default_str();
   command->add_option("--count", flags->count, "Round trips per size")
       ->check(CLI::Range(1, 1 << 24))
       ->capture_default_str();
   command->add_option("--json", flags->json, "Write the results here too");
-  command->callback([flags, &run] { run = [flags] { return RunBenchHop(*flags); }; });
+  command
+      ->add_option("--transport", flags->transport,
+                   "grpc: frames over loopback, and within one process; nccl: payloads from GPU to "
+                   "GPU, of 16 KiB and 8 MiB if no --bytes are given")
+      ->check(CLI::IsMember({"grpc", "nccl"}))
+      ->capture_default_str();
+  command
+      ->add_option("--devices", flags->nccl.devices,
+                   "With nccl: GPUs of the two processes, cuda:0,cuda:1; one name: both on it")
+      ->delimiter(',')
+      ->expected(1, 2)
+      ->capture_default_str();
+  command->add_option("--peer-ids", flags->nccl.peer_ids)->expected(2)->group("");  // our own child
+  command->callback([flags, bytes, &run] {
+    run = [flags, given = bytes->count() > 0] {
+      return flags->transport == "nccl" ? RunNccl(*flags, given) : RunBenchHop(*flags);
+    };
+  });
 }
 
 }  // namespace stagecoach

@@ -20,10 +20,15 @@ MAY_INCLUDE = {
     "model": {"model"},
     "kernels": {"model", "kernels"},
     "worker/link": {"proto", "worker/link"},
-    "worker": {"proto", "model", "kernels", "worker/link", "worker"},
+    "worker/link/nccl": {"proto", "model", "worker/link", "worker/link/nccl",
+                         "worker/link/nccl/cuda"},
+    "worker/link/nccl/cuda": {"model", "kernels", "worker/link/nccl", "worker/link/nccl/cuda"},
+    "worker": {"proto", "model", "kernels", "worker/link", "worker/link/nccl", "worker"},
     "coordinator": {"proto", "model", "kernels", "worker/link", "coordinator"},
-    "tools": {"proto", "model", "kernels", "worker/link", "worker", "coordinator", "tools"},
-    "tests": {"proto", "model", "kernels", "worker/link", "worker", "coordinator", "tools", "tests"},
+    "tools": {"proto", "model", "kernels", "worker/link", "worker/link/nccl", "worker", "coordinator",
+              "tools"},
+    "tests": {"proto", "model", "kernels", "worker/link", "worker/link/nccl", "worker",
+              "coordinator", "tools", "tests"},
 }
 # The only places that may include gRPC or CUDA headers.
 GRPC_FILES = re.compile(

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <string_view>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -27,6 +28,14 @@ int ThreadsPerWorker(const LocalClusterOptions& options) {
   if (options.threads > 0) return options.threads;
   const int cores = static_cast<int>(std::thread::hardware_concurrency());
   return std::max(1, cores / std::max(1, options.workers));
+}
+
+std::string WithIndex(std::string text, int index) {
+  constexpr std::string_view kPlace = "{}";
+  for (size_t at; (at = text.find(kPlace)) != std::string::npos;) {
+    text.replace(at, kPlace.size(), std::to_string(index));
+  }
+  return text;
 }
 
 }  // namespace
@@ -125,17 +134,15 @@ absl::Status LocalCluster::StartCoordinator() {
 
 absl::Status LocalCluster::StartWorker(int index) {
   const std::string name = fmt::format("w{}", index);
-  std::vector<std::string> argv = {bin_dir_ + "/stagecoach-worker",
-                                   "--coordinator",
-                                   address_,
-                                   "--model",
-                                   options_.model,
-                                   "--name",
-                                   name,
-                                   "--threads",
-                                   std::to_string(ThreadsPerWorker(options_)),
-                                   "--die-with-parent"};
-  argv.insert(argv.end(), options_.worker_flags.begin(), options_.worker_flags.end());
+  std::vector<std::string> argv;
+  if (!options_.worker_environment.empty()) argv.push_back("/usr/bin/env");
+  for (const std::string& variable : options_.worker_environment) {
+    argv.push_back(WithIndex(variable, index));
+  }
+  argv.insert(argv.end(), {bin_dir_ + "/stagecoach-worker", "--coordinator", address_, "--model",
+                           options_.model, "--name", name, "--threads",
+                           std::to_string(ThreadsPerWorker(options_)), "--die-with-parent"});
+  for (const std::string& flag : options_.worker_flags) argv.push_back(WithIndex(flag, index));
   auto started = ChildProcess::Start(argv, [this, name](const std::string& l) { Log(name, l); });
   if (!started.ok()) return started.status();
   workers_[static_cast<size_t>(index)] = std::move(*started);

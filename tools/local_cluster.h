@@ -24,11 +24,13 @@ struct LocalClusterOptions {
   int threads = 0;                     // per worker; 0 = the machine's cores shared out evenly
   std::string listen = "127.0.0.1:0";  // of the coordinator
   int max_slots = 64;
-  int context = 0;                             // 0 = the coordinator's default
-  std::vector<std::string> worker_flags;       // handed through
-  std::vector<std::string> coordinator_flags;  // handed through
-  std::string bin_dir;                         // where the binaries lie; empty = beside this one
-  bool restart_workers = true;                 // a worker that ends is started again after 200 ms
+  int context = 0;  // 0 = the coordinator's default
+  // Handed through, with the worker's index for each "{}": --device cuda:{}
+  std::vector<std::string> worker_flags;
+  std::vector<std::string> worker_environment;  // NAME=VALUE, likewise
+  std::vector<std::string> coordinator_flags;   // handed through
+  std::string bin_dir;                          // where the binaries lie; empty = beside this one
+  bool restart_workers = true;                  // a worker that ends is started again after 200 ms
   std::function<void(const std::string&)> on_log;  // each line, prefixed; any thread; may be empty
 };
 

@@ -14,12 +14,31 @@ constexpr absl::Duration kServingTimeout = absl::Minutes(10);
 
 }  // namespace
 
+void AddTransportFlags(CLI::App& command, ServiceFlags& flags) {
+  command
+      .add_option("--transport", flags.transport,
+                  "Of activations between GPUs: nccl, grpc, or auto: NCCL where both ends have it")
+      ->check(CLI::IsMember({"auto", "grpc", "nccl"}))
+      ->capture_default_str();
+  command
+      .add_option("--worker-env", flags.worker_env,
+                  "NAME=VALUE for each worker's environment; {} stands for its index")
+      ->check([](const std::string& text) {
+        const size_t equals = text.find('=');
+        return equals == 0 || equals == std::string::npos ? text + " is not NAME=VALUE"
+                                                          : std::string();
+      });
+}
+
 void AddPipelineFlags(CLI::App& command, ServiceFlags& flags) {
   command.add_option("--workers", flags.workers, "Worker processes (stages) of a private pipeline")
       ->check(CLI::Range(1, 512))
       ->capture_default_str();
-  command.add_option("--device", flags.device, "Where workers compute: cpu, cuda:N or auto")
+  command
+      .add_option("--device", flags.device,
+                  "Where workers compute: cpu, cuda:N, cuda:{} (worker i on GPU i) or auto")
       ->capture_default_str();
+  AddTransportFlags(command, flags);
   command.add_option("--threads", flags.threads, "CPU threads per worker; 0 = share all cores")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
@@ -59,7 +78,9 @@ LocalClusterOptions ToClusterOptions(const ServiceFlags& flags) {
     options.coordinator_flags.insert(options.coordinator_flags.end(),
                                      {"--kv-memory", flags.kv_memory});
   }
-  options.worker_flags = {"--device", flags.device, "--prefetch", flags.prefetch};
+  options.worker_flags = {"--device",     flags.device,  "--prefetch",
+                          flags.prefetch, "--transport", flags.transport};
+  options.worker_environment = flags.worker_env;
   if (!flags.weight_budget.empty()) {
     options.worker_flags.insert(options.worker_flags.end(),
                                 {"--weight-budget", flags.weight_budget});

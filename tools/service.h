@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "tools/client.h"
@@ -20,7 +21,9 @@ struct ServiceFlags {
   std::string server;
   std::string model;
   int workers = 1;
-  std::string device = "cpu";  // of each worker
+  std::string device = "cpu";  // of each worker; "{}" stands for its index
+  std::string transport = "auto";
+  std::vector<std::string> worker_env;  // NAME=VALUE, "{}" likewise
   int threads = 0;
   int max_slots = 64;
   int context = 0;
@@ -32,11 +35,13 @@ struct ServiceFlags {
 };
 
 // Declares --server, --model, --workers, --device, --threads, --context, --kv-type, --kv-memory,
-// --prefetch,
-// --verbose.
+// --prefetch, --transport, --worker-env, --verbose.
 void AddServiceFlags(CLI::App& command, ServiceFlags& flags);
 // Those of them that a private service needs, without --server and --model.
 void AddPipelineFlags(CLI::App& command, ServiceFlags& flags);
+
+// Of these, how the workers pass activations on: --transport, --worker-env.
+void AddTransportFlags(CLI::App& command, ServiceFlags& flags);
 
 LocalClusterOptions ToClusterOptions(const ServiceFlags& flags);
 

@@ -8,6 +8,7 @@
 #include "absl/time/time.h"
 #include "fmt/format.h"
 #include "model/model_error.h"
+#include "model/status_macros.h"
 #include "spdlog/spdlog.h"
 #include "worker/link/spin_wait.h"
 
@@ -65,7 +66,9 @@ StageConfig MakeConfig(const v1::Assignment& assignment) {
           .max_context = to_int(assignment.max_context()),
           .kv_blocks = to_int(assignment.kv_blocks()),
           .max_step_tokens = to_int(assignment.max_step_tokens()),
-          .kv_type = ToKvType(assignment.kv_type())};
+          .kv_type = ToKvType(assignment.kv_type()),
+          .device_input = assignment.incoming() == v1::TRANSPORT_NCCL,
+          .device_output = assignment.outgoing() == v1::TRANSPORT_NCCL};
 }
 
 }  // namespace
@@ -95,6 +98,7 @@ void EpochRun::Stop(const absl::Status& reason) {
     if (std::exchange(stopping_, true)) return;
     links_ready_ = false;
     inbound_ = 0;
+    CancelChannels();
     break_inbound = std::exchange(break_inbound_, nullptr);
     next_hop = std::move(next_hop_);
     unwanted.swap(queue_);
@@ -103,13 +107,20 @@ void EpochRun::Stop(const absl::Status& reason) {
   if (next_hop) next_hop->Close();
 }
 
-absl::Status EpochRun::AcceptLink(uint64_t link) {
+absl::Status EpochRun::AcceptLink(uint64_t link, const std::string& nccl_id) {
+  const bool nccl = assignment_.incoming() == v1::TRANSPORT_NCCL;
+  if (nccl == nccl_id.empty()) {
+    return absl::FailedPreconditionError(
+        fmt::format("stage {} takes activations {}, the link is for them {}", assignment_.stage(),
+                    nccl ? "by NCCL" : "in frames", nccl ? "in frames" : "by NCCL"));
+  }
   LinkBreaker replaced;
   std::deque<Work> unwanted;
   {
     absl::MutexLock lock(&mu_);
     if (ended()) return absl::AbortedError(fmt::format("epoch {} is over", assignment_.epoch()));
     inbound_ = link;
+    inbound_id_ = nccl_id;
     if (links_ready_) detail_.clear();
     replaced = std::exchange(break_inbound_, nullptr);
     unwanted.swap(queue_);
@@ -141,13 +152,19 @@ void EpochRun::Push(uint64_t link, Frame frame, CreditReturn credit) {
 }
 
 void EpochRun::LinkClosed(uint64_t link, const absl::Status& reason) {
+  const std::string what =
+      fmt::format("the link from the previous stage closed: {}", Printable(reason));
+  bool channel_lost;
   {
     absl::MutexLock lock(&mu_);
     if (ended() || link != inbound_) return;
     inbound_ = 0;
     break_inbound_ = nullptr;
-    detail_ = fmt::format("the link from the previous stage closed: {}", Printable(reason));
+    detail_ = what;
+    channel_lost = links_ready_ && input_ != nullptr;
   }
+  // The channel that belongs to it cannot be made anew in this epoch.
+  if (channel_lost) return Fail(absl::UnavailableError(what), Fault::kOurs);
   spdlog::info("{} inbound link closed: {}", log_prefix_, Printable(reason));
   context_.on_changed();
 }
@@ -177,16 +194,18 @@ void EpochRun::Fail(const absl::Status& reason, Fault fault) {
     failed_ = true;
     links_ready_ = false;
     detail_ = Printable(reason);
+    CancelChannels();
     break_inbound = std::exchange(break_inbound_, nullptr);
     next_hop = std::move(next_hop_);
     unwanted.swap(queue_);
   }
   spdlog::warn("{} epoch {} failed: {}", log_prefix_, assignment_.epoch(), Printable(reason));
-  if (fault == Fault::kOurs) {
+  if (fault != Fault::kPeer) {
     v1::AssignmentFailed failed;
     failed.set_epoch(assignment_.epoch());
     failed.set_status_code(static_cast<uint32_t>(reason.code()));
     failed.set_message(Printable(reason));
+    failed.set_nccl(fault == Fault::kNccl);
     context_.on_failed(failed);
   }
   if (break_inbound) break_inbound(reason);
@@ -202,9 +221,10 @@ void EpochRun::Main() {
   if (absl::Status status = Prepare(); status.ok()) {
     Serve();
   } else {
-    Fail(status, Fault::kOurs);
+    Fail(status, prepare_fault_);
   }
-  stage_.reset();  // KV and workspace, before a successor allocates its own
+  CloseChannels();  // they use the workspace
+  stage_.reset();   // KV and workspace, before a successor allocates its own
 }
 
 absl::Status EpochRun::Prepare() {
@@ -216,6 +236,7 @@ absl::Status EpochRun::Prepare() {
     return absl::InvalidArgumentError(fmt::format("KV type {} is unknown to this worker",
                                                   static_cast<int>(assignment_.kv_type())));
   }
+  STAGECOACH_RETURN_IF_ERROR(CheckTransports());
   const StageConfig config = MakeConfig(assignment_);
   auto stage = Stage::Create(context_.backend, context_.model, context_.store, config);
   if (!stage.ok()) return stage.status();
@@ -223,7 +244,32 @@ absl::Status EpochRun::Prepare() {
   spdlog::info("{} epoch {}: layers [{}, {}) of {} stages, next hop {}", log_prefix_, config.epoch,
                config.first_layer, config.last_layer, config.stages,
                absl::CHexEscape(assignment_.next_hop()));
-  return DialNextHop();
+  prepare_fault_ = Fault::kNccl;
+  if (assignment_.outgoing() == v1::TRANSPORT_NCCL) {
+    STAGECOACH_ASSIGN_OR_RETURN(outgoing_id_, context_.transport->NewId());
+  }
+  prepare_fault_ = Fault::kOurs;
+  STAGECOACH_RETURN_IF_ERROR(DialNextHop());
+  STAGECOACH_RETURN_IF_ERROR(OpenChannels());
+  absl::MutexLock lock(&mu_);
+  if (ended()) return absl::CancelledError("stopped");
+  links_ready_ = true;
+  detail_.clear();
+  return absl::OkStatus();
+}
+
+absl::Status EpochRun::CheckTransports() const {
+  for (const v1::Transport transport : {assignment_.incoming(), assignment_.outgoing()}) {
+    if (!v1::Transport_IsValid(transport)) {
+      return absl::InvalidArgumentError(
+          fmt::format("transport {} is unknown to this worker", static_cast<int>(transport)));
+    }
+    if (transport == v1::TRANSPORT_NCCL && context_.transport == nullptr) {
+      return absl::FailedPreconditionError(
+          "the assignment asks for NCCL, which this worker did not offer");
+    }
+  }
+  return absl::OkStatus();
 }
 
 absl::Status EpochRun::DialNextHop() {
@@ -235,6 +281,7 @@ absl::Status EpochRun::DialNextHop() {
   hello.set_kernel_revision(context_.kernel_revision);
   hello.set_to_stage(assignment_.stage() + 1);
   hello.set_d_model(static_cast<uint32_t>(context_.model->params().d_model));
+  hello.set_nccl_id(outgoing_id_);
   const auto on_broken = [weak = weak_from_this()](const absl::Status& reason) {
     const std::shared_ptr<EpochRun> run = weak.lock();
     if (run == nullptr) return;
@@ -250,12 +297,79 @@ absl::Status EpochRun::DialNextHop() {
     if (ended()) return absl::CancelledError("stopped");
     if (sender.ok()) {
       next_hop_ = *std::move(sender);
-      links_ready_ = true;
-      detail_.clear();
       return absl::OkStatus();
     }
     if (Clock::now() > deadline) return absl::UnavailableError(Printable(sender.status()));
   }
+}
+
+// Both ends are opened before either is waited for: the pairs of a chain meet at the same time.
+absl::Status EpochRun::OpenChannels() {
+  const bool incoming = assignment_.incoming() == v1::TRANSPORT_NCCL;
+  if (!incoming && outgoing_id_.empty()) return absl::OkStatus();
+  STAGECOACH_ASSIGN_OR_RETURN(const ChannelMemory memory, stage_->ChannelMemoryOfResidual());
+  std::string inbound_id;
+  if (incoming) STAGECOACH_RETURN_IF_ERROR(AwaitInboundId(&inbound_id));
+  SetDetail("setting up NCCL");
+  prepare_fault_ = Fault::kNccl;
+  std::unique_ptr<DeviceChannel> input, output;
+  if (!outgoing_id_.empty()) {
+    const std::string peer = fmt::format("stage {} at {}", assignment_.stage() + 1,
+                                         absl::CHexEscape(assignment_.next_hop()));
+    STAGECOACH_ASSIGN_OR_RETURN(output, context_.transport->OpenSender(outgoing_id_, memory, peer));
+  }
+  if (incoming) {
+    const std::string peer = fmt::format("stage {}", assignment_.stage() - 1);
+    STAGECOACH_ASSIGN_OR_RETURN(input, context_.transport->OpenReceiver(inbound_id, memory, peer));
+  }
+  DeviceChannel* const channels[] = {output.get(), input.get()};
+  stage_->SetChannels(input.get(), output.get());
+  {
+    absl::MutexLock lock(&mu_);
+    input_ = std::move(input);
+    output_ = std::move(output);
+    if (ended()) return absl::CancelledError("stopped");
+  }
+  for (DeviceChannel* const channel : channels) {
+    if (channel != nullptr) STAGECOACH_RETURN_IF_ERROR(channel->AwaitReady());
+  }
+  spdlog::info("{} activations{}{} by {}", log_prefix_, incoming ? " come" : "",
+               outgoing_id_.empty() ? "" : (incoming ? " and go" : " go"),
+               context_.transport->description());
+  return absl::OkStatus();
+}
+
+absl::Status EpochRun::AwaitInboundId(std::string* id) {
+  SetDetail("waiting for the previous stage to connect");
+  absl::MutexLock lock(&mu_);
+  if (!mu_.AwaitWithTimeout(absl::Condition(this, &EpochRun::InboundIdOrEnded),
+                            absl::FromChrono(kDialTimeout))) {
+    return absl::UnavailableError("the previous stage did not connect");
+  }
+  if (ended()) return absl::CancelledError("stopped");
+  *id = inbound_id_;
+  return absl::OkStatus();
+}
+
+void EpochRun::CancelChannels() {
+  if (input_ != nullptr) input_->Cancel();
+  if (output_ != nullptr) output_->Cancel();
+}
+
+void EpochRun::CloseChannels() {
+  std::unique_ptr<DeviceChannel> input, output;
+  {
+    absl::MutexLock lock(&mu_);
+    input = std::move(input_);
+    output = std::move(output_);
+  }
+  if (input == nullptr && output == nullptr) return;
+  const Clock::time_point start = Clock::now();
+  input.reset();
+  output.reset();
+  spdlog::info("{} epoch {}: NCCL communicators aborted in {:.1f} ms", log_prefix_,
+               assignment_.epoch(),
+               std::chrono::duration<double, std::milli>(Clock::now() - start).count());
 }
 
 void EpochRun::Serve() {

@@ -18,6 +18,7 @@
 #include "model/model_file.h"
 #include "proto/cluster.pb.h"
 #include "worker/layer_store.h"
+#include "worker/link/device_channel.h"
 #include "worker/link/stage_link.h"
 #include "worker/stage.h"
 
@@ -40,6 +41,7 @@ struct EpochContext {
   std::shared_ptr<const ModelFile> model;
   LayerStore* store = nullptr;
   LinkDialer* dialer = nullptr;
+  DeviceTransport* transport = nullptr;  // null: payloads go in frames only
   StageCounters* counters = nullptr;
   // Called without locks, from any thread.
   std::function<void(const v1::AssignmentFailed&)> on_failed;
@@ -61,8 +63,9 @@ class EpochRun : public std::enable_shared_from_this<EpochRun> {
   const v1::Assignment& assignment() const { return assignment_; }
 
   // The inbound link. A newer one replaces an older one: a dialler that gave up while this side
-  // accepted comes back with another link. Errors: ABORTED once the run has ended.
-  absl::Status AcceptLink(uint64_t link);
+  // accepted comes back with another link. Errors: ABORTED once the run has ended;
+  // FAILED_PRECONDITION for an id (LinkHello.nccl_id) where none is due, or none where one is.
+  absl::Status AcceptLink(uint64_t link, const std::string& nccl_id);
   void AttachBreaker(uint64_t link, LinkBreaker breaker);
   void Push(uint64_t link, Frame frame, CreditReturn credit);  // drops and counts strangers
   void LinkClosed(uint64_t link, const absl::Status& reason);
@@ -75,18 +78,27 @@ class EpochRun : public std::enable_shared_from_this<EpochRun> {
     Frame frame;
     CreditReturn credit;
   };
-  // Whose fault ended the run: decides whether the coordinator is told to plan without us.
-  enum class Fault { kOurs, kPeer };
+  // Whose fault ended the run: decides whether the coordinator is told to plan without us, or
+  // without NCCL.
+  enum class Fault { kOurs, kPeer, kNccl };
 
   void Main();
   absl::Status Prepare();
+  absl::Status CheckTransports() const;
   absl::Status DialNextHop();
+  absl::Status OpenChannels();
+  absl::Status AwaitInboundId(std::string* id);
+  void CloseChannels();
   void Serve();
   bool NextWork(Work* work);
   absl::Status RunStep(Work work);
   void CountWait(const Frame& frame, std::chrono::steady_clock::time_point idle_since);
   void Fail(const absl::Status& reason, Fault fault);
   void SetDetail(std::string detail);
+  void CancelChannels() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool InboundIdOrEnded() const ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+    return ended() || !inbound_id_.empty();
+  }
   bool ended() const ABSL_SHARED_LOCKS_REQUIRED(mu_) { return stopping_ || failed_; }
   bool HasWorkOrEnded() const ABSL_SHARED_LOCKS_REQUIRED(mu_) { return ended() || !queue_.empty(); }
 
@@ -98,6 +110,8 @@ class EpochRun : public std::enable_shared_from_this<EpochRun> {
   // Used by the run's thread only (predecessor_ and thread_ are set before it starts).
   std::shared_ptr<EpochRun> predecessor_;
   std::unique_ptr<Stage> stage_;
+  std::string outgoing_id_;  // of the channel to the next hop; empty = none
+  Fault prepare_fault_ = Fault::kOurs;
   std::thread thread_;
 
   mutable absl::Mutex mu_;
@@ -105,11 +119,15 @@ class EpochRun : public std::enable_shared_from_this<EpochRun> {
   bool failed_ ABSL_GUARDED_BY(mu_) = false;
   bool links_ready_ ABSL_GUARDED_BY(mu_) = false;
   std::string detail_ ABSL_GUARDED_BY(mu_);
-  uint64_t inbound_ ABSL_GUARDED_BY(mu_) = 0;  // 0 = none
+  uint64_t inbound_ ABSL_GUARDED_BY(mu_) = 0;    // 0 = none
+  std::string inbound_id_ ABSL_GUARDED_BY(mu_);  // of the channel that belongs to it
   LinkBreaker break_inbound_ ABSL_GUARDED_BY(mu_);
   std::atomic<uint64_t> arrivals_ = 0;           // frames pushed
   std::deque<Work> queue_ ABSL_GUARDED_BY(mu_);  // bounded by the credits of one link
   std::shared_ptr<LinkSender> next_hop_ ABSL_GUARDED_BY(mu_);
+  // Made, used and destroyed by the run's thread; others cancel them.
+  std::unique_ptr<DeviceChannel> input_ ABSL_GUARDED_BY(mu_);
+  std::unique_ptr<DeviceChannel> output_ ABSL_GUARDED_BY(mu_);
 };
 
 }  // namespace stagecoach

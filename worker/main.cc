@@ -24,6 +24,7 @@
 #include "spdlog/spdlog.h"
 #include "worker/control_client.h"
 #include "worker/link/grpc_link.h"
+#include "worker/link/nccl/nccl_transport.h"
 #include "worker/load_rate.h"
 #include "worker/stage.h"
 #include "worker/worker_node.h"
@@ -43,6 +44,7 @@ struct Flags {
   std::string name;
   int threads = 0;
   std::string device = "cpu";
+  std::string transport = "auto";
   std::string prefetch = "on";
   int reader_threads = 1;
   std::string io = "auto";
@@ -93,6 +95,12 @@ void AddOptions(CLI::App& app, Flags& flags) {
       ->check(CLI::Range(0, 1024));
   app.add_option("--device", flags.device,
                  "Where the stage computes: cpu, cuda:N, or auto (the first GPU, if there is one)")
+      ->capture_default_str();
+  app.add_option(
+         "--transport", flags.transport,
+         "Of activations to other GPUs: nccl, grpc (through the hosts), or auto: NCCL where "
+         "both ends have it")
+      ->check(CLI::IsMember({"auto", "grpc", "nccl"}))
       ->capture_default_str();
   app.add_option("--prefetch", flags.prefetch,
                  "on: load weights ahead of their use; off: when first needed")
@@ -150,8 +158,33 @@ absl::StatusOr<std::string> AdvertisedAddress(const Flags& flags, int port) {
   return fmt::format("{}:{}", host, port);
 }
 
+// Nothing more can be computed in this process: end at once, without destructors that would wait
+// for the device. The coordinator sees the stream break and waits for a replacement.
+void EndWithDeviceFault(const absl::Status& status) {
+  spdlog::critical("the device failed: {}", std::string(status.message()));
+  spdlog::shutdown();
+  _exit(kExitDeviceFault);
+}
+
+// Null: activations go in frames only.
+absl::StatusOr<std::unique_ptr<DeviceTransport>> OpenTransport(const Flags& flags,
+                                                               const Backend& backend) {
+  if (flags.transport == "grpc") return nullptr;
+  const bool gpu = !backend.info().device_uuid.empty();
+  absl::StatusOr<std::unique_ptr<DeviceTransport>> nccl =
+      gpu ? OpenNccl({.on_stuck = EndWithDeviceFault})
+          : absl::InvalidArgumentError("NCCL needs a GPU: --device cuda:N");
+  if (nccl.ok()) return nccl;
+  if (flags.transport == "nccl") return nccl.status();
+  if (gpu) {
+    spdlog::info("[{}] activations go through the host: {}", flags.name,
+                 std::string(nccl.status().message()));
+  }
+  return nullptr;
+}
+
 v1::WorkerHello MakeHello(const Flags& flags, const std::string& address, const Backend& backend,
-                          double read_bytes_per_second, const ModelFile& model) {
+                          bool nccl, double read_bytes_per_second, const ModelFile& model) {
   const BackendInfo info = backend.info();
   const int threads = flags.threads > 0
                           ? flags.threads
@@ -174,6 +207,10 @@ v1::WorkerHello MakeHello(const Flags& flags, const std::string& address, const 
     hello.set_load_bytes_per_second(MeasureLoadRate(model));
   }
   hello.add_transports("grpc");
+  if (nccl) hello.add_transports("nccl");
+  hello.set_nccl_only(flags.transport == "nccl");
+  hello.set_host_id(NcclHostId());
+  hello.set_device_uuid(info.device_uuid);
   return hello;
 }
 
@@ -186,7 +223,11 @@ absl::Status Serve(const Flags& flags, Backend* backend, std::shared_ptr<const M
                    const sigset_t& signals) {
   const std::unique_ptr<LinkDialer> dialer =
       MakeGrpcLinkDialer(MaxMessageBytes(model->params(), model->params().vocab_size));
-  WorkerNode node(backend, model, dialer.get(), {.name = flags.name, .store = StoreOptions(flags)});
+  const absl::StatusOr<std::unique_ptr<DeviceTransport>> transport = OpenTransport(flags, *backend);
+  if (!transport.ok()) return transport.status();
+  WorkerNode node(
+      backend, model, dialer.get(),
+      {.name = flags.name, .store = StoreOptions(flags), .transport = transport->get()});
   GrpcLinkService links(&node, MaxMessageBytes(model->params(), 0));
   grpc::ServerBuilder builder;
   int port = 0;
@@ -204,8 +245,9 @@ absl::Status Serve(const Flags& flags, Backend* backend, std::shared_ptr<const M
 
   const absl::StatusOr<double> bandwidth = MeasureDeviceBandwidth(*backend, flags.threads);
   if (!bandwidth.ok()) return bandwidth.status();
-  ControlClient client(flags.coordinator, MakeHello(flags, *address, *backend, *bandwidth, *model),
-                       &node);
+  ControlClient client(
+      flags.coordinator,
+      MakeHello(flags, *address, *backend, *transport != nullptr, *bandwidth, *model), &node);
   std::thread stopper([&] {
     int signal = 0;
     while (sigwait(&signals, &signal) == 0 && signal == SIGUSR1) {
@@ -225,14 +267,6 @@ absl::Status Serve(const Flags& flags, Backend* backend, std::shared_ptr<const M
 int Fail(const absl::Status& status) {
   fmt::print(stderr, "stagecoach-worker: {}\n", std::string(status.message()));
   return kExitBadInput;
-}
-
-// Nothing more can be computed in this process: end at once, without destructors that would wait
-// for the device. The coordinator sees the stream break and waits for a replacement.
-void EndWithDeviceFault(const absl::Status& status) {
-  spdlog::critical("the device failed: {}", std::string(status.message()));
-  spdlog::shutdown();
-  _exit(kExitDeviceFault);
 }
 
 int Main(int argc, char** argv) {

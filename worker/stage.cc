@@ -55,6 +55,11 @@ class Stage::Impl {
        std::unique_ptr<Workspace> workspace);
 
   absl::StatusOr<Frame> Run(const Frame& frame);
+  absl::StatusOr<ChannelMemory> ChannelMemoryOfResidual();
+  void SetChannels(DeviceChannel* input, DeviceChannel* output) {
+    input_channel_ = input;
+    output_channel_ = output;
+  }
 
   const StageConfig config_;
   std::atomic<uint64_t> steps_ = 0;
@@ -68,9 +73,12 @@ class Stage::Impl {
   absl::StatusOr<UnitLease> Acquire(const Unit& unit);    // adds to stalled_
   absl::Status ChangeBlocks(const v1::StepHeader& step);  // clears and copies
   void MakeBatch(const v1::StepHeader& step);
+  absl::Status TakeActivations(const Frame& frame);
   absl::Status RunLayers(const Frame& frame);
   // Non-finite rows poison the slots of their sequences.
   void MarkPoisoned(const v1::StepHeader& step, std::span<const float> residual);
+  void MarkPoisoned(const v1::StepHeader& step, std::span<const uint8_t> finite);
+  absl::Status SendActivations(const v1::StepHeader& step);
   absl::StatusOr<Frame> MakeActivations(const Frame& frame);
   absl::StatusOr<Frame> MakeResult(const Frame& frame);
   void AddTiming(Clock::time_point start, Frame& frame);
@@ -86,13 +94,16 @@ class Stage::Impl {
   std::optional<StepOutput> output_;  // last stage only
 
   uint64_t last_step_ = 0;
-  Clock::duration stalled_{};                   // in this step, waiting for weights
+  Clock::duration stalled_{};                   // in this step, waiting for weights and channels
   std::optional<Clock::time_point> last_end_;   // of the step before
   std::vector<int32_t> cleared_;                // blocks, before the rows of this step
   std::vector<KvBlockCopy> copies_;             // likewise
   std::vector<BatchSequence> batch_sequences_;  // of this step
   StepBatch batch_;
   std::vector<float> residual_;  // last stage: [max_step_tokens][d_model]
+  DeviceChannel* input_channel_ = nullptr;
+  DeviceChannel* output_channel_ = nullptr;
+  std::vector<uint8_t> finite_;  // [max_step_tokens], with an output channel
 };
 
 Stage::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model, LayerStore* store,
@@ -107,6 +118,7 @@ Stage::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model, Laye
       workspace_(std::move(workspace)),
       slots_(config.max_slots, config.max_context, config.kv_blocks, /*keep_history=*/last()) {
   batch_sequences_.reserve(std::min(config.max_slots, config.max_step_tokens));
+  if (config.device_output) finite_.resize(config.max_step_tokens);
   if (!last()) return;
   output_.emplace(backend_, workspace_.get(), params_.vocab_size, config.max_step_tokens);
   residual_.resize(static_cast<size_t>(config.max_step_tokens) * params_.d_model);
@@ -165,6 +177,28 @@ void Stage::Impl::MakeBatch(const v1::StepHeader& step) {
   batch_ = {.sequences = batch_sequences_, .rows = row};
 }
 
+absl::StatusOr<ChannelMemory> Stage::Impl::ChannelMemoryOfResidual() {
+  const ResidualMemory memory = backend_->residual_memory(*workspace_);
+  if (memory.data == nullptr) {
+    return absl::FailedPreconditionError(
+        fmt::format("the {} backend keeps its activations to itself: use --transport grpc",
+                    backend_->info().kind));
+  }
+  return ChannelMemory{.data = memory.data,
+                       .floats = static_cast<size_t>(config_.max_step_tokens) * params_.d_model,
+                       .stream = memory.stream,
+                       .device = memory.device};
+}
+
+absl::Status Stage::Impl::TakeActivations(const Frame& frame) {
+  if (!config_.device_input) return backend_->SetResidual(*workspace_, frame.payload.values());
+  const Clock::time_point start = Clock::now();
+  STAGECOACH_RETURN_IF_ERROR(
+      input_channel_->Receive(static_cast<size_t>(batch_.rows) * params_.d_model));
+  stalled_ += Clock::now() - start;
+  return backend_->TakeResidual(*workspace_, batch_.rows);
+}
+
 absl::Status Stage::Impl::RunLayers(const Frame& frame) {
   if (batch_.rows == 0) return absl::OkStatus();
   if (first()) {
@@ -174,7 +208,7 @@ absl::Status Stage::Impl::RunLayers(const Frame& frame) {
     STAGECOACH_RETURN_IF_ERROR(
         backend_->Embed(*workspace_, *embedding, {ids.data(), static_cast<size_t>(ids.size())}));
   } else {
-    STAGECOACH_RETURN_IF_ERROR(backend_->SetResidual(*workspace_, frame.payload.values()));
+    STAGECOACH_RETURN_IF_ERROR(TakeActivations(frame));
   }
   for (int layer = config_.first_layer; layer < config_.last_layer; ++layer) {
     STAGECOACH_ASSIGN_OR_RETURN(const UnitLease weights,
@@ -195,17 +229,43 @@ void Stage::Impl::MarkPoisoned(const v1::StepHeader& step, std::span<const float
   }
 }
 
+void Stage::Impl::MarkPoisoned(const v1::StepHeader& step, std::span<const uint8_t> finite) {
+  for (int i = 0; i < step.rows_size(); ++i) {
+    const BatchSequence& sequence = batch_sequences_[i];
+    const auto rows = finite.subspan(sequence.first_row, sequence.row_count);
+    if (std::ranges::find(rows, 0) != rows.end()) {
+      slots_.next(step.rows(i).slot()).Poison(sequence.start_position);
+    }
+  }
+}
+
+absl::Status Stage::Impl::SendActivations(const v1::StepHeader& step) {
+  const std::span<uint8_t> finite(finite_.data(), batch_.rows);
+  STAGECOACH_RETURN_IF_ERROR(backend_->LeaveResidual(*workspace_, finite));
+  MarkPoisoned(step, finite);
+  const Clock::time_point start = Clock::now();
+  STAGECOACH_RETURN_IF_ERROR(
+      output_channel_->Send(static_cast<size_t>(batch_.rows) * params_.d_model));
+  stalled_ += Clock::now() - start;
+  return absl::OkStatus();
+}
+
 absl::StatusOr<Frame> Stage::Impl::MakeActivations(const Frame& frame) {
   const v1::StepHeader& step = frame.header.step();
-  std::vector<float> residual(static_cast<size_t>(batch_.rows) * params_.d_model);
-  if (batch_.rows > 0) {
-    STAGECOACH_RETURN_IF_ERROR(backend_->GetResidual(*workspace_, residual));
-    MarkPoisoned(step, residual);
-  }
   Frame out;
   out.header.set_epoch(config_.epoch);
   *out.header.mutable_step() = step;
   out.header.mutable_step()->set_d_model(static_cast<uint32_t>(params_.d_model));
+  const size_t floats = static_cast<size_t>(batch_.rows) * params_.d_model;
+  if (floats == 0) return out;
+  if (config_.device_output) {
+    STAGECOACH_RETURN_IF_ERROR(SendActivations(step));
+    out.header.set_nccl_floats(floats);
+    return out;
+  }
+  std::vector<float> residual(floats);
+  STAGECOACH_RETURN_IF_ERROR(backend_->GetResidual(*workspace_, residual));
+  MarkPoisoned(step, std::span<const float>(residual));
   out.payload = Payload(std::move(residual));
   return out;
 }
@@ -222,7 +282,7 @@ absl::StatusOr<Frame> Stage::Impl::MakeResult(const Frame& frame) {
   const std::span<float> residual(residual_.data(),
                                   static_cast<size_t>(batch_.rows) * params_.d_model);
   STAGECOACH_RETURN_IF_ERROR(backend_->GetResidual(*workspace_, residual));
-  MarkPoisoned(step, residual);
+  MarkPoisoned(step, std::span<const float>(residual));
   STAGECOACH_ASSIGN_OR_RETURN(const UnitLease head, Acquire({.kind = Unit::Kind::kHead}));
   std::vector<float> logits;
   STAGECOACH_RETURN_IF_ERROR(output_->Run(*head, step, slots_, result, logits));
@@ -265,6 +325,12 @@ absl::StatusOr<std::unique_ptr<Stage>> Stage::Create(Backend* backend,
 Stage::Stage(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Stage::~Stage() = default;
 absl::StatusOr<Frame> Stage::Run(const Frame& frame) { return impl_->Run(frame); }
+absl::StatusOr<ChannelMemory> Stage::ChannelMemoryOfResidual() {
+  return impl_->ChannelMemoryOfResidual();
+}
+void Stage::SetChannels(DeviceChannel* input, DeviceChannel* output) {
+  impl_->SetChannels(input, output);
+}
 const StageConfig& Stage::config() const { return impl_->config_; }
 uint64_t Stage::steps() const { return impl_->steps_; }
 uint64_t Stage::tokens() const { return impl_->tokens_; }

@@ -10,6 +10,7 @@
 #include "kernels/backend.h"
 #include "model/model_file.h"
 #include "worker/layer_store.h"
+#include "worker/link/device_channel.h"
 #include "worker/link/frame.h"
 
 namespace stagecoach {
@@ -25,6 +26,9 @@ struct StageConfig {
   int kv_blocks = 0;        // in every layer
   int max_step_tokens = 0;  // rows per frame
   KvType kv_type = KvType::kF16;
+  // Activations come, or go, through a DeviceChannel, not in the frames.
+  bool device_input = false;
+  bool device_output = false;
 };
 
 // Not thread-safe: one thread runs the stage. The counters may be read from any thread.
@@ -38,6 +42,12 @@ class Stage {
                                                        std::shared_ptr<const ModelFile> model,
                                                        LayerStore* store, StageConfig config);
   ~Stage();
+
+  // Where the residual stream lies, for the channels; FAILED_PRECONDITION if the backend keeps it
+  // to itself.
+  absl::StatusOr<ChannelMemory> ChannelMemoryOfResidual();
+  // Before the first Run, what the config asks for; they must outlive the stage's last Run.
+  void SetChannels(DeviceChannel* input, DeviceChannel* output);
 
   // Runs one step: closes, clears and copies of blocks, opens, rows. Returns the frame for the next
   // hop: the step with new activations, or (last stage) the StepResult.
@@ -58,6 +68,7 @@ class Stage {
   // Trouble of one sequence (non-finite values: DATA_LOSS) is reported in its SequenceResult and
   // leaves the others alone. Middle stages pass non-finite values on, so that the last stage sees
   // and reports them; it does so until the sequence is closed.
+  // Device input is received after all checks of the frame, device output sent before the return.
   // Blocks that a sequence left non-finite values in are cleared when it is closed: the coordinator
   // asks for that too (clear_blocks), but may have closed it before it heard of them. Of blocks
   // that are shared by cached_blocks it must know that they were written without an error.

@@ -65,9 +65,12 @@ absl::Status CheckShape(const StageConfig& config, const ModelParams& params, co
     return Invalid(fmt::format("{} token ids for {} rows", step.token_ids_size(), rows));
   }
   STAGECOACH_RETURN_IF_ERROR(CheckTokens(Span(step.token_ids()), params));
-  if (frame.payload.values().size() != rows * d_model) {
-    return Invalid(fmt::format("a payload of {} floats where {} rows of {} are due",
-                               frame.payload.values().size(), rows, d_model));
+  const uint64_t in_frame = frame.payload.values().size(), beside = frame.header.nccl_floats();
+  if ((config.device_input ? beside : in_frame) != rows * d_model ||
+      (config.device_input ? in_frame : beside) != 0) {
+    return Invalid(fmt::format(
+        "{} floats in the frame and {} by NCCL where {} rows of {} are due {}", in_frame, beside,
+        rows, d_model, config.device_input ? "by NCCL" : "in the frame"));
   }
   if (step.timings_size() != config.stage) {
     return Invalid(fmt::format("{} stage timings at stage {}", step.timings_size(), config.stage));
@@ -272,6 +275,11 @@ absl::Status CheckStageConfig(const StageConfig& config, const ModelParams& para
   if (!range_ok || !first_ok || !last_ok) {
     return Invalid(fmt::format("layers [{}, {}) of {} for stage {} of {}", config.first_layer,
                                config.last_layer, params.layers, config.stage, config.stages));
+  }
+  if ((config.device_input && config.stage == 0) ||
+      (config.device_output && config.stage == config.stages - 1)) {
+    return Invalid(fmt::format("NCCL between stage {} of {} and the coordinator, which has no GPU",
+                               config.stage, config.stages));
   }
   if (config.max_slots < 1 || config.max_slots > kMaxSlots) {
     return Invalid(fmt::format("max_slots {} outside [1, {}]", config.max_slots, kMaxSlots));

@@ -274,6 +274,29 @@ TEST_F(StageErrorTest, PayloadThatDoesNotMatchItsRows) {
   EXPECT_TRUE((*row)[1].Run(frame).ok());
 }
 
+TEST_F(StageErrorTest, PayloadBesideTheFrameMustBeTheOneThatIsDue) {
+  StageRow frames(backend_.get(), model_, {.splits = {1}});
+  StageRow row(backend_.get(), model_, {.splits = {1}, .channels = true});
+  const Frame first = StepBuilder(1).Open(0, 1).Rows(0, 1, 0, Tokens(0, 9)).Logits().Build();
+  const Frame frame = *row[0].Run(first);
+  const Frame in_frame = *frames[0].Run(first);
+  const size_t size = size_t{9} * model_->params().d_model;
+  EXPECT_TRUE(frame.payload.values().empty());
+  EXPECT_EQ(frame.header.nccl_floats(), size);
+  for (const uint64_t wrong : {uint64_t{0}, uint64_t{size - 1}, uint64_t{2 * size}, UINT64_MAX}) {
+    Frame bad = frame;
+    bad.header.set_nccl_floats(wrong);
+    EXPECT_EQ(row[1].Run(bad).status().code(), Code::kInvalidArgument) << wrong;
+  }
+  EXPECT_EQ(row[1].Run(in_frame).status().code(), Code::kInvalidArgument);
+  EXPECT_EQ(frames[1].Run(frame).status().code(), Code::kInvalidArgument);
+  EXPECT_EQ(row.channel(0).waiting(), 1u);  // a refused frame has taken nothing
+  const auto out = row[1].Run(frame), expected = frames[1].Run(in_frame);
+  ASSERT_TRUE(out.ok() && expected.ok()) << out.status() << expected.status();
+  EXPECT_TRUE(SameBits(out->payload.values(), expected->payload.values()));
+  EXPECT_EQ(out->header.nccl_floats(), 0u);
+}
+
 TEST_F(StageErrorTest, ContextIsTheLimit) {
   StageRow row(backend_.get(), model_, {.max_context = 40});
   Frame frame = StepBuilder(1).Open(0, 1).Rows(0, 1, 0, Tokens(0, 41)).Build();
@@ -298,6 +321,8 @@ TEST_F(StageErrorTest, ImpossibleConfigsAreRefused) {
       [](StageConfig& c) { c.first_layer = 1; },
       [](StageConfig& c) { c.first_layer = -1; },
       [](StageConfig& c) { c.last_layer = 0; },
+      [](StageConfig& c) { c.device_input = true; },
+      [](StageConfig& c) { c.device_output = true; },
       [](StageConfig& c) { c.max_slots = 0; },
       [](StageConfig& c) { c.max_slots = kMaxSlots + 1; },
       [](StageConfig& c) { c.max_context = 0; },

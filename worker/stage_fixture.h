@@ -2,8 +2,10 @@
 #ifndef STAGECOACH_WORKER_STAGE_FIXTURE_H_
 #define STAGECOACH_WORKER_STAGE_FIXTURE_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <initializer_list>
 #include <memory>
 #include <span>
@@ -106,6 +108,30 @@ class StepBuilder {
   Frame frame_;
 };
 
+// Both ends of a channel in one thread: payloads wait in a queue.
+class QueueChannel : public DeviceChannel {
+ public:
+  QueueChannel(const ChannelMemory& from, const ChannelMemory& to) : from_(from), to_(to) {}
+  size_t waiting() const { return payloads_.size(); }
+  absl::Status AwaitReady() override { return absl::OkStatus(); }
+  absl::Status Send(size_t floats) override {
+    payloads_.emplace_back(from_.data, from_.data + floats);
+    return absl::OkStatus();
+  }
+  absl::Status Receive(size_t floats) override {
+    if (payloads_.empty()) return absl::UnavailableError("nothing was sent");
+    if (payloads_.front().size() != floats) return absl::UnavailableError("of another size");
+    std::copy(payloads_.front().begin(), payloads_.front().end(), to_.data);
+    payloads_.pop_front();
+    return absl::OkStatus();
+  }
+  void Cancel() override {}
+
+ private:
+  const ChannelMemory from_, to_;
+  std::deque<std::vector<float>> payloads_;
+};
+
 // Stages that together hold the whole model, cut at the layers `splits`.
 class StageRow {
  public:
@@ -115,6 +141,7 @@ class StageRow {
     int max_context = 96;
     int max_step_tokens = 64;
     bool prefetch = true;
+    bool channels = false;  // activations go beside the frames
   };
   StageRow(Backend* backend, std::shared_ptr<const ModelFile> model, const Options& options) {
     std::vector<int> bounds = {0};
@@ -133,12 +160,16 @@ class StageRow {
                                   .max_slots = options.max_slots,
                                   .max_context = options.max_context,
                                   .kv_blocks = options.max_slots * kTestSlotBlocks,
-                                  .max_step_tokens = options.max_step_tokens});
+                                  .max_step_tokens = options.max_step_tokens,
+                                  .device_input = options.channels && i > 0,
+                                  .device_output = options.channels && i + 2 < bounds.size()});
       EXPECT_TRUE(stage.ok()) << stage.status();
       stages_.push_back(*std::move(stage));
     }
+    if (options.channels) Connect();
   }
   Stage& operator[](size_t i) { return *stages_[i]; }
+  const QueueChannel& channel(size_t i) const { return *channels_[i]; }  // from stage i on
 
   // Through all stages, or those from `first` on.
   absl::StatusOr<Frame> Run(Frame frame, size_t first = 0) {
@@ -151,7 +182,21 @@ class StageRow {
   }
 
  private:
-  std::vector<std::unique_ptr<LayerStore>> stores_;  // outlive the stages
+  void Connect() {
+    for (size_t i = 0; i + 1 < stages_.size(); ++i) {
+      const auto from = stages_[i]->ChannelMemoryOfResidual();
+      const auto to = stages_[i + 1]->ChannelMemoryOfResidual();
+      EXPECT_TRUE(from.ok() && to.ok()) << from.status() << to.status();
+      channels_.push_back(std::make_unique<QueueChannel>(*from, *to));
+    }
+    for (size_t i = 0; i < stages_.size(); ++i) {
+      stages_[i]->SetChannels(i > 0 ? channels_[i - 1].get() : nullptr,
+                              i < channels_.size() ? channels_[i].get() : nullptr);
+    }
+  }
+
+  std::vector<std::unique_ptr<QueueChannel>> channels_;  // outlive the stages, as do these:
+  std::vector<std::unique_ptr<LayerStore>> stores_;
   std::vector<std::unique_ptr<Stage>> stages_;
 };
 

@@ -25,7 +25,7 @@ struct GlassKv : KvCache {
 
 struct GlassWorkspace : Workspace {
   int d_model = 0;
-  std::vector<float> residual;  // [rows][d_model]
+  std::vector<float> residual;  // [max_rows][d_model]
 };
 
 class GlassBackend : public FakeBackend {
@@ -40,20 +40,33 @@ class GlassBackend : public FakeBackend {
     caches.push_back(kv.get());
     return kv;
   }
-  absl::StatusOr<std::unique_ptr<Workspace>> NewWorkspace(const ModelParams& params, int) override {
+  absl::StatusOr<std::unique_ptr<Workspace>> NewWorkspace(const ModelParams& params,
+                                                          int max_rows) override {
     auto workspace = std::make_unique<GlassWorkspace>();
     workspace->d_model = params.d_model;
+    workspace->residual.resize(static_cast<size_t>(max_rows) * params.d_model);
     return workspace;
   }
   absl::Status Embed(Workspace& workspace, const UnitWeights&,
                      std::span<const int32_t> ids) override {
     auto& glass = static_cast<GlassWorkspace&>(workspace);
-    glass.residual.assign(ids.size() * glass.d_model, 0.0f);
+    std::fill_n(glass.residual.begin(), ids.size() * glass.d_model, 0.0f);
     for (size_t i = 0; i < ids.size(); ++i) glass.residual[i * glass.d_model] = ids[i];
     return absl::OkStatus();
   }
   absl::Status SetResidual(Workspace& workspace, std::span<const float> residual) override {
-    static_cast<GlassWorkspace&>(workspace).residual.assign(residual.begin(), residual.end());
+    std::ranges::copy(residual, static_cast<GlassWorkspace&>(workspace).residual.begin());
+    return absl::OkStatus();
+  }
+  ResidualMemory residual_memory(Workspace& workspace) override {
+    return {.data = static_cast<GlassWorkspace&>(workspace).residual.data()};
+  }
+  absl::Status TakeResidual(Workspace&, int) override { return absl::OkStatus(); }
+  absl::Status LeaveResidual(Workspace& workspace, std::span<uint8_t> finite) override {
+    const auto& glass = static_cast<GlassWorkspace&>(workspace);
+    for (size_t row = 0; row < finite.size(); ++row) {
+      finite[row] = std::isfinite(glass.residual[row * glass.d_model]);
+    }
     return absl::OkStatus();
   }
   absl::Status RunLayer(Workspace& workspace, const UnitWeights& layer, KvCache& kv, int kv_layer,
@@ -134,16 +147,19 @@ class StagePoisonTest : public ::testing::Test {
     return true;
   }
 
+  // NaN arises in the first of three stages, in a row of a prompt that is not sampled.
+  void TravelsToTheLastStageAndIsClearedOnClose(bool channels);
+
   GlassBackend backend_;
   std::shared_ptr<const ModelFile> model_;
 };
 
-// NaN arises in the first of three stages, in a row of a prompt that is not sampled, and must reach
-// the coordinator as the error of that sequence alone.
-TEST_F(StagePoisonTest, TravelsToTheLastStageAndIsClearedOnClose) {
+// It must reach the coordinator as the error of that sequence alone.
+void StagePoisonTest::TravelsToTheLastStageAndIsClearedOnClose(bool channels) {
   backend_.poison_layer = 3;
   backend_.poison_token = 100;
-  StageRow row(&backend_, model_, {.splits = {10, 20}, .max_slots = 2, .max_context = 80});
+  StageRow row(&backend_, model_,
+               {.splits = {10, 20}, .max_slots = 2, .max_context = 80, .channels = channels});
   std::vector<int32_t> bad(40, 5), good(40, 7);
   bad[6] = 100;
   auto out = row.Run(StepBuilder(1).Open(0, 1).Open(1, 2).Rows(0, 1, 0, bad).Build());
@@ -171,6 +187,13 @@ TEST_F(StagePoisonTest, TravelsToTheLastStageAndIsClearedOnClose) {
   out = row.Run(StepBuilder(4).Open(0, 3).Rows(0, 3, 0, good).Sample().Build());
   ASSERT_TRUE(out.ok()) << out.status();
   EXPECT_EQ(out->header.result().sequences(0).status_code(), 0);
+}
+
+TEST_F(StagePoisonTest, InFramesTravelsToTheLastStageAndIsClearedOnClose) {
+  TravelsToTheLastStageAndIsClearedOnClose(/*channels=*/false);
+}
+TEST_F(StagePoisonTest, ByChannelsTravelsToTheLastStageAndIsClearedOnClose) {
+  TravelsToTheLastStageAndIsClearedOnClose(/*channels=*/true);
 }
 
 TEST_F(StagePoisonTest, IsClearedBeforeTheSlotIsUsedInTheSameStep) {

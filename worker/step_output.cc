@@ -1,7 +1,6 @@
 #include "worker/step_output.h"
 
 #include <algorithm>
-#include <bit>
 #include <string>
 #include <utility>
 
@@ -30,15 +29,6 @@ void Fail(const absl::Status& status, size_t vocab_size, v1::SequenceResult& res
 }
 
 }  // namespace
-
-bool AllFinite(std::span<const float> values) {
-  constexpr uint32_t kExponent = 0x7f800000;
-  uint32_t non_finite = 0;
-  for (const float value : values) {
-    non_finite |= (std::bit_cast<uint32_t>(value) & kExponent) == kExponent;
-  }
-  return non_finite == 0;
-}
 
 StepOutput::StepOutput(Backend* backend, Workspace* workspace, int vocab_size, int max_step_tokens)
     : backend_(backend),

@@ -61,9 +61,6 @@ class StepOutput {
   std::vector<TopLogit> top_;         // [kHeadRows][most that one of them wants]
 };
 
-// False if any value is NaN or infinite.
-bool AllFinite(std::span<const float> values);
-
 }  // namespace stagecoach
 
 #endif  // STAGECOACH_WORKER_STEP_OUTPUT_H_

@@ -79,6 +79,7 @@ class WorkerNode::Impl {
                  .model = model_,
                  .store = &store_,
                  .dialer = dialer,
+                 .transport = options.transport,
                  .counters = &counters_,
                  .on_failed = [](const v1::AssignmentFailed&) {},
                  .on_changed = [] {}} {}
@@ -192,7 +193,7 @@ class WorkerNode::Impl {
                                                        hello.to_stage(),
                                                        run->assignment().stage()));
     }
-    return run->AcceptLink(link);
+    return run->AcceptLink(link, hello.nccl_id());
   }
 
   std::shared_ptr<EpochRun> run() const {

@@ -12,6 +12,7 @@
 #include "model/model_file.h"
 #include "proto/cluster.pb.h"
 #include "worker/layer_store.h"
+#include "worker/link/device_channel.h"
 #include "worker/link/stage_link.h"
 
 namespace stagecoach {
@@ -19,6 +20,7 @@ namespace stagecoach {
 struct WorkerOptions {
   std::string name;
   LayerStoreOptions store;
+  DeviceTransport* transport = nullptr;  // outlives the node; null: payloads go in frames only
 };
 
 // Thread-safe.

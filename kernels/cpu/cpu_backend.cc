@@ -95,6 +95,21 @@ class CpuBackend : public Backend {
     std::copy_n(ws.residual.data(), residual.size(), residual.begin());
     return absl::OkStatus();
   }
+  ResidualMemory residual_memory(Workspace& workspace) override {
+    return {.data = static_cast<CpuWorkspace&>(workspace).residual.data()};
+  }
+  absl::Status TakeResidual(Workspace& workspace, int rows) override {
+    static_cast<CpuWorkspace&>(workspace).rows = rows;
+    return absl::OkStatus();
+  }
+  absl::Status LeaveResidual(Workspace& workspace, std::span<uint8_t> finite) override {
+    const CpuWorkspace& ws = static_cast<CpuWorkspace&>(workspace);
+    const size_t columns = ws.params.d_model;
+    for (size_t row = 0; row < finite.size(); ++row) {
+      finite[row] = AllFinite({ws.residual.data() + row * columns, columns});
+    }
+    return absl::OkStatus();
+  }
   absl::Status RunLayer(Workspace& workspace, const UnitWeights& layer, KvCache& kv, int kv_layer,
                         const StepBatch& batch) override {
     CpuWorkspace& ws = static_cast<CpuWorkspace&>(workspace);

@@ -14,6 +14,7 @@
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/cuda_weights.h"
 #include "kernels/cuda/cuda_workspace.h"
+#include "kernels/cuda/finite_rows.h"
 #include "kernels/cuda/layer_ops.h"
 #include "kernels/cuda/quant_matmul.h"
 #include "kernels/cuda/read_all.h"
@@ -54,7 +55,8 @@ class CudaBackend final : public Backend {
             .kernel_revision = kKernelRevision,
             .description =
                 fmt::format("{}, {} multiprocessors", device_->name(), device_->multiprocessors()),
-            .memory_bytes = device_->memory_bytes()};
+            .memory_bytes = device_->memory_bytes(),
+            .device_uuid = device_->uuid()};
   }
 
   absl::Status CheckTensor(TensorRole role, const TensorInfo& tensor) const override;
@@ -86,6 +88,16 @@ class CudaBackend final : public Backend {
     return Own(workspace).runner.RunLayer(Own(layer), Own(kv).layer(kv_layer), batch);
   }
   absl::Status GetResidual(Workspace& workspace, std::span<float> residual) override;
+  ResidualMemory residual_memory(Workspace& workspace) override {
+    return {.data = Own(workspace).buffers->residual.data(),
+            .stream = device_->compute(),
+            .device = device_->index()};
+  }
+  absl::Status TakeResidual(Workspace& workspace, int rows) override {
+    Own(workspace).runner.TakeResidual(rows);
+    return absl::OkStatus();
+  }
+  absl::Status LeaveResidual(Workspace& workspace, std::span<uint8_t> finite) override;
   absl::Status Head(Workspace& workspace, const UnitWeights& head, std::span<const int32_t> rows,
                     std::span<float> logits) override;
 
@@ -153,6 +165,21 @@ absl::Status CudaBackend::GetResidual(Workspace& workspace, std::span<float> res
                                                   device_->compute()));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(device_->compute()));
   std::memcpy(residual.data(), pinned, residual.size_bytes());
+  return absl::OkStatus();
+}
+
+absl::Status CudaBackend::LeaveResidual(Workspace& workspace, std::span<uint8_t> finite) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  STAGECOACH_RETURN_IF_ERROR(Own(workspace).runner.Flush());
+  CudaWorkspace& buffers = *Own(workspace).buffers;
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      FindFiniteRows(buffers.residual.data(), static_cast<int>(finite.size()),
+                     buffers.params.d_model, buffers.finite.data(), device_->compute()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(buffers.finite_out.data(), buffers.finite.data(),
+                                                  finite.size(), cudaMemcpyDeviceToHost,
+                                                  device_->compute()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(device_->compute()));
+  std::copy_n(buffers.finite_out.data(), finite.size(), finite.begin());
   return absl::OkStatus();
 }
 

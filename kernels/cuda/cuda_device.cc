@@ -56,6 +56,9 @@ absl::Status CudaDevice::Init(int index) {
   cudaDeviceProp properties;
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaGetDeviceProperties(&properties, index));
   name_ = properties.name;
+  for (const char byte : properties.uuid.bytes) {
+    uuid_ += fmt::format("{:02x}", static_cast<unsigned char>(byte));
+  }
   multiprocessors_ = properties.multiProcessorCount;
   if (ProbeKernels() != cudaSuccess) {
     cudaGetLastError();

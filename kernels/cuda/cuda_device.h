@@ -102,7 +102,9 @@ class CudaDevice {
   cudaStream_t compute() const { return compute_; }
   cudaStream_t copy() const { return copy_; }
   int multiprocessors() const { return multiprocessors_; }
+  int index() const { return index_; }
   const std::string& name() const { return name_; }
+  const std::string& uuid() const { return uuid_; }        // hexadecimal
   uint64_t memory_bytes() const { return memory_bytes_; }  // free at Open, less a reserve
 
   // Uninitialised memory, to be used by work ordered after `stream`'s present end.
@@ -134,6 +136,7 @@ class CudaDevice {
   int index_ = 0;
   int multiprocessors_ = 0;
   std::string name_;
+  std::string uuid_;
   uint64_t memory_bytes_ = 0;
   cudaStream_t compute_ = nullptr;
   cudaStream_t copy_ = nullptr;

@@ -147,6 +147,8 @@ absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaD
   STAGECOACH_ASSIGN_OR_RETURN(
       workspace->top_scratch,
       device.NewBuffer<TopKey>(TopScratchKeys(kHeadRows, params.vocab_size, kMostTopLogits)));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->finite, device.NewBuffer<uint8_t>(max_rows));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->finite_out, device.NewPinnedBuffer<uint8_t>(max_rows));
   const size_t residuals = static_cast<size_t>(max_rows) * params.d_model;
   STAGECOACH_ASSIGN_OR_RETURN(workspace->residual_in, device.NewPinnedBuffer<float>(residuals));
   STAGECOACH_ASSIGN_OR_RETURN(

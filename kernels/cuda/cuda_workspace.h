@@ -93,6 +93,8 @@ struct CudaWorkspace {
   DeviceBuffer<TopKey> top_scratch;     // for kMostTopLogits of kHeadRows rows
   DeviceBuffer<TopKey> top;             // [kHeadRows][kMostTopLogits]
   PinnedBuffer<TopKey> top_out;         // [kHeadRows][kMostTopLogits]
+  DeviceBuffer<uint8_t> finite;         // [max_rows]
+  PinnedBuffer<uint8_t> finite_out;     // [max_rows]
   PinnedBuffer<float> residual_in;      // [max_rows][d_model]
   PinnedBuffer<float> out;              // [max_rows][d_model] or [kHeadRows][vocab]
   Event residual_sent;                  // the device has taken residual_in

@@ -42,7 +42,7 @@ absl::Status StepRunner::Embed(std::shared_ptr<const UnitStorage> embedding,
                                std::span<const int32_t> token_ids) {
   workspace_.rows = static_cast<int>(token_ids.size());
   STAGECOACH_RETURN_IF_ERROR(workspace_.inputs.SetTokens(token_ids));
-  Begin({.weights = std::move(embedding)});
+  BeginWith({.weights = std::move(embedding)});
   return absl::OkStatus();
 }
 
@@ -50,18 +50,28 @@ absl::Status StepRunner::SetResidual(std::span<const float> residual) {
   workspace_.rows = static_cast<int>(residual.size()) / workspace_.params.d_model;
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(workspace_.residual_sent.get()));
   std::ranges::copy(residual, workspace_.residual_in.data());
-  Begin({.residual = true});
+  BeginWith({.residual = true});
   return absl::OkStatus();
 }
 
-// The first operation waits in any case: the first layer tells whether there is a graph. What waits
-// still is of a step that was given up.
-void StepRunner::Begin(Pending first) {
+// Nothing to launch: a step of these begins with its first layer.
+void StepRunner::TakeResidual(int rows) {
+  workspace_.rows = rows;
+  Begin();
+}
+
+// What waits still is of a step that was given up.
+void StepRunner::Begin() {
   waiting_.clear();
   batch_set_ = false;
   entry_ = nullptr;
   following_ = false;
   operations_.clear();
+}
+
+// The first operation waits in any case: the first layer tells whether there is a graph.
+void StepRunner::BeginWith(Pending first) {
+  Begin();
   operations_.push_back({.residual = first.residual, .weights = first.weights});
   waiting_.push_back(std::move(first));
 }

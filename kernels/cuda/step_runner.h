@@ -39,6 +39,7 @@ class StepRunner {
   absl::Status Embed(std::shared_ptr<const UnitStorage> embedding,
                      std::span<const int32_t> token_ids);
   absl::Status SetResidual(std::span<const float> residual);
+  void TakeResidual(int rows);
   absl::Status RunLayer(std::shared_ptr<const UnitStorage> layer, const KvLayout& kv,
                         const StepBatch& batch);
   // Everything so far is in the compute stream when this returns.
@@ -71,7 +72,8 @@ class StepRunner {
     cudaGraphExec_t graph = nullptr;   // of these operations, or none
   };
 
-  void Begin(Pending first);
+  void Begin();
+  void BeginWith(Pending first);
   absl::Status SetBatch(const StepBatch& batch, const KvLayout& kv);
   absl::Status Add(Pending operation);
   bool FollowsGraph(const Pending& operation, size_t index) const;
