@@ -23,7 +23,11 @@
 //
 // Fairness. Waiting sequences are admitted, and the prompt rows of a step shared out, by FairQueue:
 // by priority, then by client in turns. A client that has nothing running and finds no room takes
-// it from one that runs several.
+// it from one that runs several. A client that has had more than its share lately (ClientShares) gets
+// kCrowdedRows rows of a step, kRationedRows while a prompt of another waits, and none beyond one
+// step for each stage, so that whoever comes waits for little. Beside it clients within their share
+// are not held back, but their prompts are not mixed: the first is the first to get its token; and
+// slots are kept for those that may be back any moment.
 #ifndef STAGECOACH_COORDINATOR_SCHEDULER_H_
 #define STAGECOACH_COORDINATOR_SCHEDULER_H_
 
@@ -41,6 +45,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "coordinator/block_pool.h"
+#include "coordinator/client_shares.h"
 #include "coordinator/fair_queue.h"
 
 namespace stagecoach {
@@ -54,6 +59,10 @@ enum class Finish { kStop, kLength };
 inline constexpr int kMaxScoredRows = 32;
 // A prompt is cut into chunks no smaller than this to fill the stages.
 inline constexpr int kMinChunkRows = 32;
+// Rows of a step for clients that are over their share, and while a prompt of another one waits.
+// Steps that hold less than twice as many rows are not shared out so.
+inline constexpr int kCrowdedRows = 16;
+inline constexpr int kRationedRows = 4;
 // Tokens of sequences opened by one step whose KV is there already: bounds the header of a frame.
 inline constexpr int kMaxCachedTokens = 1 << 16;
 
@@ -144,6 +153,7 @@ class SlotPool {
  public:
   explicit SlotPool(int slots);
   bool empty() const { return free_.empty(); }
+  int free() const { return static_cast<int>(free_.size()); }
   int Acquire();                        // not empty
   void Release(int slot, bool opened);  // opened: the stages know the slot
   std::vector<int> TakeClosing();       // for the next step
@@ -206,6 +216,10 @@ class Scheduler {
   virtual void ReleaseBlock(int block, bool dirty) { pool_.Release(block, dirty); }
   virtual void Tell(SchedulerEvent event) { events_.push_back(std::move(event)); }
   virtual const FairEntry* NextWaiting() const { return waiting_.Front(); }
+  // Whether the client has to stand back.
+  virtual bool OverShare(const std::string& client) const {
+    return Crowded() && shares_.Over(client);
+  }
 
  private:
   struct Sequence;
@@ -239,6 +253,14 @@ class Scheduler {
     int pending() const { return static_cast<int>(tokens.size()) - sent; }
   };
 
+  // The prompt rows of a step that is being made.
+  struct PromptRows {
+    std::vector<std::pair<Sequence*, int>> shares;
+    std::vector<Sequence*> put_off;  // scored, with too many scored rows in this step
+    int scored_rows_left = kMaxScoredRows;
+    int cached_left = kMaxCachedTokens;
+  };
+
   // --- scheduler.cc: requests and results.
   absl::Status Check(const SchedulerRequest& request) const;
   void OnRows(const StepRows& rows, int index, const RowsResult& result);
@@ -251,6 +273,7 @@ class Scheduler {
 
   // --- scheduler_room.cc: slots and blocks.
   void Admit();
+  bool KeptFree(const Sequence& sequence) const;
   BlockPool::Prefix FindPrefix(const Sequence& sequence) const;
   bool TakeRoom(Sequence& sequence);
   int BlocksWanted(const Sequence& sequence, const BlockPool::Prefix& prefix) const;
@@ -264,8 +287,13 @@ class Scheduler {
 
   // --- scheduler_step.cc: rows.
   bool WorthAPass() const;
-  void AddDecodeRows(Step& step);
-  void AddPromptRows(Step& step);
+  bool Crowded() const;
+  int OverShareRows() const;
+  const FairEntry* FirstPrompt(bool over_share) const;
+  void AddDecodeRows(Step& step, int& over_share_rows);
+  void AddReady(bool over_share, int rows, Step& step);
+  void AddPromptRows(Step& step, int over_share_rows);
+  int ShareOut(bool over_share, int rows, PromptRows& prompts);
   void AddRows(Sequence& sequence, int count, Step& step);
   void OpenSequence(Sequence& sequence, StepRows& rows);
   int DecodeRowLimit() const;
@@ -285,6 +313,7 @@ class Scheduler {
   std::vector<Sequence*> by_slot_;  // [max_slots], nullptr = free
   int running_ = 0;
   std::map<std::string, int> running_of_;  // by client, if any
+  ClientShares shares_;
   FairQueue waiting_;                      // no room yet
   FairQueue prompts_;                      // prompt rows to send
   std::deque<SequenceId> ready_;           // a sampled token to send

@@ -25,19 +25,30 @@ void SlotPool::Release(int slot, bool opened) {
 std::vector<int> SlotPool::TakeClosing() { return std::exchange(closing_, {}); }
 
 // Whoever is first and finds no room is waited for: smaller ones behind it would starve it. Only a
-// client that has nothing running may go before it, into room that another client has to give.
+// client that has nothing running may go before it, into room that is kept for such clients or that
+// another client has to give.
 void Scheduler::Admit() {
   while (const FairEntry* next = NextWaiting()) {
-    if (!TakeRoom(Of(next))) {
+    const bool kept = KeptFree(Of(next));
+    if (kept || !TakeRoom(Of(next))) {
       next = waiting_.FrontWhere(
           [this](const std::string& client) { return !running_of_.contains(client); });
-      if (next == nullptr || !MakeRoom(Of(next)) || !TakeRoom(Of(next))) return;
+      if (next == nullptr) return;
+      const bool room = kept && TakeRoom(Of(next));
+      if (!room && (!MakeRoom(Of(next)) || !TakeRoom(Of(next)))) return;
     }
     Sequence& sequence = Of(next);
     waiting_.Serve(next, static_cast<int>(sequence.tokens.size()));
     waiting_.Erase(next);
     Start(sequence);
   }
+}
+
+// Whether the slots left are kept from the sequence, whose client is over its share, for those that
+// are away for a moment: at most a quarter of all.
+bool Scheduler::KeptFree(const Sequence& sequence) const {
+  return slots_.free() <= std::min(shares_.away(), options_.max_slots / 4) && running_ > 0 &&
+         OverShare(sequence.entry.client);
 }
 
 // What the prefix cache has of the sequence. At least one token is left to be computed, as its
