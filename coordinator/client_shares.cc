@@ -16,16 +16,17 @@ void ClientShares::Begin(const std::string& client, int priority) {
 void ClientShares::End(const std::string& client) {
   const auto found = clients_.find(client);
   assert(found != clients_.end() && found->second.live > 0);
-  if (--found->second.live == 0) ++away_;
+  if (--found->second.live > 0) return;
+  ++away_;
+  found->second.steps_away = 0;
 }
 
-void ClientShares::Charge(const std::string& client, int rows) {
-  clients_.at(client).rows += rows;
-}
+void ClientShares::Charge(const std::string& client, int rows) { clients_.at(client).rows += rows; }
 
 void ClientShares::EndStep() {
   for (auto it = clients_.begin(); it != clients_.end();) {
     Client& client = it->second;
+    ++client.steps_away;
     client.rows *= 1 - 1 / kMemory;
     const bool forgotten = client.live == 0 && client.rows < 1;
     if (forgotten) --away_;
@@ -50,11 +51,12 @@ void ClientShares::Update() {
     sum.rows += level.rows;
     level = sum;
   }
-  any_over_ = false;
+  any_over_ = awaited_ = false;
   for (auto& [name, client] : clients_) {
     const Level& level = levels.at(client.priority);
     client.over = client.rows * (level.clients - 1) > kMaxExcess * (level.rows - client.rows);
     any_over_ |= client.over;
+    awaited_ |= client.live == 0 && !client.over && client.steps_away < kAwaited;
   }
 }
 

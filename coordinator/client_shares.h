@@ -15,6 +15,7 @@ namespace stagecoach {
 class ClientShares {
  public:
   static constexpr double kMemory = 32;    // steps
+  static constexpr int kAwaited = 2;       // steps
   static constexpr double kMaxExcess = 2;  // times what the others had on average
 
   void Begin(const std::string& client, int priority);  // a request of it is live
@@ -25,8 +26,9 @@ class ClientShares {
   void Update();
 
   bool any_over() const { return any_over_; }  // likewise
-  // Clients that have nothing live but may come back any moment.
-  int away() const { return away_; }
+  int away() const { return away_; }           // clients that have nothing live
+  // Whether one within its share has just ended its last request: it may be back any moment.
+  bool awaited() const { return awaited_; }
   // Whether the client has had more than kMaxExcess times what the other clients that are present,
   // with requests of at least the same priority, had on average. False if there are none.
   bool Over(const std::string& client) const;
@@ -36,12 +38,14 @@ class ClientShares {
     int live = 0;      // requests
     int priority = 0;  // of the latest one
     double rows = 0;
+    int steps_away = 0;
     bool over = false;
   };
 
   std::unordered_map<std::string, Client> clients_;  // those present
   int away_ = 0;
   bool any_over_ = false;
+  bool awaited_ = false;
 };
 
 }  // namespace stagecoach

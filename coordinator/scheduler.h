@@ -23,11 +23,11 @@
 //
 // Fairness. Waiting sequences are admitted, and the prompt rows of a step shared out, by FairQueue:
 // by priority, then by client in turns. A client that has nothing running and finds no room takes
-// it from one that runs several. A client that has had more than its share lately (ClientShares) gets
-// kCrowdedRows rows of a step, kRationedRows while a prompt of another waits, and none beyond one
-// step for each stage, so that whoever comes waits for little. Beside it clients within their share
-// are not held back, but their prompts are not mixed: the first is the first to get its token; and
-// slots are kept for those that may be back any moment.
+// it from one that runs several. A client that has had more than its share lately (ClientShares)
+// gets kCrowdedRows rows of a step, kRationedRows while a prompt of another waits, and none beyond
+// one step for each stage, so that whoever comes waits for little. Beside it clients within their
+// share are not held back, but their prompts are not mixed: the first is the first to get its
+// token; and slots are kept for those that may be back any moment.
 #ifndef STAGECOACH_COORDINATOR_SCHEDULER_H_
 #define STAGECOACH_COORDINATOR_SCHEDULER_H_
 
@@ -62,7 +62,7 @@ inline constexpr int kMinChunkRows = 32;
 // Rows of a step for clients that are over their share, and while a prompt of another one waits.
 // Steps that hold less than twice as many rows are not shared out so.
 inline constexpr int kCrowdedRows = 16;
-inline constexpr int kRationedRows = 4;
+inline constexpr int kRationedRows = 2;
 // Tokens of sequences opened by one step whose KV is there already: bounds the header of a frame.
 inline constexpr int kMaxCachedTokens = 1 << 16;
 
@@ -314,10 +314,12 @@ class Scheduler {
   int running_ = 0;
   std::map<std::string, int> running_of_;  // by client, if any
   ClientShares shares_;
-  FairQueue waiting_;                      // no room yet
-  FairQueue prompts_;                      // prompt rows to send
-  std::deque<SequenceId> ready_;           // a sampled token to send
-  std::vector<Step::Copy> copies_;         // for the next step; each references `from`
+  FairQueue waiting_;               // no room yet
+  FairQueue prompts_;               // prompt rows to send
+  SequenceId unfinished_ = 0;       // its prompt has had its turn but for little
+  uint64_t last_prompt_step_ = 0;   // with prompt rows of clients within their share
+  std::deque<SequenceId> ready_;    // a sampled token to send
+  std::vector<Step::Copy> copies_;  // for the next step; each references `from`
   std::set<std::pair<absl::Duration, RequestId>> deadlines_;  // finite ones
   std::deque<Step> in_flight_;
   int decode_steps_in_flight_ = 0;

@@ -7,6 +7,9 @@
 namespace stagecoach {
 namespace {
 
+// Prompts shorter than two such chunks are not cut in half.
+constexpr int kMinHalfRows = 8;
+
 int CeilDivide(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace
@@ -14,6 +17,9 @@ int CeilDivide(int a, int b) { return (a + b - 1) / b; }
 std::optional<Step> Scheduler::Next() {
   if (in_flight() >= options_.max_in_flight || !WorthAPass()) return std::nullopt;
   shares_.Update();
+  if (Crowded() && in_flight() >= options_.stages && last_prompt_step_ == steps_) {
+    return std::nullopt;
+  }
   Admit();
   Step step;
   int over_share_rows = OverShareRows();
@@ -49,11 +55,19 @@ bool Scheduler::Crowded() const {
 int Scheduler::OverShareRows() const {
   if (!Crowded()) return 0;
   if (in_flight() >= options_.stages) return 0;
-  return FirstPrompt(/*over_share=*/false) != nullptr ? kRationedRows : kCrowdedRows;
+  const bool waiting = shares_.awaited() || FirstPrompt(/*over_share=*/false) != nullptr;
+  return waiting ? kRationedRows : kCrowdedRows;
 }
 
 // The prompt whose turn it is among those of clients that are over their share, or of the others.
 const FairEntry* Scheduler::FirstPrompt(bool over_share) const {
+  if (!over_share && Crowded()) {
+    const auto found = sequences_.find(unfinished_);
+    if (found != sequences_.end() && prompts_.contains(&found->second.entry) &&
+        !OverShare(found->second.entry.client)) {
+      return &found->second.entry;
+    }
+  }
   const FairEntry* front = prompts_.Front();
   if (front == nullptr || OverShare(front->client) == over_share) return front;
   return prompts_.FrontWhere(
@@ -70,7 +84,7 @@ void Scheduler::AddDecodeRows(Step& step, int& over_share_rows) {
   AddReady(/*over_share=*/false, std::min(limit, options_.max_step_tokens - rationed), step);
   if (over_share_rows == 0) return;
   const bool prompts = FirstPrompt(/*over_share=*/true) != nullptr;
-  const int most = over_share_rows - (prompts ? over_share_rows / 4 : 0);
+  const int most = over_share_rows - (prompts ? CeilDivide(over_share_rows, 4) : 0);
   const int before = step.decode_rows;
   AddReady(/*over_share=*/true, std::clamp(limit - before, 1, most), step);
   over_share_rows -= step.decode_rows - before;
@@ -110,7 +124,9 @@ void Scheduler::AddPromptRows(Step& step, int over_share_rows) {
   PromptRows prompts;
   int rows = options_.max_step_tokens - step.decode_rows;
   rows -= ShareOut(/*over_share=*/true, std::min(rows, over_share_rows), prompts);
-  ShareOut(/*over_share=*/false, std::min(rows, PromptRowLimit()), prompts);
+  if (ShareOut(/*over_share=*/false, std::min(rows, PromptRowLimit()), prompts) > 0) {
+    last_prompt_step_ = steps_ + 1;
+  }
   for (const Sequence* sequence : prompts.put_off) prompts_.Push(&sequence->entry);
   for (const auto& [sequence, count] : prompts.shares) {
     AddRows(*sequence, count, step);
@@ -121,8 +137,9 @@ void Scheduler::AddPromptRows(Step& step, int over_share_rows) {
 }
 
 // Gives up to `rows` rows to prompts of clients that are over their share, or of the others, in
-// turns of a block's size; those of one sequence then go together. While shares are looked at the
-// others' prompts are not mixed, but for what is left of a block.
+// turns of a block's size; those of one sequence then go together. While shares are looked at, the
+// others' prompts go one by one, each in two steps at least: sequences that decode go on in
+// between, so that the requests of clients which send alike move apart.
 int Scheduler::ShareOut(bool over_share, int rows, PromptRows& prompts) {
   const bool mixed = over_share || !Crowded();
   int given_out = 0;
@@ -133,9 +150,13 @@ int Scheduler::ShareOut(bool over_share, int rows, PromptRows& prompts) {
     auto share = std::find_if(prompts.shares.begin(), prompts.shares.end(),
                               [&](const auto& entry) { return entry.first == &sequence; });
     const bool added = share == prompts.shares.end();
-    if (added && !mixed && given_out >= kKvBlockPositions) break;
+    if (added && !mixed && given_out >= kMinHalfRows) break;
     const int given = added ? 0 : share->second;
-    int count = std::min({sequence.pending() - given, rows - given_out, kKvBlockPositions});
+    const int pending = sequence.pending();
+    const bool halve = !mixed && !sequence.opened && pending >= 2 * kMinHalfRows;
+    const int most = halve ? CeilDivide(pending, 2) : pending;
+    int count = std::min({most - given, rows - given_out, kKvBlockPositions});
+    if (count == 0) break;  // the other half in the next step
     if (sequence.live->request.score) count = std::min(count, prompts.scored_rows_left);
     if (count == 0) {
       prompts_.Erase(front);
@@ -151,7 +172,9 @@ int Scheduler::ShareOut(bool over_share, int rows, PromptRows& prompts) {
     given_out += count;
     if (sequence.live->request.score) prompts.scored_rows_left -= count;
     prompts_.Serve(front, count);
-    if (share->second == sequence.pending()) prompts_.Erase(front);
+    const int left = pending - share->second;
+    if (left == 0) prompts_.Erase(front);
+    if (!mixed) unfinished_ = left <= kKvBlockPositions ? sequence.id : 0;
   }
   return given_out;
 }
