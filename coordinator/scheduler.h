@@ -65,6 +65,7 @@ inline constexpr int kCrowdedRows = 16;
 inline constexpr int kRationedRows = 2;
 // Tokens of sequences opened by one step whose KV is there already: bounds the header of a frame.
 inline constexpr int kMaxCachedTokens = 1 << 16;
+inline constexpr int kTokensPerLogitBias = 3;  // a bias takes as much of a header as so many tokens
 
 struct SchedulerOptions {
   int stages = 1;
@@ -89,6 +90,7 @@ struct SchedulerRequest {
   int priority = 0;        // higher is served first
   std::string client;      // whose share it is
   std::string cache_salt;  // KV is shared only between requests with the same
+  int logit_biases = 0;    // told to the stages when a sequence opens
 };
 
 // Rows of one sequence, consecutive in Step::token_ids.
@@ -275,6 +277,7 @@ class Scheduler {
   void Admit();
   bool KeptFree(const Sequence& sequence) const;
   BlockPool::Prefix FindPrefix(const Sequence& sequence) const;
+  static int MostCached(const Sequence& sequence);
   bool TakeRoom(Sequence& sequence);
   int BlocksWanted(const Sequence& sequence, const BlockPool::Prefix& prefix) const;
   bool MakeRoom(const Sequence& sequence);

@@ -56,8 +56,13 @@ bool Scheduler::KeptFree(const Sequence& sequence) const {
 BlockPool::Prefix Scheduler::FindPrefix(const Sequence& sequence) const {
   const SchedulerRequest& request = sequence.live->request;
   if (request.score) return {};
-  const int most = std::min(static_cast<int>(sequence.tokens.size()) - 1, kMaxCachedTokens);
+  const int most = std::min(static_cast<int>(sequence.tokens.size()) - 1, MostCached(sequence));
   return pool_.Find(request.cache_salt, sequence.tokens, most / kKvBlockPositions);
+}
+
+// Tokens that the sequence may open with, beside its biases.
+int Scheduler::MostCached(const Sequence& sequence) {
+  return kMaxCachedTokens - kTokensPerLogitBias * sequence.live->request.logit_biases;
 }
 
 // Blocks for all tokens of the sequence: those that the prefix cache has, and new ones.
@@ -128,7 +133,7 @@ void Scheduler::Start(Sequence& sequence) {
 bool Scheduler::TryFork(const Sequence& parent, Sequence& child) {
   if (slots_.empty() || pool_.available() < 2) return false;  // one to spare
   const int position = static_cast<int>(child.tokens.size()) - 1;
-  if (position > kMaxCachedTokens) return false;
+  if (position > MostCached(child)) return false;
   const size_t shared = position / kKvBlockPositions;
   child.blocks.assign(parent.blocks.begin(), parent.blocks.begin() + shared);
   for (int block : child.blocks) pool_.AddReference(block);

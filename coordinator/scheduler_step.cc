@@ -164,8 +164,9 @@ int Scheduler::ShareOut(bool over_share, int rows, PromptRows& prompts) {
       continue;
     }
     if (added) {
-      if (!sequence.opened && sequence.sent > prompts.cached_left) break;
-      if (!sequence.opened) prompts.cached_left -= sequence.sent;
+      const int cached = kMaxCachedTokens - MostCached(sequence) + sequence.sent;
+      if (!sequence.opened && cached > prompts.cached_left) break;
+      if (!sequence.opened) prompts.cached_left -= cached;
       share = prompts.shares.insert(share, {&sequence, 0});
     }
     share->second += count;
