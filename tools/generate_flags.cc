@@ -43,6 +43,7 @@ void AddLogitBias(CLI::App& command, v1::SamplingParams* sampling) {
       .add_option_function<std::vector<std::string>>(
           "--logit-bias", set, "ID:BIAS,... added to the logits of these tokens; -100..100")
       ->delimiter(',')
+      ->allow_extra_args(false)
       ->check(CLI::Validator(check, "ID:BIAS"));
 }
 
