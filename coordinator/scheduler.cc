@@ -135,6 +135,7 @@ void Scheduler::OnRows(const StepRows& rows, int index, const RowsResult& result
   }
   sequence.answered = rows.start_position + rows.row_count;
   Publish(sequence);
+  EndJoin(sequence.id, sequence.publishes ? sequence.runs.size() : SIZE_MAX);
   if (rows.score) {
     Tell({.kind = SchedulerEvent::Kind::kScores,
           .id = rows.id,

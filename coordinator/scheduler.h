@@ -19,7 +19,8 @@
 // rows may have left non-finite are zeroed by the step that comes next, before its rows run. A
 // block is published to the prefix cache once it is full and its rows came back finite. The other
 // choices of a request begin when its prompt has come back: they share its full blocks, and the one
-// partly filled is copied for each, so that a block that is written has one user.
+// partly filled is copied for each, so that a block that is written has one user. A sequence most
+// of whose prompt is being computed by another one waits for that, once, and then finds it cached.
 //
 // Fairness. Waiting sequences are admitted, and the prompt rows of a step shared out, by FairQueue:
 // by priority, then by client in turns. A client that has nothing running and finds no room takes
@@ -251,6 +252,9 @@ class Scheduler {
     std::vector<PrefixId> runs;  // of its leading blocks: what they were published as
     bool publishes = true;       // false after a collision
     uint64_t step = 0;           // the latest one with rows of it
+    // While in joining_:
+    SequenceId leader = 0;  // computes the beginning of its prompt
+    size_t shared = 0;      // blocks of that; 0: it has not joined anybody yet
     bool running() const { return slot >= 0; }
     int pending() const { return static_cast<int>(tokens.size()) - sent; }
   };
@@ -275,6 +279,8 @@ class Scheduler {
 
   // --- scheduler_room.cc: slots and blocks.
   void Admit();
+  bool Join(Sequence& sequence);
+  void EndJoin(SequenceId leader, size_t published);
   bool KeptFree(const Sequence& sequence) const;
   BlockPool::Prefix FindPrefix(const Sequence& sequence) const;
   static int MostCached(const Sequence& sequence);
@@ -317,12 +323,13 @@ class Scheduler {
   int running_ = 0;
   std::map<std::string, int> running_of_;  // by client, if any
   ClientShares shares_;
-  FairQueue waiting_;               // no room yet
-  FairQueue prompts_;               // prompt rows to send
-  SequenceId unfinished_ = 0;       // its prompt has had its turn but for little
-  uint64_t last_prompt_step_ = 0;   // with prompt rows of clients within their share
-  std::deque<SequenceId> ready_;    // a sampled token to send
-  std::vector<Step::Copy> copies_;  // for the next step; each references `from`
+  FairQueue waiting_;                // no room yet
+  std::vector<SequenceId> joining_;  // nor these: they wait for a leader's blocks
+  FairQueue prompts_;                // prompt rows to send
+  SequenceId unfinished_ = 0;        // its prompt has had its turn but for little
+  uint64_t last_prompt_step_ = 0;    // with prompt rows of clients within their share
+  std::deque<SequenceId> ready_;     // a sampled token to send
+  std::vector<Step::Copy> copies_;   // for the next step; each references `from`
   std::set<std::pair<absl::Duration, RequestId>> deadlines_;  // finite ones
   std::deque<Step> in_flight_;
   int decode_steps_in_flight_ = 0;

@@ -29,6 +29,10 @@ std::vector<int> SlotPool::TakeClosing() { return std::exchange(closing_, {}); }
 // another client has to give.
 void Scheduler::Admit() {
   while (const FairEntry* next = NextWaiting()) {
+    if (Join(Of(next))) {
+      waiting_.Erase(next);
+      continue;
+    }
     const bool kept = KeptFree(Of(next));
     if (kept || !TakeRoom(Of(next))) {
       next = waiting_.FrontWhere(
@@ -42,6 +46,47 @@ void Scheduler::Admit() {
     waiting_.Erase(next);
     Start(sequence);
   }
+}
+
+// Whether the sequence had better wait for one that is computing at least half of what it needs. It
+// does so only once, for one that is served no later than itself.
+bool Scheduler::Join(Sequence& sequence) {
+  if (sequence.shared > 0 || sequence.live->request.score) return false;
+  const std::vector<int32_t>& tokens = sequence.tokens;
+  const size_t most = std::min<size_t>(tokens.size() - 1, MostCached(sequence)) / kKvBlockPositions;
+  const size_t known = most == 0 ? 0 : FindPrefix(sequence).blocks.size();
+  if (known == most) return false;
+  for (const Sequence* leader : by_slot_) {
+    if (leader == nullptr || !leader->publishes ||
+        leader->entry.priority < sequence.entry.priority ||
+        leader->live->request.cache_salt != sequence.live->request.cache_salt ||
+        (leader->entry.client != sequence.entry.client && OverShare(leader->entry.client))) {
+      continue;
+    }
+    const size_t compared = std::min(most * kKvBlockPositions, leader->tokens.size());
+    const auto differs =
+        std::mismatch(tokens.begin(), tokens.begin() + compared, leader->tokens.begin()).first;
+    const size_t shared = (differs - tokens.begin()) / kKvBlockPositions;
+    if (shared <= std::max(known, leader->runs.size()) ||
+        2 * (shared - known) * kKvBlockPositions < tokens.size() - known * kKvBlockPositions) {
+      continue;
+    }
+    sequence.leader = leader->id;
+    sequence.shared = shared;
+    joining_.push_back(sequence.id);
+    return true;
+  }
+  return false;
+}
+
+// The leader has published so many blocks, or all it ever will: whoever waited for them goes on.
+void Scheduler::EndJoin(SequenceId leader, size_t published) {
+  std::erase_if(joining_, [&](SequenceId id) {
+    const Sequence& sequence = sequences_.at(id);
+    if (sequence.leader != leader || sequence.shared > published) return false;
+    waiting_.Push(&sequence.entry);
+    return true;
+  });
 }
 
 // Whether the slots left are kept from the sequence, whose client is over its share, for those that
@@ -192,7 +237,9 @@ void Scheduler::Preempt(Sequence& sequence) {
 // Takes the sequence out of whatever it is in; a running one gives its slot and blocks back.
 void Scheduler::Stop(Sequence& sequence) {
   waiting_.Erase(&sequence.entry);
+  std::erase(joining_, sequence.id);
   if (!sequence.running()) return;
+  EndJoin(sequence.id, SIZE_MAX);
   prompts_.Erase(&sequence.entry);
   std::erase(ready_, sequence.id);
   if (sequence.decoding) --decoding_;
