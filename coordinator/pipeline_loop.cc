@@ -45,17 +45,19 @@ void Pipeline::Impl::Handle(Submitted& post) {
   live.summary.prompt_tokens = static_cast<uint32_t>(post.request.prompt.size());
   live.submitted = post.time;
   requests_.emplace(post.id, std::move(live));
-  SchedulerRequest request{.id = post.id,
-                           .prompt = std::move(post.request.prompt),
-                           .max_tokens = post.request.max_tokens,
-                           .stop_token_ids = std::move(post.request.stop_token_ids),
-                           .deadline = post.deadline,
-                           .score = post.request.score,
-                           .logits = post.request.return_logits,
-                           .choices = post.request.choices,
-                           .priority = post.request.priority,
-                           .client = std::move(post.request.client),
-                           .cache_salt = std::move(post.request.cache_salt)};
+  SchedulerRequest request{
+      .id = post.id,
+      .prompt = std::move(post.request.prompt),
+      .max_tokens = post.request.max_tokens,
+      .stop_token_ids = std::move(post.request.stop_token_ids),
+      .deadline = post.deadline,
+      .score = post.request.score,
+      .logits = post.request.return_logits,
+      .choices = post.request.choices,
+      .priority = post.request.priority,
+      .client = std::move(post.request.client),
+      .cache_salt = std::move(post.request.cache_salt),
+      .logit_biases = static_cast<int>(post.request.sampling.logit_bias.size())};
   absl::Status status = absl::UnavailableError("the epoch has ended");
   if (scheduler_) status = scheduler_->Add(std::move(request));
   if (!status.ok()) deliveries_.push_back({.event = {.id = post.id, .status = status}});

@@ -34,7 +34,7 @@ absl::Status CheckText(std::string_view text) {
 
 }  // namespace
 
-absl::StatusOr<SamplingParams> CheckSampling(const v1::SamplingParams& message) {
+absl::StatusOr<SamplingParams> CheckSampling(const v1::SamplingParams& message, int vocab_size) {
   // Written so that NaN, which fails every comparison, is refused.
   const float temperature = message.temperature();
   if (!(temperature >= 0 && temperature <= kMaxTemperature)) {
@@ -64,7 +64,11 @@ absl::StatusOr<SamplingParams> CheckSampling(const v1::SamplingParams& message) 
   if (message.logprobs() > kMaxLogprobs) {
     return Invalid("sampling.logprobs: {} is more than {}", message.logprobs(), kMaxLogprobs);
   }
-  return SamplingParams{.temperature = temperature,
+  if (message.logit_bias_size() > kMaxLogitBiases) {
+    return Invalid("sampling.logit_bias: {} tokens are more than the {} allowed",
+                   message.logit_bias_size(), kMaxLogitBiases);
+  }
+  SamplingParams params{.temperature = temperature,
                         .top_k = message.top_k(),
                         .top_p = message.top_p(),
                         .min_p = message.min_p(),
@@ -73,6 +77,20 @@ absl::StatusOr<SamplingParams> CheckSampling(const v1::SamplingParams& message) 
                         .frequency_penalty = message.frequency_penalty(),
                         .seed = message.seed(),
                         .logprobs = message.logprobs()};
+  for (const auto& [token, bias] : message.logit_bias()) {
+    if (!(bias >= -kMaxLogitBias && bias <= kMaxLogitBias)) {
+      return Invalid("sampling.logit_bias[{}]: {} is outside [-{}, {}]", token, bias, kMaxLogitBias,
+                     kMaxLogitBias);
+    }
+    if (token < 0 || token >= vocab_size) {
+      return Invalid("sampling.logit_bias[{}]: the token is outside the vocabulary [0, {})", token,
+                     vocab_size);
+    }
+    params.logit_bias.push_back({token, bias});
+  }
+  std::sort(params.logit_bias.begin(), params.logit_bias.end(),
+            [](const LogitBias& a, const LogitBias& b) { return a.token_id < b.token_id; });
+  return params;
 }
 
 RequestCheck::RequestCheck(std::shared_ptr<const Tokenizer> tokenizer, int vocab_size,
@@ -154,7 +172,7 @@ absl::Status RequestCheck::CheckSchedule(const v1::GenerateRequest& message) con
 }
 
 absl::StatusOr<Request> RequestCheck::Generate(const v1::GenerateRequest& message) const {
-  auto sampling = CheckSampling(message.sampling());
+  auto sampling = CheckSampling(message.sampling(), vocab_size_);
   if (!sampling.ok()) return sampling.status();
   if (absl::Status status = CheckSchedule(message); !status.ok()) return status;
   if (absl::Status status = CheckStops(message); !status.ok()) return status;

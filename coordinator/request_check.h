@@ -41,7 +41,7 @@ class RequestCheck {
   std::vector<int32_t> end_ids_;  // end of generation
 };
 
-absl::StatusOr<SamplingParams> CheckSampling(const v1::SamplingParams& message);
+absl::StatusOr<SamplingParams> CheckSampling(const v1::SamplingParams& message, int vocab_size);
 
 }  // namespace stagecoach
 

@@ -108,6 +108,27 @@ TEST_F(RequestCheckTest, SamplingRanges) {
   EXPECT_EQ(Refused([](Params& p) { p.set_seed(UINT64_MAX); }), "");
 }
 
+TEST_F(RequestCheckTest, LogitBias) {
+  const auto with = [](int32_t token, float bias) {
+    return [=](v1::SamplingParams& p) { (*p.mutable_logit_bias())[token] = bias; };
+  };
+  EXPECT_EQ(Refused(with(0, kMaxLogitBias)), "");
+  EXPECT_EQ(Refused(with(vocab_ - 1, -kMaxLogitBias)), "");
+  EXPECT_EQ(Refused(with(vocab_, 1)), "sampling.logit_bias[" + std::to_string(vocab_) + "]");
+  EXPECT_EQ(Refused(with(-1, 1)), "sampling.logit_bias[-1]");
+  for (const float bad : {kMaxLogitBias + 1, -kMaxLogitBias - 1, std::nanf(""),
+                          std::numeric_limits<float>::infinity()}) {
+    EXPECT_EQ(Refused(with(5, bad)), "sampling.logit_bias[5]") << bad;
+  }
+  for (const int more : {0, 1}) {
+    v1::GenerateRequest message = Ids(3);
+    for (int i = 0; i < kMaxLogitBiases + more; ++i) {
+      (*message.mutable_sampling()->mutable_logit_bias())[i] = 0.5f;
+    }
+    EXPECT_EQ(Refused(message), more == 0 ? "" : "sampling.logit_bias");
+  }
+}
+
 TEST_F(RequestCheckTest, SamplingIsPassedOn) {
   v1::GenerateRequest message = Ids(3);
   message.mutable_sampling()->set_temperature(0.5f);
@@ -119,6 +140,8 @@ TEST_F(RequestCheckTest, SamplingIsPassedOn) {
   message.mutable_sampling()->set_frequency_penalty(2);
   message.mutable_sampling()->set_seed(99);
   message.mutable_sampling()->set_logprobs(3);
+  (*message.mutable_sampling()->mutable_logit_bias())[8] = -3;
+  (*message.mutable_sampling()->mutable_logit_bias())[4] = 2;
   const auto request = Check().Generate(message);
   ASSERT_TRUE(request.ok()) << request.status();
   EXPECT_EQ(request->sampling.temperature, 0.5f);
@@ -130,6 +153,10 @@ TEST_F(RequestCheckTest, SamplingIsPassedOn) {
   EXPECT_EQ(request->sampling.frequency_penalty, 2);
   EXPECT_EQ(request->sampling.seed, 99u);
   EXPECT_EQ(request->sampling.logprobs, 3u);
+  ASSERT_EQ(request->sampling.logit_bias.size(), 2u);  // by token
+  EXPECT_EQ(request->sampling.logit_bias[0].token_id, 4);
+  EXPECT_EQ(request->sampling.logit_bias[0].bias, 2);
+  EXPECT_EQ(request->sampling.logit_bias[1].token_id, 8);
   EXPECT_FALSE(request->score);
 }
 

@@ -54,6 +54,7 @@ absl::Status Scheduler::Add(SchedulerRequest request) {
   if (absl::Status status = Check(request); !status.ok()) return status;
   const RequestId id = request.id;
   if (request.deadline != absl::InfiniteDuration()) deadlines_.emplace(request.deadline, id);
+  shares_.Begin(request.client, request.priority);
   Live& live = requests_[id];
   for (int choice = 0; choice < request.choices; ++choice) {
     const SequenceId sequence = ++last_sequence_;
@@ -134,6 +135,7 @@ void Scheduler::OnRows(const StepRows& rows, int index, const RowsResult& result
   }
   sequence.answered = rows.start_position + rows.row_count;
   Publish(sequence);
+  EndJoin(sequence.id, sequence.publishes ? sequence.runs.size() : SIZE_MAX);
   if (rows.score) {
     Tell({.kind = SchedulerEvent::Kind::kScores,
           .id = rows.id,
@@ -235,6 +237,7 @@ void Scheduler::EndRequest(RequestId id, const absl::Status& status, Finish fini
     Stop(sequences_.at(sequence));
     sequences_.erase(sequence);
   }
+  shares_.End(found->second.request.client);
   deadlines_.erase({found->second.request.deadline, id});
   requests_.erase(found);
   Tell({.kind = SchedulerEvent::Kind::kEnd, .id = id, .status = status, .finish = finish});
@@ -247,7 +250,8 @@ void Scheduler::Reset(const absl::Status& reason) {
   for (RequestId id : ids) EndRequest(id, reason);
   in_flight_.clear();
   decode_steps_in_flight_ = 0;
-  steps_ = 0;
+  steps_ = last_prompt_step_ = 0;
+  shares_ = {};
   slots_ = SlotPool(options_.max_slots);
   pool_.Reset();
 }

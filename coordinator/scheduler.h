@@ -19,11 +19,16 @@
 // rows may have left non-finite are zeroed by the step that comes next, before its rows run. A
 // block is published to the prefix cache once it is full and its rows came back finite. The other
 // choices of a request begin when its prompt has come back: they share its full blocks, and the one
-// partly filled is copied for each, so that a block that is written has one user.
+// partly filled is copied for each, so that a block that is written has one user. A sequence most
+// of whose prompt is being computed by another one waits for that, once, and then finds it cached.
 //
 // Fairness. Waiting sequences are admitted, and the prompt rows of a step shared out, by FairQueue:
 // by priority, then by client in turns. A client that has nothing running and finds no room takes
-// it from one that runs several.
+// it from one that runs several. A client that has had more than its share lately (ClientShares)
+// gets kCrowdedRows rows of a step, kRationedRows while a prompt of another waits, and none beyond
+// one step for each stage, so that whoever comes waits for little. Beside it clients within their
+// share are not held back, but their prompts are not mixed: the first is the first to get its
+// token; and slots are kept for those that may be back any moment.
 #ifndef STAGECOACH_COORDINATOR_SCHEDULER_H_
 #define STAGECOACH_COORDINATOR_SCHEDULER_H_
 
@@ -41,6 +46,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "coordinator/block_pool.h"
+#include "coordinator/client_shares.h"
 #include "coordinator/fair_queue.h"
 
 namespace stagecoach {
@@ -54,8 +60,13 @@ enum class Finish { kStop, kLength };
 inline constexpr int kMaxScoredRows = 32;
 // A prompt is cut into chunks no smaller than this to fill the stages.
 inline constexpr int kMinChunkRows = 32;
+// Rows of a step for clients that are over their share, and while a prompt of another one waits.
+// Steps that hold less than twice as many rows are not shared out so.
+inline constexpr int kCrowdedRows = 16;
+inline constexpr int kRationedRows = 2;
 // Tokens of sequences opened by one step whose KV is there already: bounds the header of a frame.
 inline constexpr int kMaxCachedTokens = 1 << 16;
+inline constexpr int kTokensPerLogitBias = 3;  // a bias takes as much of a header as so many tokens
 
 struct SchedulerOptions {
   int stages = 1;
@@ -80,6 +91,7 @@ struct SchedulerRequest {
   int priority = 0;        // higher is served first
   std::string client;      // whose share it is
   std::string cache_salt;  // KV is shared only between requests with the same
+  int logit_biases = 0;    // told to the stages when a sequence opens
 };
 
 // Rows of one sequence, consecutive in Step::token_ids.
@@ -144,6 +156,7 @@ class SlotPool {
  public:
   explicit SlotPool(int slots);
   bool empty() const { return free_.empty(); }
+  int free() const { return static_cast<int>(free_.size()); }
   int Acquire();                        // not empty
   void Release(int slot, bool opened);  // opened: the stages know the slot
   std::vector<int> TakeClosing();       // for the next step
@@ -206,6 +219,10 @@ class Scheduler {
   virtual void ReleaseBlock(int block, bool dirty) { pool_.Release(block, dirty); }
   virtual void Tell(SchedulerEvent event) { events_.push_back(std::move(event)); }
   virtual const FairEntry* NextWaiting() const { return waiting_.Front(); }
+  // Whether the client has to stand back.
+  virtual bool OverShare(const std::string& client) const {
+    return Crowded() && shares_.Over(client);
+  }
 
  private:
   struct Sequence;
@@ -235,8 +252,19 @@ class Scheduler {
     std::vector<PrefixId> runs;  // of its leading blocks: what they were published as
     bool publishes = true;       // false after a collision
     uint64_t step = 0;           // the latest one with rows of it
+    // While in joining_:
+    SequenceId leader = 0;  // computes the beginning of its prompt
+    size_t shared = 0;      // blocks of that; 0: it has not joined anybody yet
     bool running() const { return slot >= 0; }
     int pending() const { return static_cast<int>(tokens.size()) - sent; }
+  };
+
+  // The prompt rows of a step that is being made.
+  struct PromptRows {
+    std::vector<std::pair<Sequence*, int>> shares;
+    std::vector<Sequence*> put_off;  // scored, with too many scored rows in this step
+    int scored_rows_left = kMaxScoredRows;
+    int cached_left = kMaxCachedTokens;
   };
 
   // --- scheduler.cc: requests and results.
@@ -251,7 +279,11 @@ class Scheduler {
 
   // --- scheduler_room.cc: slots and blocks.
   void Admit();
+  bool Join(Sequence& sequence);
+  void EndJoin(SequenceId leader, size_t published);
+  bool KeptFree(const Sequence& sequence) const;
   BlockPool::Prefix FindPrefix(const Sequence& sequence) const;
+  static int MostCached(const Sequence& sequence);
   bool TakeRoom(Sequence& sequence);
   int BlocksWanted(const Sequence& sequence, const BlockPool::Prefix& prefix) const;
   bool MakeRoom(const Sequence& sequence);
@@ -264,8 +296,13 @@ class Scheduler {
 
   // --- scheduler_step.cc: rows.
   bool WorthAPass() const;
-  void AddDecodeRows(Step& step);
-  void AddPromptRows(Step& step);
+  bool Crowded() const;
+  int OverShareRows() const;
+  const FairEntry* FirstPrompt(bool over_share) const;
+  void AddDecodeRows(Step& step, int& over_share_rows);
+  void AddReady(bool over_share, int rows, Step& step);
+  void AddPromptRows(Step& step, int over_share_rows);
+  int ShareOut(bool over_share, int rows, PromptRows& prompts);
   void AddRows(Sequence& sequence, int count, Step& step);
   void OpenSequence(Sequence& sequence, StepRows& rows);
   int DecodeRowLimit() const;
@@ -285,10 +322,14 @@ class Scheduler {
   std::vector<Sequence*> by_slot_;  // [max_slots], nullptr = free
   int running_ = 0;
   std::map<std::string, int> running_of_;  // by client, if any
-  FairQueue waiting_;                      // no room yet
-  FairQueue prompts_;                      // prompt rows to send
-  std::deque<SequenceId> ready_;           // a sampled token to send
-  std::vector<Step::Copy> copies_;         // for the next step; each references `from`
+  ClientShares shares_;
+  FairQueue waiting_;                // no room yet
+  std::vector<SequenceId> joining_;  // nor these: they wait for a leader's blocks
+  FairQueue prompts_;                // prompt rows to send
+  SequenceId unfinished_ = 0;        // its prompt has had its turn but for little
+  uint64_t last_prompt_step_ = 0;    // with prompt rows of clients within their share
+  std::deque<SequenceId> ready_;     // a sampled token to send
+  std::vector<Step::Copy> copies_;   // for the next step; each references `from`
   std::set<std::pair<absl::Duration, RequestId>> deadlines_;  // finite ones
   std::deque<Step> in_flight_;
   int decode_steps_in_flight_ = 0;

@@ -51,8 +51,10 @@ TEST(SchedulerPagedTest, OpensBehindACachedPrefix) {
   const Step first = *scheduler.Next();
   EXPECT_THAT(first.rows[0].cached_blocks, IsEmpty());
   EXPECT_THAT(first.rows[0].new_blocks, SizeIs(4));
-  // Not before the rows have come back.
-  ASSERT_TRUE(scheduler.Add(MakeRequest(2, 100, 1)).ok());
+  // Not before the rows have come back: one that shares little of it does not wait.
+  SchedulerRequest other = MakeRequest(2, 40, 1);
+  other.prompt.resize(100, 7);
+  ASSERT_TRUE(scheduler.Add(other).ok());
   EXPECT_EQ(scheduler.Next()->rows[0].start_position, 0);
   ASSERT_TRUE(Answer(scheduler, first).ok());
   ASSERT_TRUE(scheduler.Add(MakeRequest(3, 110, 1)).ok());
@@ -67,6 +69,43 @@ TEST(SchedulerPagedTest, OpensBehindACachedPrefix) {
   EXPECT_EQ(rows.cached_tokens, std::vector<int32_t>(MakeRequest(3, 96, 1).prompt));
   EXPECT_THAT(rows.new_blocks, SizeIs(1));
   EXPECT_EQ(scheduler.stats().cached_tokens, 96u);
+}
+
+TEST(SchedulerPagedTest, WaitsForOneThatComputesTheSamePrompt) {
+  Scheduler scheduler(Options(64));
+  for (int id = 1; id <= 3; ++id) ASSERT_TRUE(scheduler.Add(MakeRequest(id, 300, 5)).ok());
+  SchedulerRequest salted = MakeRequest(4, 300, 5);
+  salted.cache_salt = "x";
+  ASSERT_TRUE(scheduler.Add(salted).ok());
+  EXPECT_EQ(scheduler.running(), 2);  // the first and the salted one
+  std::map<RequestId, int> computed;
+  while (const std::optional<Step> step = scheduler.Next()) {
+    for (const StepRows& rows : step->rows) computed[rows.id] += rows.row_count;
+    ASSERT_TRUE(Answer(scheduler, *step).ok());
+    EXPECT_TRUE(scheduler.CheckBlocks().ok()) << scheduler.CheckBlocks();
+  }
+  EXPECT_EQ(computed.at(1), 300 + 4);
+  EXPECT_EQ(computed.at(2), 300 - 288 + 4);
+  EXPECT_EQ(computed.at(3), 300 - 288 + 4);
+  EXPECT_EQ(computed.at(4), 300 + 4);
+  EXPECT_EQ(scheduler.stats().cached_tokens, 2u * 288);
+}
+
+TEST(SchedulerPagedTest, DoesNotWaitForOneThatIsCancelledOrServedLater) {
+  Scheduler scheduler(Options(64));
+  for (int id = 1; id <= 3; ++id) ASSERT_TRUE(scheduler.Add(MakeRequest(id, 300, 5)).ok());
+  SchedulerRequest urgent = MakeRequest(4, 300, 5);
+  urgent.priority = 1;
+  ASSERT_TRUE(scheduler.Add(urgent).ok());
+  EXPECT_EQ(scheduler.running(), 2);  // the first and the urgent one
+  scheduler.Cancel(1);
+  scheduler.Cancel(4);
+  const std::optional<Step> step = scheduler.Next();  // 2 and 3, who have waited once
+  ASSERT_TRUE(step);
+  EXPECT_EQ(scheduler.running(), 2);
+  EXPECT_EQ(scheduler.waiting(), 0);
+  ASSERT_TRUE(Answer(scheduler, *step).ok());
+  EXPECT_EQ(Drain(scheduler).size(), 2u);
 }
 
 TEST(SchedulerPagedTest, LeavesOneTokenToCompute) {

@@ -25,13 +25,21 @@ void SlotPool::Release(int slot, bool opened) {
 std::vector<int> SlotPool::TakeClosing() { return std::exchange(closing_, {}); }
 
 // Whoever is first and finds no room is waited for: smaller ones behind it would starve it. Only a
-// client that has nothing running may go before it, into room that another client has to give.
+// client that has nothing running may go before it, into room that is kept for such clients or that
+// another client has to give.
 void Scheduler::Admit() {
   while (const FairEntry* next = NextWaiting()) {
-    if (!TakeRoom(Of(next))) {
+    if (Join(Of(next))) {
+      waiting_.Erase(next);
+      continue;
+    }
+    const bool kept = KeptFree(Of(next));
+    if (kept || !TakeRoom(Of(next))) {
       next = waiting_.FrontWhere(
           [this](const std::string& client) { return !running_of_.contains(client); });
-      if (next == nullptr || !MakeRoom(Of(next)) || !TakeRoom(Of(next))) return;
+      if (next == nullptr) return;
+      const bool room = kept && TakeRoom(Of(next));
+      if (!room && (!MakeRoom(Of(next)) || !TakeRoom(Of(next)))) return;
     }
     Sequence& sequence = Of(next);
     waiting_.Serve(next, static_cast<int>(sequence.tokens.size()));
@@ -40,13 +48,66 @@ void Scheduler::Admit() {
   }
 }
 
+// Whether the sequence had better wait for one that is computing at least half of what it needs. It
+// does so only once, for one that is served no later than itself.
+bool Scheduler::Join(Sequence& sequence) {
+  if (sequence.shared > 0 || sequence.live->request.score) return false;
+  const std::vector<int32_t>& tokens = sequence.tokens;
+  const size_t most = std::min<size_t>(tokens.size() - 1, MostCached(sequence)) / kKvBlockPositions;
+  const size_t known = most == 0 ? 0 : FindPrefix(sequence).blocks.size();
+  if (known == most) return false;
+  for (const Sequence* leader : by_slot_) {
+    if (leader == nullptr || !leader->publishes ||
+        leader->entry.priority < sequence.entry.priority ||
+        leader->live->request.cache_salt != sequence.live->request.cache_salt ||
+        (leader->entry.client != sequence.entry.client && OverShare(leader->entry.client))) {
+      continue;
+    }
+    const size_t compared = std::min(most * kKvBlockPositions, leader->tokens.size());
+    const auto differs =
+        std::mismatch(tokens.begin(), tokens.begin() + compared, leader->tokens.begin()).first;
+    const size_t shared = (differs - tokens.begin()) / kKvBlockPositions;
+    if (shared <= std::max(known, leader->runs.size()) ||
+        2 * (shared - known) * kKvBlockPositions < tokens.size() - known * kKvBlockPositions) {
+      continue;
+    }
+    sequence.leader = leader->id;
+    sequence.shared = shared;
+    joining_.push_back(sequence.id);
+    return true;
+  }
+  return false;
+}
+
+// The leader has published so many blocks, or all it ever will: whoever waited for them goes on.
+void Scheduler::EndJoin(SequenceId leader, size_t published) {
+  std::erase_if(joining_, [&](SequenceId id) {
+    const Sequence& sequence = sequences_.at(id);
+    if (sequence.leader != leader || sequence.shared > published) return false;
+    waiting_.Push(&sequence.entry);
+    return true;
+  });
+}
+
+// Whether the slots left are kept from the sequence, whose client is over its share, for those that
+// are away for a moment: at most a quarter of all.
+bool Scheduler::KeptFree(const Sequence& sequence) const {
+  return slots_.free() <= std::min(shares_.away(), options_.max_slots / 4) && running_ > 0 &&
+         OverShare(sequence.entry.client);
+}
+
 // What the prefix cache has of the sequence. At least one token is left to be computed, as its
 // logits are wanted; for scoring those of every token are.
 BlockPool::Prefix Scheduler::FindPrefix(const Sequence& sequence) const {
   const SchedulerRequest& request = sequence.live->request;
   if (request.score) return {};
-  const int most = std::min(static_cast<int>(sequence.tokens.size()) - 1, kMaxCachedTokens);
+  const int most = std::min(static_cast<int>(sequence.tokens.size()) - 1, MostCached(sequence));
   return pool_.Find(request.cache_salt, sequence.tokens, most / kKvBlockPositions);
+}
+
+// Tokens that the sequence may open with, beside its biases.
+int Scheduler::MostCached(const Sequence& sequence) {
+  return kMaxCachedTokens - kTokensPerLogitBias * sequence.live->request.logit_biases;
 }
 
 // Blocks for all tokens of the sequence: those that the prefix cache has, and new ones.
@@ -117,7 +178,7 @@ void Scheduler::Start(Sequence& sequence) {
 bool Scheduler::TryFork(const Sequence& parent, Sequence& child) {
   if (slots_.empty() || pool_.available() < 2) return false;  // one to spare
   const int position = static_cast<int>(child.tokens.size()) - 1;
-  if (position > kMaxCachedTokens) return false;
+  if (position > MostCached(child)) return false;
   const size_t shared = position / kKvBlockPositions;
   child.blocks.assign(parent.blocks.begin(), parent.blocks.begin() + shared);
   for (int block : child.blocks) pool_.AddReference(block);
@@ -176,7 +237,9 @@ void Scheduler::Preempt(Sequence& sequence) {
 // Takes the sequence out of whatever it is in; a running one gives its slot and blocks back.
 void Scheduler::Stop(Sequence& sequence) {
   waiting_.Erase(&sequence.entry);
+  std::erase(joining_, sequence.id);
   if (!sequence.running()) return;
+  EndJoin(sequence.id, SIZE_MAX);
   prompts_.Erase(&sequence.entry);
   std::erase(ready_, sequence.id);
   if (sequence.decoding) --decoding_;

@@ -16,6 +16,10 @@ namespace {
 
 constexpr int kVocab = 50;
 constexpr int kMaxDrainSteps = 200000;
+// Rows of the latest steps that count as far more than those of another client: with them fading
+// over ClientShares::kMemory steps, still more than it allows.
+constexpr size_t kRecentSteps = 32;
+constexpr int kFarMore = 8;
 
 // What the imagined model says after `tokens`: any mistake in tokens or order shows.
 int32_t NextToken(const std::vector<int32_t>& tokens, int choice) {
@@ -48,6 +52,7 @@ class Simulation {
         stages_(scheduler_->options().max_slots, scheduler_->options().kv_blocks) {}
 
   SimReport Run() {
+    greedy_ = Pick(0, 3) == 0;
     const int events = Pick(0, 31) == 0 ? 1000 : 120;
     for (int i = 0; i < events && ok(); ++i) {
       RandomEvent();
@@ -108,7 +113,8 @@ class Simulation {
     } else if (kind < 890) {
       scheduler_->FinishEarly(RandomId(), Pick(0, 2));
     } else if (kind < 895) {
-      scheduler_->SetStreaming(Pick(0, 1));
+      streaming_ = Pick(0, 1);
+      scheduler_->SetStreaming(streaming_);
     } else if (kind < 997) {
       now_ += absl::Seconds(1);
       scheduler_->Tick(now_);
@@ -122,6 +128,7 @@ class Simulation {
     scheduler_->Reset(absl::UnavailableError("reset"));
     flying_.clear();
     last_step_ = 0;
+    recent_rows_.clear();
     report_.forks += stages_.copies();
     stages_ = SimStages(scheduler_->options().max_slots, scheduler_->options().kv_blocks);
     Check(scheduler_->running() + scheduler_->waiting() == 0, "live after a reset");
@@ -148,8 +155,9 @@ class Simulation {
     request.score = Pick(0, 5) == 0;
     request.logits = Pick(0, 1);
     if (!request.score && Pick(0, 4) == 0) request.choices = Pick(2, 4);
-    if (Pick(0, 3) == 0) request.priority = Pick(-2, 2);
+    if (!greedy_ && Pick(0, 3) == 0) request.priority = Pick(-2, 2);
     request.client = std::string(1, static_cast<char>('a' + Pick(0, 3)));
+    if (greedy_ && Pick(0, 7) > 0) request.client = "a";
     if (Pick(0, 7) == 0) request.cache_salt = "salt";
     const bool room = scheduler_->running() + scheduler_->waiting() + request.choices <=
                       options.max_slots + options.max_waiting;
@@ -201,6 +209,7 @@ class Simulation {
       flying.results.push_back(AnswerTo(rows));
     }
     Check(scored <= kMaxScoredRows, "too many scored rows");
+    CheckShares(step);
     CheckProgress(step);
     flying.step = std::move(step);
     flying_.push_back(std::move(flying));
@@ -259,6 +268,37 @@ class Simulation {
                 2 * options.max_slots + 2 * options.max_in_flight + options.stages,
             "a sequence is not decoded");
     }
+  }
+
+  // A client that in the last kRecentSteps had far more than any other ever had stands back.
+  void CheckShares(const Step& step) {
+    std::map<std::string, int> rows;
+    bool prompt_of_another = false;
+    for (const StepRows& r : step.rows) {
+      const SchedulerRequest& request = expected_.at(r.id - 1).request;
+      rows[request.client] += r.row_count;
+      if (request.client != "a" && r.row_count > 1) prompt_of_another = true;
+    }
+    int most_of_others = 0, recent = 0;
+    for (const auto& [client, total] : total_rows_) {
+      if (client != "a") most_of_others = std::max(most_of_others, total);
+    }
+    for (const int rows_of_a : recent_rows_) recent += rows_of_a;
+    if (greedy_ && !streaming_ && scheduler_->options().max_step_tokens >= 2 * kCrowdedRows &&
+        OthersLive() && recent > kFarMore * most_of_others) {
+      Check(rows["a"] <= (prompt_of_another ? kRationedRows : kCrowdedRows),
+            "a greedy client takes more than its share");
+      ++report_.shared_steps;
+    }
+    for (const auto& [client, count] : rows) total_rows_[client] += count;
+    recent_rows_.push_back(rows["a"]);
+    if (recent_rows_.size() > kRecentSteps) recent_rows_.pop_front();
+  }
+
+  bool OthersLive() const {
+    return std::any_of(expected_.begin(), expected_.end(), [](const Expected& expected) {
+      return !expected.ended && expected.request.client != "a";
+    });
   }
 
   void ReturnOldest() {
@@ -337,6 +377,11 @@ class Simulation {
   std::deque<Flying> flying_;
   uint64_t last_step_ = 0;
   bool draining_ = false;
+  bool streaming_ = false;
+  // Whether client "a" sends most of the requests, all of one priority.
+  bool greedy_ = false;
+  std::map<std::string, int> total_rows_;  // by client
+  std::deque<int> recent_rows_;            // of "a" in the latest steps
 };
 
 }  // namespace
@@ -349,6 +394,7 @@ void SimReport::Add(const SimReport& other) {
   forks += other.forks;
   cached_tokens += other.cached_tokens;
   preemptions += other.preemptions;
+  shared_steps += other.shared_steps;
 }
 
 SimReport RunSchedulerSim(uint64_t seed, const SchedulerFactory& make) {

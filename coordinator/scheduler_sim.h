@@ -22,6 +22,7 @@ struct SimReport {
   int64_t forks = 0;   // choices opened behind a copied block
   uint64_t cached_tokens = 0;
   uint64_t preemptions = 0;
+  int64_t shared_steps = 0;  // in which a greedy client had to stand back
 
   void Add(const SimReport& other);
 };
@@ -38,6 +39,8 @@ using SchedulerFactory = std::function<std::unique_ptr<Scheduler>(const Schedule
 // - the pipeline is not empty while requests are live;
 // - a waiting sequence is overtaken, and one that could decode passed over, a bounded number of
 //   times;
+// - a client that had much more than all others has few rows of a step, and next to none beside a
+//   prompt of another;
 // - every accepted request ends exactly once, and nothing is said of it afterwards.
 // The same seed gives the same run. At the end everything is brought to its end.
 SimReport RunSchedulerSim(uint64_t seed, const SchedulerFactory& make);

@@ -35,6 +35,7 @@ TEST(SchedulerSimTest, KeepsItsPromisesUnderRandomEvents) {
   EXPECT_GT(total.preemptions, 3000u);
   EXPECT_GT(total.cached_tokens, 300000u);
   EXPECT_GT(total.forks, 1000);
+  EXPECT_GT(total.shared_steps, 1000);
 }
 
 // --- Mistakes planted in the scheduler. Each must be found in less than 1000 seeds.
@@ -94,9 +95,19 @@ class StarvesSome : public Scheduler {
   }
 };
 
+// Serves whoever asks most.
+class IgnoresShares : public Scheduler {
+ public:
+  using Scheduler::Scheduler;
+
+ protected:
+  bool OverShare(const std::string&) const override { return false; }
+};
+
 template <typename S>
 class PlantedMistakeTest : public testing::Test {};
-using Mistakes = testing::Types<LeaksABlock, ForgetsToClear, EndsTwice, LosesAnEnd, StarvesSome>;
+using Mistakes =
+    testing::Types<LeaksABlock, ForgetsToClear, EndsTwice, LosesAnEnd, StarvesSome, IgnoresShares>;
 TYPED_TEST_SUITE(PlantedMistakeTest, Mistakes);
 
 TYPED_TEST(PlantedMistakeTest, IsFound) {

@@ -7,17 +7,26 @@
 namespace stagecoach {
 namespace {
 
+// Prompts shorter than two such chunks are not cut in half.
+constexpr int kMinHalfRows = 8;
+
 int CeilDivide(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace
 
 std::optional<Step> Scheduler::Next() {
   if (in_flight() >= options_.max_in_flight || !WorthAPass()) return std::nullopt;
+  shares_.Update();
+  if (Crowded() && in_flight() >= options_.stages && last_prompt_step_ == steps_) {
+    return std::nullopt;
+  }
   Admit();
   Step step;
-  AddDecodeRows(step);
-  AddPromptRows(step);
+  int over_share_rows = OverShareRows();
+  AddDecodeRows(step, over_share_rows);
+  AddPromptRows(step, over_share_rows);
   if (step.rows.empty()) return std::nullopt;
+  shares_.EndStep();
   step.number = ++steps_;
   step.close = slots_.TakeClosing();
   step.clear = pool_.TakeDirty();
@@ -36,21 +45,68 @@ bool Scheduler::WorthAPass() const {
   return rows >= options_.max_step_tokens;
 }
 
+// Whether rows are shared out by ClientShares: not while streaming, where a small step costs a pass
+// like a large one.
+bool Scheduler::Crowded() const {
+  return shares_.any_over() && !streaming_ && options_.max_step_tokens >= 2 * kCrowdedRows;
+}
+
+// Rows of the next step for clients that are over their share.
+int Scheduler::OverShareRows() const {
+  if (!Crowded()) return 0;
+  if (in_flight() >= options_.stages) return 0;
+  const bool waiting = shares_.awaited() || FirstPrompt(/*over_share=*/false) != nullptr;
+  return waiting ? kRationedRows : kCrowdedRows;
+}
+
+// The prompt whose turn it is among those of clients that are over their share, or of the others.
+const FairEntry* Scheduler::FirstPrompt(bool over_share) const {
+  if (!over_share && Crowded()) {
+    const auto found = sequences_.find(unfinished_);
+    if (found != sequences_.end() && prompts_.contains(&found->second.entry) &&
+        !OverShare(found->second.entry.client)) {
+      return &found->second.entry;
+    }
+  }
+  const FairEntry* front = prompts_.Front();
+  if (front == nullptr || OverShare(front->client) == over_share) return front;
+  return prompts_.FrontWhere(
+      [&](const std::string& client) { return OverShare(client) == over_share; });
+}
+
 // More decoding steps in flight than stages would only queue before a stage; the rows that wait
-// instead join the step after, which costs hardly more with them than without.
-void Scheduler::AddDecodeRows(Step& step) {
+// instead join the step after, which costs hardly more with them than without. Clients that are
+// over their share leave some of their rows to their prompts.
+void Scheduler::AddDecodeRows(Step& step, int& over_share_rows) {
   if (decode_steps_in_flight_ >= options_.stages) return;
   const int limit = DecodeRowLimit();
-  while (step.decode_rows < limit && !ready_.empty()) {
-    Sequence& sequence = sequences_.at(ready_.front());
+  const int rationed = std::min(over_share_rows, kRationedRows);
+  AddReady(/*over_share=*/false, std::min(limit, options_.max_step_tokens - rationed), step);
+  if (over_share_rows == 0) return;
+  const bool prompts = FirstPrompt(/*over_share=*/true) != nullptr;
+  const int most = over_share_rows - (prompts ? CeilDivide(over_share_rows, 4) : 0);
+  const int before = step.decode_rows;
+  AddReady(/*over_share=*/true, std::clamp(limit - before, 1, most), step);
+  over_share_rows -= step.decode_rows - before;
+}
+
+// Up to `rows` rows of sequences whose clients are over their share, or of the others.
+void Scheduler::AddReady(bool over_share, int rows, Step& step) {
+  while (rows > 0) {
+    const auto ready = std::find_if(ready_.begin(), ready_.end(), [&](SequenceId id) {
+      return OverShare(sequences_.at(id).entry.client) == over_share;
+    });
+    if (ready == ready_.end()) return;
+    Sequence& sequence = sequences_.at(*ready);
+    ready_.erase(ready);
     if (static_cast<int>(sequence.blocks.size()) < KvBlocksFor(sequence.sent + 1) &&
         !AddBlock(sequence)) {
-      continue;  // preempted, no longer ready
+      continue;  // preempted
     }
-    ready_.pop_front();
     AddRows(sequence, 1, step);
     prompts_.Charge(sequence.entry, 1);
     ++step.decode_rows;
+    --rows;
   }
 }
 
@@ -64,44 +120,64 @@ int Scheduler::DecodeRowLimit() const {
   return std::min(share, options_.max_step_tokens - room);
 }
 
-// Rows are given out in turns of a block's size; those of one sequence then go together.
-void Scheduler::AddPromptRows(Step& step) {
-  int rows_left = std::min(options_.max_step_tokens - step.decode_rows, PromptRowLimit());
-  int scored_rows_left = kMaxScoredRows;
-  int cached_left = kMaxCachedTokens;
-  std::vector<std::pair<Sequence*, int>> shares;
-  std::vector<Sequence*> put_off;  // scored, with too many scored rows in this step
-  while (rows_left > 0 && !prompts_.empty()) {
-    const FairEntry* front = prompts_.Front();
-    Sequence& sequence = Of(front);
-    auto share = std::find_if(shares.begin(), shares.end(),
-                              [&](const auto& entry) { return entry.first == &sequence; });
-    const int given = share == shares.end() ? 0 : share->second;
-    int count = std::min({sequence.pending() - given, rows_left, kKvBlockPositions});
-    if (sequence.live->request.score) count = std::min(count, scored_rows_left);
-    if (count == 0) {
-      prompts_.Erase(front);
-      put_off.push_back(&sequence);
-      continue;
-    }
-    if (share == shares.end()) {
-      if (!sequence.opened && sequence.sent > cached_left) break;
-      if (!sequence.opened) cached_left -= sequence.sent;
-      share = shares.insert(share, {&sequence, 0});
-    }
-    share->second += count;
-    rows_left -= count;
-    if (sequence.live->request.score) scored_rows_left -= count;
-    prompts_.Serve(front, count);
-    if (share->second == sequence.pending()) prompts_.Erase(front);
+void Scheduler::AddPromptRows(Step& step, int over_share_rows) {
+  PromptRows prompts;
+  int rows = options_.max_step_tokens - step.decode_rows;
+  rows -= ShareOut(/*over_share=*/true, std::min(rows, over_share_rows), prompts);
+  if (ShareOut(/*over_share=*/false, std::min(rows, PromptRowLimit()), prompts) > 0) {
+    last_prompt_step_ = steps_ + 1;
   }
-  for (const Sequence* sequence : put_off) prompts_.Push(&sequence->entry);
-  for (const auto& [sequence, count] : shares) {
+  for (const Sequence* sequence : prompts.put_off) prompts_.Push(&sequence->entry);
+  for (const auto& [sequence, count] : prompts.shares) {
     AddRows(*sequence, count, step);
     if (sequence->pending() > 0 || sequence->live->request.score) continue;
     sequence->decoding = true;
     ++decoding_;
   }
+}
+
+// Gives up to `rows` rows to prompts of clients that are over their share, or of the others, in
+// turns of a block's size; those of one sequence then go together. While shares are looked at, the
+// others' prompts go one by one, each in two steps at least: sequences that decode go on in
+// between, so that the requests of clients which send alike move apart.
+int Scheduler::ShareOut(bool over_share, int rows, PromptRows& prompts) {
+  const bool mixed = over_share || !Crowded();
+  int given_out = 0;
+  while (given_out < rows) {
+    const FairEntry* front = FirstPrompt(over_share);
+    if (front == nullptr) break;
+    Sequence& sequence = Of(front);
+    auto share = std::find_if(prompts.shares.begin(), prompts.shares.end(),
+                              [&](const auto& entry) { return entry.first == &sequence; });
+    const bool added = share == prompts.shares.end();
+    if (added && !mixed && given_out >= kMinHalfRows) break;
+    const int given = added ? 0 : share->second;
+    const int pending = sequence.pending();
+    const bool halve = !mixed && !sequence.opened && pending >= 2 * kMinHalfRows;
+    const int most = halve ? CeilDivide(pending, 2) : pending;
+    int count = std::min({most - given, rows - given_out, kKvBlockPositions});
+    if (count == 0) break;  // the other half in the next step
+    if (sequence.live->request.score) count = std::min(count, prompts.scored_rows_left);
+    if (count == 0) {
+      prompts_.Erase(front);
+      prompts.put_off.push_back(&sequence);
+      continue;
+    }
+    if (added) {
+      const int cached = kMaxCachedTokens - MostCached(sequence) + sequence.sent;
+      if (!sequence.opened && cached > prompts.cached_left) break;
+      if (!sequence.opened) prompts.cached_left -= cached;
+      share = prompts.shares.insert(share, {&sequence, 0});
+    }
+    share->second += count;
+    given_out += count;
+    if (sequence.live->request.score) prompts.scored_rows_left -= count;
+    prompts_.Serve(front, count);
+    const int left = pending - share->second;
+    if (left == 0) prompts_.Erase(front);
+    if (!mixed) unfinished_ = left <= kKvBlockPositions ? sequence.id : 0;
+  }
+  return given_out;
 }
 
 // One stage works best on large chunks. Several stages work at the same time only if the prompt
@@ -134,6 +210,7 @@ void Scheduler::AddRows(Sequence& sequence, int count, Step& step) {
   rows.score = request.score;
   rows.logits = request.score && request.logits;
   if (!sequence.opened) OpenSequence(sequence, rows);
+  shares_.Charge(request.client, count);
   const auto first = sequence.tokens.begin() + sequence.sent;
   step.token_ids.insert(step.token_ids.end(), first, first + count);
   sequence.sent += count;

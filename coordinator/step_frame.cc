@@ -19,6 +19,9 @@ void SetSampling(const SamplingParams& params, v1::SamplingParams& message) {
   message.set_frequency_penalty(params.frequency_penalty);
   message.set_seed(params.seed);
   message.set_logprobs(params.logprobs);
+  for (const LogitBias& entry : params.logit_bias) {
+    (*message.mutable_logit_bias())[entry.token_id] = entry.bias;
+  }
 }
 
 void SetOpen(const StepRows& rows, const SequenceInfo& info, v1::SequenceOpen& open) {

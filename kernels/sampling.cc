@@ -85,22 +85,26 @@ Penalties PenaltiesOf(const SamplingParams& params) {
   return penalties;
 }
 
-// `logits`, or a changed copy of it in `scratch` if a penalty is on.
-std::span<const float> Penalise(std::span<const float> logits, const SamplingParams& params,
-                                std::span<const int32_t> history, size_t prompt_tokens,
-                                std::vector<float>& scratch) {
+// `logits`, or a changed copy of it in `scratch` if there is a bias or a penalty is on.
+std::span<const float> Adjust(std::span<const float> logits, const SamplingParams& params,
+                              std::span<const int32_t> history, size_t prompt_tokens,
+                              std::vector<float>& scratch) {
   const Penalties penalties = PenaltiesOf(params);
-  if (!penalties.any()) return logits;
+  if (!penalties.any() && params.logit_bias.empty()) return logits;
   const auto [repetition, presence, frequency] = penalties;
   const bool repetition_on = repetition != 1;
 
   scratch.assign(logits.begin(), logits.end());
-  // Per token: 1 + how often it was generated, 0 once it is dealt with or if it was never seen.
-  thread_local std::vector<uint32_t> seen;
-  seen.assign(logits.size(), 0);
   const auto in_vocabulary = [&](int32_t id) {
     return id >= 0 && static_cast<size_t>(id) < logits.size();
   };
+  for (const LogitBias& entry : params.logit_bias) {
+    if (in_vocabulary(entry.token_id)) scratch[entry.token_id] += entry.bias;
+  }
+  if (!penalties.any()) return scratch;
+  // Per token: 1 + how often it was generated, 0 once it is dealt with or if it was never seen.
+  thread_local std::vector<uint32_t> seen;
+  seen.assign(logits.size(), 0);
   for (size_t i = 0; i < history.size(); ++i) {
     if (!in_vocabulary(history[i])) continue;
     uint32_t& entry = seen[history[i]];
@@ -219,19 +223,19 @@ absl::StatusOr<SampledToken> Sample(std::span<const float> logits, const Samplin
                                     uint64_t position) {
   if (absl::Status status = CheckLogits(logits); !status.ok()) return status;
   // Kept per thread, so that a warm worker allocates nothing here.
-  thread_local std::vector<float> penalised_scratch;
+  thread_local std::vector<float> adjusted_scratch;
   thread_local std::vector<Candidate> candidates;
-  const std::span<const float> penalised =
-      Penalise(logits, params, history, prompt_tokens, penalised_scratch);
+  const std::span<const float> adjusted =
+      Adjust(logits, params, history, prompt_tokens, adjusted_scratch);
 
-  const float best = MaxLogit(penalised);
+  const float best = MaxLogit(adjusted);
   SampledToken token;
   if (params.temperature > 0) {
-    Filter(penalised, best, params, candidates);
+    Filter(adjusted, best, params, candidates);
     token.token_id =
         Draw(candidates, best, params.temperature, PhiloxUniform(params.seed, position));
   } else {
-    token.token_id = FirstOf(penalised, best);
+    token.token_id = FirstOf(adjusted, best);
   }
   if (params.logprobs == 0) return token;
 
@@ -246,7 +250,7 @@ absl::StatusOr<SampledToken> Sample(std::span<const float> logits, const Samplin
 }
 
 int TopLogitsNeeded(const SamplingParams& params, int vocab) {
-  if (params.logprobs > 0 || PenaltiesOf(params).any()) return 0;
+  if (params.logprobs > 0 || !params.logit_bias.empty() || PenaltiesOf(params).any()) return 0;
   if (!(params.temperature > 0)) return 1;
   return params.top_k < static_cast<uint32_t>(vocab) ? static_cast<int>(params.top_k) : 0;
 }

@@ -13,6 +13,14 @@ namespace stagecoach {
 
 inline constexpr int kMaxLogprobs = 20;
 
+inline constexpr int kMaxLogitBiases = 300;
+inline constexpr float kMaxLogitBias = 100;  // [-100, 100]
+
+struct LogitBias {
+  int32_t token_id = 0;
+  float bias = 0;
+};
+
 // Meaning and ranges: proto/sampling.proto.
 struct SamplingParams {
   float temperature = 0;
@@ -24,24 +32,25 @@ struct SamplingParams {
   float frequency_penalty = 0;
   uint64_t seed = 0;
   uint32_t logprobs = 0;
+  std::vector<LogitBias> logit_bias;  // each token once
 };
 
 struct SampledToken {
   int32_t token_id = 0;
-  float logprob = 0;             // of the raw distribution (before penalties, filters and
+  float logprob = 0;             // of the raw distribution (before bias, penalties, filters and
                                  // temperature); 0 if params.logprobs is 0
   std::vector<int32_t> top_ids;  // params.logprobs best, best first; empty if 0
   std::vector<float> top_logprobs;
 };
 
-// Order: penalties, top-k, top-p, min-p, temperature; each filter sees what the one before it left,
-// renormalised. Then one draw from a Philox generator keyed by (seed, position). A parameter
+// Order: bias, penalties, top-k, top-p, min-p, temperature; each filter sees what the one before it
+// left, renormalised. Then one draw from a Philox generator keyed by (seed, position). A parameter
 // outside its range switches its filter off; temperature 0 takes the best token after penalties.
 // Arithmetic is IEEE double in a fixed order (portable_math.h), so the choice is the same anywhere.
 // logits: [vocab], not modified. history: all tokens of the sequence so far, prompt included;
 // the first `prompt_tokens` of them do not count for presence and frequency. position: of the
 // token being chosen. Ties go to the lower id.
-// history tokens outside the vocabulary are ignored. Thread-safe.
+// Tokens of history and bias outside the vocabulary are ignored. Thread-safe.
 // Errors: DATA_LOSS if a logit is NaN or +Inf, or no logit is finite.
 absl::StatusOr<SampledToken> Sample(std::span<const float> logits, const SamplingParams& params,
                                     std::span<const int32_t> history, size_t prompt_tokens,
@@ -54,7 +63,7 @@ struct TopLogit {
 };
 
 // How many of the best logits of `vocab` decide what Sample chooses with these parameters: 0 if it
-// must see all of them (penalties, log-probabilities, an unbounded draw).
+// must see all of them (bias, penalties, log-probabilities, an unbounded draw).
 int TopLogitsNeeded(const SamplingParams& params, int vocab);
 
 // The token that Sample would choose, from the TopLogitsNeeded best logits: best first, ties to the

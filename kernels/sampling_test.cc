@@ -236,6 +236,29 @@ TEST(Sample, HistoryOutsideTheVocabularyIsIgnored) {
   EXPECT_EQ(SampleId(std::vector<float>{4, 3, 1}, params, history, 0), 1);
 }
 
+TEST(Sample, BiasComesBeforeEverythingElse) {
+  const std::vector<float> logits = {1, 5, 2, 4};
+  EXPECT_EQ(SampleId(logits, {.logit_bias = {{1, -100}}}), 3);
+  EXPECT_EQ(SampleId(logits, {.logit_bias = {{0, 100}}}), 0);
+  EXPECT_EQ(SampleId(logits, {.logit_bias = {{0, 3.5f}, {3, 1.5f}}}), 3);
+  // 1 + 6 = 7, halved by the penalty, is less than 4; after a penalty first it would be more.
+  EXPECT_EQ(SampleId(logits, {.repetition_penalty = 2, .logit_bias = {{0, 6}, {1, -5}}},
+                     std::vector<int32_t>{0}, 1),
+            3);
+  EXPECT_EQ(SampleId(logits, {.logit_bias = {{-1, 100}, {4, 100}}}), 1);  // not in the vocabulary
+  // A forced token is drawn at any temperature, also with top-k.
+  for (int position = 0; position < 100; ++position) {
+    const SamplingParams params = {
+        .temperature = 2, .top_k = 2, .seed = 3, .logit_bias = {{0, 100}}};
+    EXPECT_EQ(SampleId(logits, params, {}, 0, position), 0);
+  }
+  // Log-probabilities stay those of the model.
+  const auto plain = Sample(logits, {.logprobs = 2}, {}, 0, 0);
+  const auto biased = Sample(logits, {.logprobs = 2, .logit_bias = {{2, 1}}}, {}, 0, 0);
+  ASSERT_TRUE(plain.ok() && biased.ok());
+  EXPECT_EQ(plain->top_logprobs, biased->top_logprobs);
+}
+
 TEST(Sample, LogprobsAreOfTheRawDistribution) {
   const std::vector<double> p = {0.5, 0.125, 0.25, 0.125};
   SamplingParams params;
@@ -296,7 +319,8 @@ TEST(SampleFromTop, IsNotForWhatNeedsAllLogits) {
   for (const SamplingParams& params :
        {SamplingParams{.temperature = 1}, SamplingParams{.temperature = 1, .top_k = 500},
         SamplingParams{.repetition_penalty = 1.1f}, SamplingParams{.presence_penalty = 1},
-        SamplingParams{.frequency_penalty = -1}, SamplingParams{.logprobs = 1}}) {
+        SamplingParams{.frequency_penalty = -1}, SamplingParams{.logprobs = 1},
+        SamplingParams{.logit_bias = {{3, 1}}}}) {
     EXPECT_EQ(TopLogitsNeeded(params, 500), 0);
   }
 }

@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 #include <cstdio>
 
+#include "kernels/sampling.h"
 #include "tools/client.h"
 
 namespace stagecoach {
@@ -15,6 +16,35 @@ template <typename T, typename Setter>
 void AddSetter(CLI::App& command, const std::string& name, const std::string& help, Setter set) {
   command.add_option_function<T>(
       name, [set](const T& value) { set(value); }, help);
+}
+
+// "id:bias"; false if it is something else.
+bool ParseLogitBias(const std::string& text, LogitBias& entry) {
+  const size_t colon = text.find(':');
+  return colon != std::string::npos &&
+         CLI::detail::lexical_cast(text.substr(0, colon), entry.token_id) &&
+         CLI::detail::lexical_cast(text.substr(colon + 1), entry.bias);
+}
+
+void AddLogitBias(CLI::App& command, v1::SamplingParams* sampling) {
+  const auto set = [sampling](const std::vector<std::string>& values) {
+    for (const std::string& value : values) {
+      LogitBias entry;
+      if (ParseLogitBias(value, entry)) {
+        (*sampling->mutable_logit_bias())[entry.token_id] = entry.bias;
+      }
+    }
+  };
+  const auto check = [](std::string& text) {
+    LogitBias entry;
+    return ParseLogitBias(text, entry) ? std::string() : text + ": not ID:BIAS";
+  };
+  command
+      .add_option_function<std::vector<std::string>>(
+          "--logit-bias", set, "ID:BIAS,... added to the logits of these tokens; -100..100")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->check(CLI::Validator(check, "ID:BIAS"));
 }
 
 double PerSecond(double count, double ms) { return ms > 0 ? count / ms * 1000 : 0; }
@@ -60,6 +90,7 @@ void AddGenerateFlags(CLI::App& command, v1::GenerateRequest& request) {
                    [=](float v) { sampling->set_presence_penalty(v); });
   AddSetter<float>(command, "--frequency-penalty", "-2..2",
                    [=](float v) { sampling->set_frequency_penalty(v); });
+  AddLogitBias(command, sampling);
   AddSetter<uint64_t>(command, "--seed", "Same seed, same text (0)",
                       [=](uint64_t v) { sampling->set_seed(v); });
   AddSetter<uint32_t>(command, "--logprobs", "Log-probabilities of the n best tokens",

@@ -83,7 +83,7 @@ absl::Status CheckSlot(uint32_t slot, const KvSlots& slots) {
   return Invalid(fmt::format("slot {} outside [0, {})", slot, slots.size()));
 }
 
-absl::Status CheckSampling(const v1::SamplingParams& sampling) {
+absl::Status CheckSampling(const v1::SamplingParams& sampling, const ModelParams& params) {
   if (!InRange(sampling.temperature(), 0, 100)) return Invalid("temperature outside [0, 100]");
   if (!InRange(sampling.top_p(), 0, 1)) return Invalid("top_p outside [0, 1]");
   if (!InRange(sampling.min_p(), 0, 1)) return Invalid("min_p outside [0, 1]");
@@ -99,19 +99,32 @@ absl::Status CheckSampling(const v1::SamplingParams& sampling) {
   if (sampling.logprobs() > kMaxLogprobs) {
     return Invalid(fmt::format("logprobs {}; at most {}", sampling.logprobs(), kMaxLogprobs));
   }
+  if (sampling.logit_bias_size() > kMaxLogitBiases) {
+    return Invalid(
+        fmt::format("{} logit biases; at most {}", sampling.logit_bias_size(), kMaxLogitBiases));
+  }
+  for (const auto& [token, bias] : sampling.logit_bias()) {
+    STAGECOACH_RETURN_IF_ERROR(CheckTokens({&token, 1}, params));
+    if (!InRange(bias, -kMaxLogitBias, kMaxLogitBias)) {
+      return Invalid(fmt::format("logit bias outside [-{0}, {0}]", kMaxLogitBias));
+    }
+  }
   return absl::OkStatus();
 }
 
 SamplingParams ToSampling(const v1::SamplingParams& sampling) {
-  return {.temperature = sampling.temperature(),
-          .top_k = sampling.top_k(),
-          .top_p = sampling.top_p(),
-          .min_p = sampling.min_p(),
-          .repetition_penalty = sampling.repetition_penalty(),
-          .presence_penalty = sampling.presence_penalty(),
-          .frequency_penalty = sampling.frequency_penalty(),
-          .seed = sampling.seed(),
-          .logprobs = sampling.logprobs()};
+  SamplingParams params = {.temperature = sampling.temperature(),
+                           .top_k = sampling.top_k(),
+                           .top_p = sampling.top_p(),
+                           .min_p = sampling.min_p(),
+                           .repetition_penalty = sampling.repetition_penalty(),
+                           .presence_penalty = sampling.presence_penalty(),
+                           .frequency_penalty = sampling.frequency_penalty(),
+                           .seed = sampling.seed(),
+                           .logprobs = sampling.logprobs()};
+  for (const auto& [token, bias] : sampling.logit_bias())
+    params.logit_bias.push_back({token, bias});
+  return params;
 }
 
 absl::Status Close(uint32_t slot, KvSlots& slots) {
@@ -184,7 +197,7 @@ absl::Status Open(const v1::SequenceOpen& open, const ModelParams& params, KvSlo
     return Invalid(fmt::format("prompt_tokens {} in a context of {}", open.prompt_tokens(),
                                slots.max_context()));
   }
-  STAGECOACH_RETURN_IF_ERROR(CheckSampling(open.sampling()));
+  STAGECOACH_RETURN_IF_ERROR(CheckSampling(open.sampling(), params));
   STAGECOACH_RETURN_IF_ERROR(CheckCached(open, params, slots));
   slots.Open(open.slot(), {.sequence_id = open.sequence_id(),
                            .length = open.cached_token_ids_size(),

@@ -64,7 +64,8 @@ class LogitsBackend : public FakeBackend {
   const int most_top_;
 };
 
-// A bit of everything: greedy, top-k within and beyond what HeadTop gives, penalties, raw logits.
+// A bit of everything: greedy, top-k within and beyond what HeadTop gives, penalties, a bias, raw
+// logits.
 SamplingParams ParamsOf(int sequence) {
   switch (sequence % 5) {
     case 0:
@@ -76,6 +77,7 @@ SamplingParams ParamsOf(int sequence) {
     case 3:
       return {.temperature = 0.5f, .top_k = 4, .repetition_penalty = 1.5f, .seed = 7};
     default:
+      if (sequence % 2 == 0) return {.logit_bias = {{17, 100}}};
       return {.temperature = 2, .seed = 8};
   }
 }
@@ -126,6 +128,7 @@ TEST(StepOutput, BestLogitsSufficeWhereTheyDo) {
   EXPECT_EQ(best.full_rows + best.top_rows, kSequences);
   EXPECT_GT(best.top_rows, kSequences / 4);
   EXPECT_LT(best.top_rows, kSequences / 2);
+  for (int i = 4; i < kSequences; i += 10) EXPECT_EQ(got.result.sequences(i).token_id(), 17);
 }
 
 TEST(StepOutput, NonFiniteLogitsEndTheirSequenceEitherWay) {
