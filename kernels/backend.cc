@@ -43,6 +43,12 @@ uint64_t KvBytes(const KvShape& shape) {
 
 uint64_t Backend::ResidentBytes(TensorRole, const TensorInfo& tensor) const { return tensor.bytes; }
 
+absl::StatusOr<std::shared_ptr<HostMemory>> Backend::NewHostMemory(size_t bytes) {
+  std::shared_ptr<HostMemory> memory = NewPageMemory(bytes);
+  if (memory == nullptr) return absl::ResourceExhaustedError("no host memory for weights");
+  return memory;
+}
+
 absl::Status Backend::HeadTop(Workspace&, const UnitWeights&, std::span<const int32_t>, int,
                               std::span<TopLogit>) {
   return absl::UnimplementedError("this backend gives all logits only");
