@@ -11,8 +11,8 @@ namespace stagecoach {
 
 std::shared_ptr<HostMemory> NewPageMemory(size_t bytes) {
   if (bytes > SIZE_MAX / 2) return nullptr;
-  const size_t size = (std::max<size_t>(bytes, 1) + kDirectAlignment - 1) / kDirectAlignment *
-                      kDirectAlignment;
+  const size_t size =
+      (std::max<size_t>(bytes, 1) + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment;
   void* pages = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (pages == MAP_FAILED) return nullptr;
 #if defined(MADV_HUGEPAGE)

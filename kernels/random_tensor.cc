@@ -168,12 +168,12 @@ absl::Status AddInParts(Backend& backend, UnitBuilder& builder, TensorRole role,
     STAGECOACH_ASSIGN_OR_RETURN(std::shared_ptr<HostMemory> memory,
                                 backend.NewHostMemory(raw.size()));
     std::ranges::copy(raw, memory->data());
-    const TensorPart part = {
-        .first_row = row,
-        .raw = {memory->data(), raw.size()},
-        .memory = {memory.get(), [memory](const HostMemory*) {
-                     std::fill_n(memory->data(), memory->size(), std::byte{0xff});
-                   }}};
+    const TensorPart part = {.first_row = row,
+                             .raw = {memory->data(), raw.size()},
+                             .memory = {memory.get(), [memory](const HostMemory*) {
+                                          std::fill_n(memory->data(), memory->size(),
+                                                      std::byte{0xff});
+                                        }}};
     STAGECOACH_RETURN_IF_ERROR(builder.AddPart(role, tensor.info, part));
   }
   return absl::OkStatus();
@@ -187,9 +187,8 @@ absl::StatusOr<std::unique_ptr<UnitWeights>> BuildUnit(Backend& backend, const M
   for (size_t i = 0; i < unit.tensors.size(); ++i) {
     const RandomTensor& tensor = unit.tensors[i];
     STAGECOACH_RETURN_IF_ERROR(backend.CheckTensor(unit.roles[i], tensor.info));
-    STAGECOACH_RETURN_IF_ERROR(in_parts
-                                   ? AddInParts(backend, *builder, unit.roles[i], tensor)
-                                   : builder->Add(unit.roles[i], tensor.info, tensor.raw));
+    STAGECOACH_RETURN_IF_ERROR(in_parts ? AddInParts(backend, *builder, unit.roles[i], tensor)
+                                        : builder->Add(unit.roles[i], tensor.info, tensor.raw));
   }
   return builder->Finish();
 }

@@ -22,8 +22,8 @@ absl::Status CheckTensorShape(TensorRole role, const TensorInfo& tensor);
 // Errors: kBadShape, kCorrupt; both name the tensor.
 absl::Status CheckTensorData(const TensorInfo& tensor, std::span<const std::byte> raw);
 
-// The same of a part: that it is whole rows of the tensor, from a multiple of kPartRows on and up to
-// one or to the last row, and holds no such scale (not looked for if it says so itself).
+// The same of a part: that it is whole rows of the tensor, from a multiple of kPartRows on and up
+// to one or to the last row, and holds no such scale (not looked for if it says so itself).
 absl::Status CheckTensorPart(const TensorInfo& tensor, const TensorPart& part);
 // The part's number of rows; it has been checked.
 uint64_t PartRows(const TensorInfo& tensor, const TensorPart& part);

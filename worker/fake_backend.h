@@ -76,8 +76,8 @@ class FakeBackend : public Backend {
     const std::shared_ptr<HostMemory> pages = NewPageMemory(bytes);
     const uint64_t size = pages->size();
     direct_->Add(size);
-    auto memory = std::make_shared<HostMemory>(pages->data(), size, /*direct=*/true,
-                                               [pages, size, live = direct_] { live->now -= size; });
+    auto memory = std::make_shared<HostMemory>(
+        pages->data(), size, /*direct=*/true, [pages, size, live = direct_] { live->now -= size; });
     if (direct_->now > direct_limit) return absl::ResourceExhaustedError("no direct memory left");
     return memory;
   }

@@ -29,8 +29,7 @@ LayerStore::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model,
       backend_(backend),
       model_(model),
       allocator_(backend),
-      loader_(backend, std::move(model), &allocator_, LoadOptionsOf(options_),
-              MakeHostTier()) {
+      loader_(backend, std::move(model), &allocator_, LoadOptionsOf(options_), MakeHostTier()) {
   loader_.Prepare(options_.prefetch ? options_.reader_threads : 1);
   if (!options_.prefetch) return;
   prefetcher_.emplace(options_.reader_threads, std::max(1, options_.max_queued_units),
@@ -64,8 +63,7 @@ void LayerStore::Impl::Assign(const std::vector<Unit>& units) {
     for (const Unit& unit : units) {
       EntryPtr entry = Find(unit);
       if (entry == nullptr) {
-        entry =
-            std::make_shared<Entry>(unit, Measure(unit), next_ticket_++);
+        entry = std::make_shared<Entry>(unit, Measure(unit), next_ticket_++);
       }
       wanted.push_back(std::move(entry));
     }

@@ -108,8 +108,7 @@ UnitSize MeasureUnit(const Backend& backend, const ModelFile& model, const Unit&
     size.resident_bytes += backend.ResidentBytes(entry.role, *entry.tensor);
   }
   if (info.own_memory) return size;
-  size.buffer_bytes =
-      LoadBufferBytes(CutUnit(tensors, options), LoadSlots(info, options), options);
+  size.buffer_bytes = LoadBufferBytes(CutUnit(tensors, options), LoadSlots(info, options), options);
   return size;
 }
 

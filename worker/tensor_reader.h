@@ -77,7 +77,7 @@ struct ReadContext {
         one_size(backend->info().own_memory) {}
 
   const std::shared_ptr<const ModelFile> model;
-  HostTier* const host;            // these two are not used by a reader that was stopped
+  HostTier* const host;  // these two are not used by a reader that was stopped
   HostAllocator* const allocator;
   const LoadOptions options;
   const int slots;

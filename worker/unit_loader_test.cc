@@ -153,8 +153,10 @@ TEST_F(UnitLoaderTest, AHitIsTheTiersOwnMemoryCheckedBefore) {
       ASSERT_EQ(*Load(loader, unit), hashes.back());
     }
     const LoadCounters before = loader.counters();
-    hook_->Set([](const RandomAccessFile&, uint64_t, std::span<std::byte>)
-                   -> absl::StatusOr<size_t> { return absl::InternalError("no read expected"); });
+    hook_->Set(
+        [](const RandomAccessFile&, uint64_t, std::span<std::byte>) -> absl::StatusOr<size_t> {
+          return absl::InternalError("no read expected");
+        });
     size_t parts = 0;
     backend_.on_part = [&](const TensorInfo& tensor, const TensorPart& part) {
       ++parts;

@@ -19,7 +19,8 @@ uint64_t DeviceBytes(TensorRole role, const TensorInfo& tensor) {
 
 UnitStorage::~UnitStorage() {
   if (!device_.MakeCurrent().ok()) return;
-  if (ready_.get() == nullptr) return;  // abandoned: never used, and freed in the pack stream's order
+  if (ready_.get() == nullptr)
+    return;  // abandoned: never used, and freed in the pack stream's order
   if (in_graph_ || !noted_use_) {
     cudaEventRecord(used_.get(), device_.compute());
   }

@@ -128,8 +128,7 @@ absl::Status StepRunner::Enqueue(const UnitStorage* weights, const KvLayout& kv,
 
 absl::Status StepRunner::Launch(const Pending& operation) {
   if (!operation.residual) STAGECOACH_RETURN_IF_ERROR(operation.weights->AwaitUpload());
-  const absl::Status enqueued =
-      Enqueue(operation.weights.get(), operation.kv, device_.compute());
+  const absl::Status enqueued = Enqueue(operation.weights.get(), operation.kv, device_.compute());
   if (!operation.residual) operation.weights->NoteUse();
   STAGECOACH_RETURN_IF_ERROR(enqueued);
   if (operation.residual) {

@@ -49,8 +49,8 @@ class Uploader {
  private:
   struct Piece {
     DeviceBuffer<std::byte> memory;
-    Event begun, arrived;  // its latest copy, with timing
-    Event done;            // it may be written again
+    Event begun, arrived;     // its latest copy, with timing
+    Event done;               // it may be written again
     size_t copied_bytes = 0;  // by the latest copy, until it has been counted
   };
   struct Staging {

@@ -46,10 +46,10 @@ absl::Status DecodePart(const TensorInfo& tensor, const TensorPart& part, Matrix
           fmt::format("no memory to decode tensor {} to float32", tensor.name));
     }
   }
-  return DequantizeRow(tensor.type, part.raw,
-                       std::span(matrix.values)
-                           .subspan(part.first_row * tensor.columns(),
-                                    PartRows(tensor, part) * tensor.columns()));
+  return DequantizeRow(
+      tensor.type, part.raw,
+      std::span(matrix.values)
+          .subspan(part.first_row * tensor.columns(), PartRows(tensor, part) * tensor.columns()));
 }
 
 absl::StatusOr<Matrix> DecodeTensor(const TensorInfo& tensor, std::span<const std::byte> raw) {
