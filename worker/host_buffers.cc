@@ -29,7 +29,7 @@ std::shared_ptr<HostMemory> HostBufferPool::Take(size_t least_bytes, size_t byte
     if (best == free_.size() || free_[i]->size() > free_[best]->size()) best = i;
   }
   if (best == free_.size()) {
-    unused.swap(free_);
+    if (!keep_) unused.swap(free_);
     return nullptr;
   }
   std::swap(free_[best], free_.back());
@@ -47,7 +47,7 @@ void HostBufferPool::Give(std::shared_ptr<HostMemory> buffer) {
 void HostBufferPool::FreeIdle() {
   std::vector<std::shared_ptr<HostMemory>> unused;  // freed after the mutex
   absl::MutexLock lock(&mu_);
-  unused.swap(free_);
+  if (!keep_) unused.swap(free_);
 }
 
 }  // namespace stagecoach

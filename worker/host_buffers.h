@@ -40,15 +40,19 @@ class HostAllocator {
 // times as fast as fresh pages. Thread-safe.
 class HostBufferPool {
  public:
+  // keep: idle buffers are never freed but with the pool: such memory is dear to get.
+  explicit HostBufferPool(bool keep = false) : keep_(keep) {}
+
   // An idle buffer of at least `least_bytes` and at most `bytes` (and kReadRounding), so that a
   // load never holds more than its own tensors ask for; the largest of them. Else nullptr, and the
-  // idle ones, which do not suit, are freed.
+  // idle ones, which do not suit, are freed (unless they are kept).
   std::shared_ptr<HostMemory> Take(size_t least_bytes, size_t bytes);
   void Give(std::shared_ptr<HostMemory> buffer);
   // For when no load is to follow soon.
   void FreeIdle();
 
  private:
+  const bool keep_;
   absl::Mutex mu_;
   std::vector<std::shared_ptr<HostMemory>> free_ ABSL_GUARDED_BY(mu_);
 };

@@ -74,14 +74,15 @@ struct ReadContext {
         allocator(allocator),
         options(options),
         slots(LoadSlots(backend->info(), options)),
-        one_size(backend->info().own_memory) {}
+        one_size(backend->info().own_memory),
+        buffers(/*keep=*/one_size) {}
 
   const std::shared_ptr<const ModelFile> model;
   HostTier* const host;  // these two are not used by a reader that was stopped
   HostAllocator* const allocator;
   const LoadOptions options;
   const int slots;
-  const bool one_size;  // buffers are all alike and kept for good: such memory is dear to get
+  const bool one_size;  // buffers are alike, and kept
 
   HostBufferPool buffers;
   OpenReads open_reads;

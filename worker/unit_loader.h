@@ -40,8 +40,8 @@ class UnitLoader {
   UnitLoader(Backend* backend, std::shared_ptr<const ModelFile> model, HostAllocator* allocator,
              const LoadOptions& options = {}, HostTier* host = nullptr);
 
-  // Gets the buffers of so many loads at once now, if the backend's memory is dear to get: loads
-  // then keep to these.
+  // Gets the buffers of so many loads at once now, if buffers are kept (of backends with
+  // own_memory): loads then keep to these.
   void Prepare(int loads);
 
   // Reads the parts of `unit`, the next ones while the backend converts the last, from the host
@@ -59,9 +59,7 @@ class UnitLoader {
   LoadCounters counters() const;
 
   // Loads keep their read buffers for those that follow, until this is called.
-  void FreeBuffers() {
-    if (!context_->one_size) context_->buffers.FreeIdle();
-  }
+  void FreeBuffers() { context_->buffers.FreeIdle(); }
   std::vector<OpenRead> OpenReads() const { return context_->open_reads.List(); }
 
  private:
