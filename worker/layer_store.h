@@ -49,7 +49,7 @@ struct LayerStoreStats {
   bool host_tier = false;        // there is one
   uint64_t host_hits = 0;        // tensors taken from the host tier instead of the file
   uint64_t host_read_bytes = 0;  // of those tensors
-  double host_seconds = 0;       // taking them, summed over threads
+  double host_seconds = 0;       // decompressing them, summed over threads
   uint64_t host_bytes = 0;       // held by the host tier now
   uint64_t host_raw_bytes = 0;   // of which these many before compression
   double host_codec_ratio = 0;   // what the codec measured where it was tried; 0 = not tried
