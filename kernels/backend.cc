@@ -61,6 +61,12 @@ bool AllFinite(std::span<const float> values) {
   return non_finite == 0;
 }
 
+absl::StatusOr<std::shared_ptr<HostMemory>> Backend::NewHostMemory(size_t bytes) {
+  std::shared_ptr<HostMemory> memory = NewPageMemory(bytes);
+  if (memory == nullptr) return absl::ResourceExhaustedError("no host memory for weights");
+  return memory;
+}
+
 absl::Status Backend::HeadTop(Workspace&, const UnitWeights&, std::span<const int32_t>, int,
                               std::span<TopLogit>) {
   return absl::UnimplementedError("this backend gives all logits only");

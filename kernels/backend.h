@@ -18,6 +18,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/host_memory.h"
 #include "kernels/sampling.h"
 #include "model/model_file.h"
 
@@ -36,6 +37,27 @@ struct BackendInfo {
   std::string description;      // "AVX2, 2 threads"
   uint64_t memory_bytes = 0;    // usable for weights, KV and workspace together
   std::string device_uuid;      // of a GPU; the same in every process that uses it
+  bool own_memory = false;      // apart from the host's: buffers of the host take nothing of it
+};
+
+// Parts of a tensor begin at rows that are multiples of this.
+inline constexpr int kPartRows = 128;
+// A builder of a backend with own_memory holds the memory of so many parts at most.
+inline constexpr int kHeldParts = 2;
+
+// Whole rows of a tensor, as in the file.
+struct TensorPart {
+  uint64_t first_row = 0;
+  std::span<const std::byte> raw;
+  bool checked = false;  // its block scales are known to be finite
+  // What `raw` lies in. Null: `raw` is needed only during the call.
+  std::shared_ptr<const HostMemory> memory;
+};
+
+// What has come into a backend's own memory from the host's.
+struct UploadStats {
+  uint64_t bytes = 0;
+  double busy_seconds = 0;  // during which the device was copying
 };
 
 // kQ8_0: runs of 32 values of one head at one position (the last run may be shorter) as int8 with a
@@ -77,10 +99,16 @@ class UnitWeights {
 class UnitBuilder {
  public:
   virtual ~UnitBuilder() = default;
-  // `raw` are the tensor's bytes as in the file, needed only during the call.
+  // The parts of one tensor come in the order of its rows, all before another tensor's. The memory
+  // of a part may be held on to by backends with own_memory, until kHeldParts further ones have
+  // come, or Finish returns, or the builder is destroyed; it is let go only inside of these calls.
   // Errors: kCorrupt for non-finite block scales, RESOURCE_EXHAUSTED.
-  virtual absl::Status Add(TensorRole role, const TensorInfo& tensor,
-                           std::span<const std::byte> raw) = 0;
+  virtual absl::Status AddPart(TensorRole role, const TensorInfo& tensor,
+                               const TensorPart& part) = 0;
+  // A whole tensor; `raw` is needed only during the call.
+  absl::Status Add(TensorRole role, const TensorInfo& tensor, std::span<const std::byte> raw) {
+    return AddPart(role, tensor, {.raw = raw});
+  }
   // All of the unit's tensors have been added. Call once.
   virtual absl::StatusOr<std::unique_ptr<UnitWeights>> Finish() = 0;
 };
@@ -126,6 +154,10 @@ class Backend {
   virtual uint64_t ResidentBytes(TensorRole role, const TensorInfo& tensor) const;
   virtual std::unique_ptr<UnitBuilder> NewUnitBuilder(const ModelParams& params,
                                                       const Unit& unit) = 0;
+  // Memory for parts, direct if the backend knows such memory; by default ordinary pages. Must not
+  // be asked for in a step. RESOURCE_EXHAUSTED: NewPageMemory may still have some.
+  virtual absl::StatusOr<std::shared_ptr<HostMemory>> NewHostMemory(size_t bytes);
+  virtual UploadStats uploads() const { return {}; }
   virtual absl::StatusOr<std::unique_ptr<KvCache>> NewKvCache(const KvShape& shape) = 0;
   virtual absl::StatusOr<std::unique_ptr<Workspace>> NewWorkspace(const ModelParams& params,
                                                                   int max_rows) = 0;

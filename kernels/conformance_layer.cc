@@ -65,10 +65,11 @@ class TinyModel {
   TinyModel(Backend& backend, const ModelVariant& variant)
       : backend_(backend), params_(variant.params), biases_(variant.biases) {}
 
-  absl::Status Open(TensorType type, KvType kv_type) {
+  absl::Status Open(TensorType type, KvType kv_type, bool in_parts) {
     RandomSource random(4711);
     const auto build = [&](Unit unit) {
-      return BuildUnit(backend_, params_, MakeRandomUnit(random, params_, unit, type, biases_));
+      return BuildUnit(backend_, params_, MakeRandomUnit(random, params_, unit, type, biases_),
+                       in_parts);
     };
     STAGECOACH_ASSIGN_OR_RETURN(embedding_, build({Unit::Kind::kEmbedding}));
     for (int i = 0; i < params_.layers; ++i) {
@@ -165,10 +166,10 @@ Schedule Chunks() {
 }
 
 ConformanceRun RunSchedule(ModelVariant variant, TensorType type, KvType kv_type, Schedule schedule,
-                           bool split) {
+                           bool split, bool in_parts) {
   return [=](Backend& backend) -> absl::StatusOr<std::vector<float>> {
     TinyModel model(backend, variant);
-    STAGECOACH_RETURN_IF_ERROR(model.Open(type, kv_type));
+    STAGECOACH_RETURN_IF_ERROR(model.Open(type, kv_type, in_parts));
     std::vector<std::vector<float>> logits(TinyModel::kSequences);
     for (const std::vector<int>& counts : schedule) {
       STAGECOACH_RETURN_IF_ERROR(model.Step(counts, split, logits));
@@ -224,8 +225,9 @@ std::vector<ConformanceCase> LayerCases() {
     const TensorType type = info.type;
     for (const ModelVariant& model : {PlainModel(), RichModel()}) {
       const std::string prefix = fmt::format("Model/{}/{}/", model.name, info.name);
-      const auto run = [&](const Schedule& schedule, KvType kv_type, bool split) {
-        return RunSchedule(model, type, kv_type, schedule, split);
+      const auto run = [&](const Schedule& schedule, KvType kv_type, bool split,
+                           bool in_parts = false) {
+        return RunSchedule(model, type, kv_type, schedule, split, in_parts);
       };
       // Four matrix products deep and more: the errors of one product add up.
       cases.push_back({.name = prefix + "logits",
@@ -240,6 +242,9 @@ std::vector<ConformanceCase> LayerCases() {
       same("sequences alone", Alone(), false);
       same("other chunks", Chunks(), false);
       same("two stages", Together(), true);
+      cases.push_back({.name = prefix + "built in parts",
+                       .run = run(Together(), KvType::kF16, false, /*in_parts=*/true),
+                       .same_bits_as = together});
     }
     cases.push_back({.name = fmt::format("UnitBuilder/{}/refuses a bad scale", info.name),
                      .run = RefusesBadScale(type),

@@ -63,4 +63,11 @@ absl::StatusOr<double> MeasureDeviceBandwidth([[maybe_unused]] Backend& backend,
   return MeasureReadBandwidth(threads, kBandwidthBytes, kBandwidthPasses);
 }
 
+absl::StatusOr<double> MeasureDeviceCopyRate([[maybe_unused]] Backend& backend) {
+#ifdef STAGECOACH_HAVE_CUDA
+  if (backend.info().kind == "cuda") return MeasureCudaCopyRate(backend);
+#endif
+  return 0;
+}
+
 }  // namespace stagecoach

@@ -29,6 +29,10 @@ absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const std::string& name,
 // `threads`: of the CPU, as in DeviceOptions.
 absl::StatusOr<double> MeasureDeviceBandwidth(Backend& backend, int threads);
 
+// Bytes per second that `backend`, from OpenDevice, copies from direct host memory to its own:
+// measured now. 0 if it has no memory of its own.
+absl::StatusOr<double> MeasureDeviceCopyRate(Backend& backend);
+
 }  // namespace stagecoach
 
 #endif  // STAGECOACH_KERNELS_DEVICE_H_

@@ -157,13 +157,38 @@ RandomUnit MakeRandomUnit(RandomSource& random, const ModelParams& params, const
   return result;
 }
 
+namespace {
+
+absl::Status AddInParts(Backend& backend, UnitBuilder& builder, TensorRole role,
+                        const RandomTensor& tensor) {
+  const uint64_t rows = tensor.info.rows(), row_bytes = tensor.raw.size() / rows;
+  for (uint64_t row = 0; row < rows; row += kPartRows) {
+    const uint64_t count = std::min<uint64_t>(kPartRows, rows - row);
+    const std::span<const std::byte> raw(tensor.raw.data() + row * row_bytes, count * row_bytes);
+    STAGECOACH_ASSIGN_OR_RETURN(std::shared_ptr<HostMemory> memory,
+                                backend.NewHostMemory(raw.size()));
+    std::ranges::copy(raw, memory->data());
+    const TensorPart part = {.first_row = row,
+                             .raw = {memory->data(), raw.size()},
+                             .memory = {memory.get(), [memory](const HostMemory*) {
+                                          std::fill_n(memory->data(), memory->size(),
+                                                      std::byte{0xff});
+                                        }}};
+    STAGECOACH_RETURN_IF_ERROR(builder.AddPart(role, tensor.info, part));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
 absl::StatusOr<std::unique_ptr<UnitWeights>> BuildUnit(Backend& backend, const ModelParams& params,
-                                                       const RandomUnit& unit) {
+                                                       const RandomUnit& unit, bool in_parts) {
   const std::unique_ptr<UnitBuilder> builder = backend.NewUnitBuilder(params, unit.unit);
   for (size_t i = 0; i < unit.tensors.size(); ++i) {
     const RandomTensor& tensor = unit.tensors[i];
     STAGECOACH_RETURN_IF_ERROR(backend.CheckTensor(unit.roles[i], tensor.info));
-    STAGECOACH_RETURN_IF_ERROR(builder->Add(unit.roles[i], tensor.info, tensor.raw));
+    STAGECOACH_RETURN_IF_ERROR(in_parts ? AddInParts(backend, *builder, unit.roles[i], tensor)
+                                        : builder->Add(unit.roles[i], tensor.info, tensor.raw));
   }
   return builder->Finish();
 }

@@ -54,8 +54,10 @@ struct RandomUnit {
 RandomUnit MakeRandomUnit(RandomSource& random, const ModelParams& params, const Unit& unit,
                           TensorType type, bool biases);
 
+// in_parts: as many as can be, each in memory of the backend that is overwritten once it is let go.
 absl::StatusOr<std::unique_ptr<UnitWeights>> BuildUnit(Backend& backend, const ModelParams& params,
-                                                       const RandomUnit& unit);
+                                                       const RandomUnit& unit,
+                                                       bool in_parts = false);
 
 }  // namespace stagecoach
 

@@ -13,6 +13,17 @@
 
 namespace stagecoach {
 
+namespace {
+
+absl::Status CheckScales(const TensorInfo& tensor, std::span<const std::byte> raw) {
+  const absl::Status finite = FiniteScales(tensor.type, raw);
+  if (finite.ok()) return absl::OkStatus();
+  return MakeModelError(ModelError::kCorrupt,
+                        fmt::format("tensor {}: {}", tensor.name, std::string(finite.message())));
+}
+
+}  // namespace
+
 bool IsVectorRole(TensorRole role) {
   switch (role) {
     case TensorRole::kOutputNorm:
@@ -71,10 +82,27 @@ absl::Status CheckTensorData(const TensorInfo& tensor, std::span<const std::byte
         fmt::format("tensor {} comes with {} bytes but its shape needs {}", tensor.name, raw.size(),
                     bytes ? fmt::format("{}", *bytes) : "more than 2^64"));
   }
-  const absl::Status finite = FiniteScales(tensor.type, raw);
-  if (finite.ok()) return absl::OkStatus();
-  return MakeModelError(ModelError::kCorrupt,
-                        fmt::format("tensor {}: {}", tensor.name, std::string(finite.message())));
+  return CheckScales(tensor, raw);
+}
+
+absl::Status CheckTensorPart(const TensorInfo& tensor, const TensorPart& part) {
+  STAGECOACH_ASSIGN_OR_RETURN(const uint64_t row_bytes, RowBytes(tensor.type, tensor.columns()));
+  const uint64_t rows = row_bytes == 0 ? 0 : part.raw.size() / row_bytes;
+  const bool whole_rows = row_bytes > 0 && part.raw.size() % row_bytes == 0 && rows > 0;
+  if (!whole_rows || part.first_row % kPartRows != 0 || part.first_row > tensor.rows() ||
+      rows > tensor.rows() - part.first_row ||
+      (part.first_row + rows < tensor.rows() && rows % kPartRows != 0)) {
+    return MakeModelError(
+        ModelError::kBadShape,
+        fmt::format("tensor {} comes with {} bytes from row {} on, which are no part of its {} "
+                    "rows of {} bytes",
+                    tensor.name, part.raw.size(), part.first_row, tensor.rows(), row_bytes));
+  }
+  return part.checked ? absl::OkStatus() : CheckScales(tensor, part.raw);
+}
+
+uint64_t PartRows(const TensorInfo& tensor, const TensorPart& part) {
+  return part.raw.size() / RowBytes(tensor.type, tensor.columns()).value();
 }
 
 }  // namespace stagecoach

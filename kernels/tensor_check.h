@@ -6,6 +6,7 @@
 #include <span>
 
 #include "absl/status/status.h"
+#include "kernels/backend.h"
 #include "model/model_file.h"
 
 namespace stagecoach {
@@ -20,6 +21,12 @@ absl::Status CheckTensorShape(TensorRole role, const TensorInfo& tensor);
 // That `raw` is the tensor's bytes and holds no infinite or NaN block scale.
 // Errors: kBadShape, kCorrupt; both name the tensor.
 absl::Status CheckTensorData(const TensorInfo& tensor, std::span<const std::byte> raw);
+
+// The same of a part: that it is whole rows of the tensor, from a multiple of kPartRows on and up
+// to one or to the last row, and holds no such scale (not looked for if it says so itself).
+absl::Status CheckTensorPart(const TensorInfo& tensor, const TensorPart& part);
+// The part's number of rows; it has been checked.
+uint64_t PartRows(const TensorInfo& tensor, const TensorPart& part);
 
 }  // namespace stagecoach
 

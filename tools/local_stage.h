@@ -41,6 +41,7 @@ class LocalStages {
   absl::StatusOr<int32_t> Continue(std::span<const int32_t> token_ids);
 
   LayerStore& store(int stage) { return *members_[stage].store; }
+  Backend& backend() { return *backend_; }
   double compute_seconds() const;  // of all stages, waits for weights excluded
 
  private:

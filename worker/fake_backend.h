@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <span>
@@ -34,7 +35,7 @@ struct LiveBytes {
   std::atomic<uint64_t> peak = 0;
 };
 
-// Remembers a hash of all bytes it was made of.
+// Remembers the xxh3-64 of all bytes it was made of.
 struct FakeWeights : UnitWeights {
   explicit FakeWeights(std::shared_ptr<LiveBytes> live) : live(std::move(live)) {}
   ~FakeWeights() override { live->now -= byte_count; }
@@ -50,6 +51,12 @@ class FakeBackend : public Backend {
  public:
   // Called for every tensor before it is taken; an error fails the load.
   std::function<absl::Status(const Unit&, const TensorInfo&)> on_add;
+  // Called for every part that is taken.
+  std::function<void(const TensorInfo&, const TensorPart&)> on_part;
+  // Has memory of its own, and lends direct memory of at most that many bytes at any moment. Its
+  // builders then hold on to parts as long as they may.
+  bool own_memory = false;
+  uint64_t direct_limit = UINT64_MAX;
 
   // Names of the units whose loading was begun, in that order.
   std::vector<std::string> loads() const {
@@ -59,7 +66,21 @@ class FakeBackend : public Backend {
 
   const LiveBytes& live() const { return *live_; }
 
-  BackendInfo info() const override { return {.kind = "fake", .kernel_revision = "1"}; }
+  const LiveBytes& direct() const { return *direct_; }  // lent now
+
+  BackendInfo info() const override {
+    return {.kind = "fake", .kernel_revision = "1", .own_memory = own_memory};
+  }
+  absl::StatusOr<std::shared_ptr<HostMemory>> NewHostMemory(size_t bytes) override {
+    if (!own_memory) return Backend::NewHostMemory(bytes);
+    const std::shared_ptr<HostMemory> pages = NewPageMemory(bytes);
+    const uint64_t size = pages->size();
+    direct_->Add(size);
+    auto memory = std::make_shared<HostMemory>(
+        pages->data(), size, /*direct=*/true, [pages, size, live = direct_] { live->now -= size; });
+    if (direct_->now > direct_limit) return absl::ResourceExhaustedError("no direct memory left");
+    return memory;
+  }
   absl::Status CheckTensor(TensorRole, const TensorInfo&) const override {
     return absl::OkStatus();
   }
@@ -115,26 +136,44 @@ class FakeBackend : public Backend {
         : backend_(backend), weights_(std::make_unique<FakeWeights>(backend->live_)) {
       weights_->unit = unit;
     }
-    absl::Status Add(TensorRole, const TensorInfo& tensor,
-                     std::span<const std::byte> raw) override {
+    absl::Status AddPart(TensorRole, const TensorInfo& tensor, const TensorPart& part) override {
       if (backend_->on_add) {
         if (auto status = backend_->on_add(weights_->unit, tensor); !status.ok()) return status;
       }
-      weights_->byte_count += raw.size();
-      weights_->live->Add(raw.size());
-      weights_->hash = XXH3_64bits_withSeed(raw.data(), raw.size(), weights_->hash);
+      if (backend_->on_part) backend_->on_part(tensor, part);
+      weights_->byte_count += part.raw.size();
+      weights_->live->Add(part.raw.size());
+      held_.push_back(part);
+      const bool may_hold = backend_->own_memory && part.memory != nullptr;
+      TakeHeld(may_hold ? size_t{kHeldParts} : 0);
       return absl::OkStatus();
     }
-    absl::StatusOr<std::unique_ptr<UnitWeights>> Finish() override { return std::move(weights_); }
+    absl::StatusOr<std::unique_ptr<UnitWeights>> Finish() override {
+      TakeHeld(0);
+      weights_->hash = XXH3_64bits(bytes_.data(), bytes_.size());
+      return std::move(weights_);
+    }
 
    private:
+    // Takes the bytes of all but the latest `rest` parts: late, as a device does that copies by
+    // itself.
+    void TakeHeld(size_t rest) {
+      for (; held_.size() > rest; held_.pop_front()) {
+        const std::span<const std::byte> raw = held_.front().raw;
+        bytes_.insert(bytes_.end(), raw.begin(), raw.end());
+      }
+    }
+
     FakeBackend* const backend_;
     std::unique_ptr<FakeWeights> weights_;
+    std::deque<TensorPart> held_;
+    std::vector<std::byte> bytes_;
   };
 
   static absl::Status No() { return absl::UnimplementedError("the fake backend computes nothing"); }
 
   const std::shared_ptr<LiveBytes> live_ = std::make_shared<LiveBytes>();
+  const std::shared_ptr<LiveBytes> direct_ = std::make_shared<LiveBytes>();
   mutable absl::Mutex mu_;
   std::vector<std::string> loads_ ABSL_GUARDED_BY(mu_);
 };

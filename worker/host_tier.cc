@@ -64,29 +64,113 @@ bool Decompress(HostCodec codec, std::span<const std::byte> in, std::span<std::b
 
 }  // namespace
 
-// Chunks of kChunkBytes; a chunk of the same size as its original is not compressed.
-struct HostTier::Stored {
-  void Add(HostCodec codec, size_t element, std::span<const std::byte> raw,
-           std::vector<std::byte>& shuffled, std::vector<std::byte>& compressed) {
-    size_t size = 0;
-    if (codec != HostCodec::kNone) {
-      Shuffle(raw, element, shuffled.data());
-      size = Compress(codec, {shuffled.data(), raw.size()}, compressed);
-    }
-    const bool worth = size > 0 && size < raw.size();
-    const std::span<const std::byte> kept =
-        worth ? std::span<const std::byte>(compressed.data(), size) : raw;
-    chunks.emplace_back(kept.begin(), kept.end());
-    bytes += kept.size();
+bool HostTensor::Read(uint64_t offset, std::span<std::byte> out) const {
+  if (whole_ != nullptr) {
+    std::memcpy(out.data(), whole_->data() + offset, out.size());
+    return true;
   }
+  try {
+    std::vector<std::byte> scratch(2 * kChunkBytes);
+    for (const Chunk& chunk : chunks_) {
+      const uint64_t begin = std::max(chunk.offset, offset);
+      const uint64_t end = std::min(chunk.offset + chunk.raw_bytes, offset + out.size());
+      if (begin >= end) continue;
+      const std::span<std::byte> wanted = out.subspan(begin - offset, end - begin);
+      if (wanted.size() == chunk.raw_bytes) {
+        if (!ReadChunk(chunk, scratch, wanted)) return false;
+        continue;
+      }
+      const std::span<std::byte> all =
+          std::span<std::byte>(scratch).subspan(kChunkBytes, chunk.raw_bytes);
+      if (!ReadChunk(chunk, scratch, all)) return false;
+      std::memcpy(wanted.data(), all.data() + (begin - chunk.offset), wanted.size());
+    }
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+  return true;
+}
 
-  uint64_t bytes = 0;
-  HostCodec codec = HostCodec::kNone;
-  std::vector<std::vector<std::byte>> chunks;
-};
+bool HostTensor::ReadChunk(const Chunk& chunk, std::span<std::byte> scratch,
+                           std::span<std::byte> out) const {
+  if (chunk.data.size() == chunk.raw_bytes) {
+    std::memcpy(out.data(), chunk.data.data(), out.size());
+    return true;
+  }
+  if (!Decompress(codec_, chunk.data, scratch.first(chunk.raw_bytes))) return false;
+  Unshuffle(scratch.data(), element_, out);
+  return true;
+}
+
+HostTierWriter::HostTierWriter(HostTier* tier, const TensorInfo* tensor)
+    : tier_(tier), tensor_(tensor), compress_(tier->TryCodec(*tensor)) {
+  if (!tier_->Wants(*tensor_, compress_ ? 1 : tensor_->bytes)) {
+    tier_ = nullptr;
+    return;
+  }
+  held_ = std::make_shared<HostTensor>();
+  held_->element_ = ElementBytes(tensor->type);
+}
+
+void HostTierWriter::Append(std::span<const std::byte> raw) {
+  if (tier_ == nullptr) return;
+  bool ok = false;
+  try {
+    ok = compress_ ? AppendCompressed(raw) : AppendWhole(raw);
+  } catch (const std::bad_alloc&) {
+    // A cache may go without.
+  }
+  if (!ok) *this = HostTierWriter();
+}
+
+bool HostTierWriter::AppendWhole(std::span<const std::byte> raw) {
+  if (raw.size() > tensor_->bytes - written_) return false;
+  if (memory_ == nullptr) memory_ = tier_->allocate_(tensor_->bytes);
+  if (memory_ == nullptr) return false;
+  std::memcpy(memory_->data() + written_, raw.data(), raw.size());
+  written_ += raw.size();
+  held_->bytes_ = written_;
+  return true;
+}
+
+bool HostTierWriter::AppendCompressed(std::span<const std::byte> raw) {
+  held_->codec_ = tier_->codec_;
+  shuffled_.resize(kChunkBytes);
+  compressed_.resize(CompressBound(held_->codec_));
+  for (size_t at = 0; at < raw.size(); at += kChunkBytes) {
+    const auto chunk = raw.subspan(at, std::min(kChunkBytes, raw.size() - at));
+    Shuffle(chunk, held_->element_, shuffled_.data());
+    const size_t size = Compress(held_->codec_, {shuffled_.data(), chunk.size()}, compressed_);
+    const bool worth = size > 0 && size < chunk.size();
+    const std::span<const std::byte> kept =
+        worth ? std::span<const std::byte>(compressed_).first(size) : chunk;
+    held_->chunks_.push_back({written_, chunk.size(), {kept.begin(), kept.end()}});
+    held_->bytes_ += kept.size();
+    written_ += chunk.size();
+    if (!tier_->Wants(*tensor_, held_->bytes_)) return false;
+  }
+  return true;
+}
+
+bool HostTierWriter::StartOver() {
+  if (!tier_->Wants(*tensor_, tensor_->bytes)) return false;
+  memory_ = tier_->allocate_(tensor_->bytes);
+  if (memory_ == nullptr || !held_->Read(0, {memory_->data(), tensor_->bytes})) return false;
+  held_->chunks_.clear();
+  held_->bytes_ = tensor_->bytes;
+  return true;
+}
+
+void HostTierWriter::Finish() {
+  if (tier_ == nullptr || written_ != tensor_->bytes) return;
+  if (compress_ && !tier_->NoteTry(*tensor_, held_->bytes_) && !StartOver()) return;
+  held_->whole_ = std::move(memory_);
+  tier_->Keep(*tensor_, std::move(held_));
+  *this = HostTierWriter();
+}
 
 void HostTier::SetWanted(std::vector<const TensorInfo*> tensors) {
-  std::vector<std::shared_ptr<const Stored>> dropped;  // freed after the mutex
+  std::vector<std::shared_ptr<const HostTensor>> dropped;  // freed after the mutex
   absl::MutexLock lock(&mu_);
   wanted_ = {tensors.begin(), tensors.end()};
   for (auto it = held_.begin(); it != held_.end();) {
@@ -94,41 +178,22 @@ void HostTier::SetWanted(std::vector<const TensorInfo*> tensors) {
       ++it;
       continue;
     }
-    stats_.bytes -= it->second->bytes;
+    stats_.bytes -= it->second->bytes();
     stats_.raw_bytes -= it->first->bytes;
     dropped.push_back(std::move(it->second));
     it = held_.erase(it);
   }
 }
 
-bool HostTier::Get(const TensorInfo& tensor, std::span<std::byte> out) {
-  std::shared_ptr<const Stored> stored;
-  {
-    absl::MutexLock lock(&mu_);
-    const auto it = held_.find(&tensor);
-    if (it == held_.end()) return false;
-    stored = it->second;
-  }
-  try {
-    const size_t element = ElementBytes(tensor.type);
-    std::vector<std::byte> shuffled(stored->codec == HostCodec::kNone ? 0 : kChunkBytes);
-    for (size_t i = 0, at = 0; i < stored->chunks.size(); ++i, at += kChunkBytes) {
-      const std::vector<std::byte>& chunk = stored->chunks[i];
-      const std::span<std::byte> raw = out.subspan(at, std::min(kChunkBytes, out.size() - at));
-      if (chunk.size() == raw.size()) {
-        std::memcpy(raw.data(), chunk.data(), raw.size());
-      } else {
-        if (!Decompress(stored->codec, chunk, {shuffled.data(), raw.size()})) return false;
-        Unshuffle(shuffled.data(), element, raw);
-      }
-    }
-  } catch (const std::bad_alloc&) {
-    return false;
-  }
+std::shared_ptr<const HostTensor> HostTier::Find(const TensorInfo& tensor) {
   absl::MutexLock lock(&mu_);
+  const auto it = held_.find(&tensor);
+  if (it == held_.end()) return nullptr;
   ++stats_.hits;
-  return true;
+  return it->second;
 }
+
+HostTierWriter HostTier::Write(const TensorInfo& tensor) { return {this, &tensor}; }
 
 bool HostTier::Wants(const TensorInfo& tensor, uint64_t least_bytes) const {
   absl::MutexLock lock(&mu_);
@@ -142,38 +207,20 @@ bool HostTier::TryCodec(const TensorInfo& tensor) const {
          !incompressible_.contains(tensor.type);
 }
 
-void HostTier::Put(const TensorInfo& tensor, std::span<const std::byte> raw) {
-  const bool compress = TryCodec(tensor);
-  if (!Wants(tensor, compress ? 1 : tensor.bytes)) return;
-  auto stored = std::make_shared<Stored>();
-  try {
-    const size_t element = ElementBytes(tensor.type);
-    std::vector<std::byte> shuffled(compress ? kChunkBytes : 0);
-    std::vector<std::byte> compressed(compress ? CompressBound(codec_) : 0);
-    stored->codec = compress ? codec_ : HostCodec::kNone;
-    for (size_t at = 0; at < raw.size(); at += kChunkBytes) {
-      const auto chunk = raw.subspan(at, std::min(kChunkBytes, raw.size() - at));
-      stored->Add(stored->codec, element, chunk, shuffled, compressed);
-      if (!Wants(tensor, stored->bytes)) return;
-    }
-    const bool pays = static_cast<double>(raw.size()) >= kLeastRatio * stored->bytes;
-    if (compress) {
-      absl::MutexLock lock(&mu_);
-      stats_.tried_raw_bytes += raw.size();
-      stats_.tried_bytes += stored->bytes;
-      if (!pays) incompressible_.insert(tensor.type);
-    }
-    if (compress && !pays) {
-      Put(tensor, raw);  // as it is: the type is not tried again
-      return;
-    }
-  } catch (const std::bad_alloc&) {
-    return;  // a cache may go without
-  }
+bool HostTier::NoteTry(const TensorInfo& tensor, uint64_t bytes) {
+  const bool pays = static_cast<double>(tensor.bytes) >= kLeastRatio * static_cast<double>(bytes);
   absl::MutexLock lock(&mu_);
-  if (!wanted_.contains(&tensor) || stats_.bytes + stored->bytes > capacity_bytes_) return;
-  const uint64_t bytes = stored->bytes;
-  if (!held_.try_emplace(&tensor, std::move(stored)).second) return;
+  stats_.tried_raw_bytes += tensor.bytes;
+  stats_.tried_bytes += bytes;
+  if (!pays) incompressible_.insert(tensor.type);
+  return pays;
+}
+
+void HostTier::Keep(const TensorInfo& tensor, std::shared_ptr<const HostTensor> held) {
+  absl::MutexLock lock(&mu_);
+  if (!wanted_.contains(&tensor) || stats_.bytes + held->bytes() > capacity_bytes_) return;
+  const uint64_t bytes = held->bytes();
+  if (!held_.try_emplace(&tensor, std::move(held)).second) return;
   stats_.bytes += bytes;
   stats_.raw_bytes += tensor.bytes;
 }

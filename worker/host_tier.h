@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <set>
 #include <span>
@@ -13,6 +14,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
+#include "kernels/host_memory.h"
 #include "model/gguf.h"
 #include "model/tensor_type.h"
 
@@ -29,37 +31,98 @@ struct HostTierStats {
   uint64_t tried_bytes = 0;
 };
 
+// One tensor's bytes, immutable once the tier has them. Alive while anybody holds it, whatever the
+// tier does meanwhile.
+class HostTensor {
+ public:
+  // The tensor as in the file, in one piece, or nullptr if it is compressed.
+  const std::shared_ptr<const HostMemory>& whole() const { return whole_; }
+  // Fills `out` with the bytes from `offset` on. False if that fails.
+  bool Read(uint64_t offset, std::span<std::byte> out) const;
+  uint64_t bytes() const { return bytes_; }  // held
+
+ private:
+  friend class HostTierWriter;
+  friend class HostTier;
+  // A chunk of the same size as its original is not compressed.
+  struct Chunk {
+    uint64_t offset;
+    size_t raw_bytes;
+    std::vector<std::byte> data;
+  };
+  bool ReadChunk(const Chunk& chunk, std::span<std::byte> scratch, std::span<std::byte> out) const;
+
+  std::shared_ptr<const HostMemory> whole_;
+  std::vector<Chunk> chunks_;
+  HostCodec codec_ = HostCodec::kNone;
+  size_t element_ = 1;
+  uint64_t bytes_ = 0;
+};
+
+class HostTier;
+
+// Takes one tensor into the tier, part by part; what is not finished leaves no trace. Not
+// thread-safe; must not outlive the tier.
+class HostTierWriter {
+ public:
+  HostTierWriter() = default;  // of a tensor that is not wanted
+  HostTierWriter(HostTier* tier, const TensorInfo* tensor);
+  // In order. Goes without the tensor if there is no room or memory.
+  void Append(std::span<const std::byte> raw);
+  void Finish();
+
+ private:
+  bool AppendWhole(std::span<const std::byte> raw);
+  bool AppendCompressed(std::span<const std::byte> raw);
+  bool StartOver();  // with what was compressed, as it is
+
+  HostTier* tier_ = nullptr;
+  const TensorInfo* tensor_ = nullptr;
+  bool compress_ = false;
+  uint64_t written_ = 0;
+  std::shared_ptr<HostMemory> memory_;
+  std::shared_ptr<HostTensor> held_;
+  std::vector<std::byte> shuffled_, compressed_;
+};
+
 // Thread-safe. Access is a cycle, so the first tensors that fit stay: replacing them by later ones
 // would only turn hits into misses.
 class HostTier {
  public:
-  HostTier(uint64_t capacity_bytes, HostCodec codec)
-      : capacity_bytes_(capacity_bytes), codec_(codec) {}
+  using Allocate = std::function<std::shared_ptr<HostMemory>(size_t)>;
+  // `allocate` may return nullptr; the tier then goes without.
+  HostTier(uint64_t capacity_bytes, HostCodec codec, Allocate allocate = NewPageMemory)
+      : capacity_bytes_(capacity_bytes), codec_(codec), allocate_(std::move(allocate)) {}
 
   // Only these tensors are worth keeping from now on; others are dropped.
   void SetWanted(std::vector<const TensorInfo*> tensors);
 
-  // Fills `out` (tensor.bytes) and returns true, or returns false if the tensor is not held.
-  bool Get(const TensorInfo& tensor, std::span<std::byte> out);
+  // nullptr if the tensor is not held. Nothing is copied.
+  std::shared_ptr<const HostTensor> Find(const TensorInfo& tensor);
 
-  // Keeps a copy if the tensor is wanted and there is room. Elements of F16, BF16 and F32 are
-  // shuffled bytewise before compression. A type of which a tensor shrinks by less than
-  // kLeastRatio is kept as it is from then on.
-  void Put(const TensorInfo& tensor, std::span<const std::byte> raw);
+  // Keeps a copy of what is written if the tensor is wanted and there is room. Elements of F16,
+  // BF16 and F32 are shuffled bytewise before compression. A type of which a tensor shrinks by less
+  // than kLeastRatio is kept as it is from then on.
+  HostTierWriter Write(const TensorInfo& tensor);
 
   HostTierStats Stats() const;
 
  private:
-  struct Stored;
+  friend class HostTierWriter;
   bool Wants(const TensorInfo& tensor, uint64_t least_bytes) const;
   bool TryCodec(const TensorInfo& tensor) const;
+  // Whether the codec paid.
+  bool NoteTry(const TensorInfo& tensor, uint64_t bytes);
+  void Keep(const TensorInfo& tensor, std::shared_ptr<const HostTensor> held);
 
   const uint64_t capacity_bytes_;
   const HostCodec codec_;
+  const Allocate allocate_;
 
   mutable absl::Mutex mu_;
   std::unordered_set<const TensorInfo*> wanted_ ABSL_GUARDED_BY(mu_);
-  std::unordered_map<const TensorInfo*, std::shared_ptr<const Stored>> held_ ABSL_GUARDED_BY(mu_);
+  std::unordered_map<const TensorInfo*, std::shared_ptr<const HostTensor>> held_
+      ABSL_GUARDED_BY(mu_);
   std::set<TensorType> incompressible_ ABSL_GUARDED_BY(mu_);
   HostTierStats stats_ ABSL_GUARDED_BY(mu_);
 };

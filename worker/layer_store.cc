@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <thread>
 #include <utility>
 
 #include "absl/time/clock.h"
@@ -11,6 +12,11 @@
 namespace stagecoach {
 namespace {
 
+// For a backend with its own memory: units that load at once (while one waits for room, another is
+// copied), and threads that read the parts of each.
+constexpr int kOwnMemoryLoads = 2;
+constexpr int kOwnMemoryReads = 6;
+
 absl::Status NoLongerWanted(const Unit& unit) {
   return absl::CancelledError(fmt::format("{} is no longer wanted", UnitName(unit)));
 }
@@ -19,17 +25,31 @@ absl::Status NoLongerWanted(const Unit& unit) {
 
 LayerStore::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model,
                        const LayerStoreOptions& options)
-    : options_(options),
+    : options_(SuitOptions(*backend, options)),
       backend_(backend),
       model_(model),
-      host_(options.host_cache_bytes > 0
-                ? std::optional<HostTier>(std::in_place, options.host_cache_bytes,
-                                          options.host_cache_codec)
-                : std::nullopt),
-      loader_(backend, std::move(model), host_ ? &*host_ : nullptr) {
-  if (!options.prefetch) return;
-  prefetcher_.emplace(std::max(1, options.reader_threads), std::max(1, options.max_queued_units),
+      allocator_(backend),
+      loader_(backend, std::move(model), &allocator_, LoadOptionsOf(options_), MakeHostTier()) {
+  loader_.Prepare(options_.prefetch ? options_.reader_threads : 1);
+  if (!options_.prefetch) return;
+  prefetcher_.emplace(options_.reader_threads, std::max(1, options_.max_queued_units),
                       [this](Prefetcher::Ticket ticket) { Prefetch(ticket); });
+}
+
+HostTier* LayerStore::Impl::MakeHostTier() {
+  if (options_.host_cache_bytes == 0) return nullptr;
+  return &host_.emplace(options_.host_cache_bytes, options_.host_cache_codec,
+                        [this](size_t bytes) { return allocator_.New(bytes); });
+}
+
+LayerStoreOptions SuitOptions(const Backend& backend, LayerStoreOptions options) {
+  const bool own_memory = backend.info().own_memory;
+  const int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  if (options.reader_threads <= 0) options.reader_threads = own_memory ? kOwnMemoryLoads : 1;
+  if (options.load_threads <= 0) {
+    options.load_threads = own_memory ? std::clamp(cores / 2, 1, kOwnMemoryReads) : 1;
+  }
+  return options;
 }
 
 void LayerStore::Impl::Assign(const std::vector<Unit>& units) {
@@ -43,8 +63,7 @@ void LayerStore::Impl::Assign(const std::vector<Unit>& units) {
     for (const Unit& unit : units) {
       EntryPtr entry = Find(unit);
       if (entry == nullptr) {
-        entry =
-            std::make_shared<Entry>(unit, MeasureUnit(*backend_, *model_, unit), next_ticket_++);
+        entry = std::make_shared<Entry>(unit, Measure(unit), next_ticket_++);
       }
       wanted.push_back(std::move(entry));
     }

@@ -14,6 +14,7 @@
 #include "kernels/backend.h"
 #include "model/model_file.h"
 #include "worker/host_tier.h"
+#include "worker/unit_parts.h"
 
 namespace stagecoach {
 
@@ -48,7 +49,7 @@ struct LayerStoreStats {
   bool host_tier = false;        // there is one
   uint64_t host_hits = 0;        // tensors taken from the host tier instead of the file
   uint64_t host_read_bytes = 0;  // of those tensors
-  double host_seconds = 0;       // taking them, summed over threads
+  double host_seconds = 0;       // decompressing them, summed over threads
   uint64_t host_bytes = 0;       // held by the host tier now
   uint64_t host_raw_bytes = 0;   // of which these many before compression
   double host_codec_ratio = 0;   // what the codec measured where it was tried; 0 = not tried
@@ -75,7 +76,8 @@ class UnitLease {
 
 struct LayerStoreOptions {
   bool prefetch = true;      // false: every unit is loaded synchronously when first needed
-  int reader_threads = 1;    // prefetch threads
+  int reader_threads = 0;    // prefetch threads: units that load at once; 0 = as suits the backend
+  int load_threads = 0;      // that read the parts of one unit; likewise
   int max_queued_units = 8;  // bound of the prefetch queue; the rest follow as it drains
 
   // At most this much is resident and being loaded (read buffers counted) at any moment; buffers
@@ -86,7 +88,14 @@ struct LayerStoreOptions {
 
   uint64_t host_cache_bytes = 0;  // of the host tier, for units that stream; 0 = none
   HostCodec host_cache_codec = HostCodec::kNone;
+
+  uint64_t part_bytes = kPartBytes;  // see LoadOptions
 };
+
+// The options with the numbers that suit the backend in place of zeros: one that converts on the
+// host gets one thread of each kind; one that has its own memory, reached by its own copies, as
+// many as keep storage and copies busy.
+LayerStoreOptions SuitOptions(const Backend& backend, LayerStoreOptions options);
 
 // RESOURCE_EXHAUSTED, naming the smallest budget that works, if not even two layers of the model
 // fit into the weight budget, whatever the slice will be.

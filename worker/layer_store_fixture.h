@@ -75,13 +75,14 @@ class LayerStoreTest : public ::testing::Test {
     return model_->UnitTensors(unit)[index].tensor->name;
   }
   uint64_t ExpectedHash(const Unit& unit) const {
-    uint64_t hash = 0;
+    std::vector<std::byte> bytes;
     for (const UnitTensor& entry : model_->UnitTensors(unit)) {
-      std::vector<std::byte> bytes(entry.tensor->bytes);
-      EXPECT_TRUE(ReadFully(model_->file(0), entry.tensor->offset, bytes).ok());
-      hash = XXH3_64bits_withSeed(bytes.data(), bytes.size(), hash);
+      const size_t begin = bytes.size();
+      bytes.resize(begin + entry.tensor->bytes);
+      EXPECT_TRUE(
+          ReadFully(model_->file(0), entry.tensor->offset, std::span(bytes).subspan(begin)).ok());
     }
-    return hash;
+    return XXH3_64bits(bytes.data(), bytes.size());
   }
   static uint64_t Hash(const UnitLease& lease) {
     return static_cast<const FakeWeights&>(*lease).hash;

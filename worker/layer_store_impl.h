@@ -14,6 +14,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "worker/host_buffers.h"
 #include "worker/host_tier.h"
 #include "worker/layer_store.h"
 #include "worker/prefetcher.h"
@@ -21,6 +22,10 @@
 #include "worker/unit_loader.h"
 
 namespace stagecoach {
+
+inline LoadOptions LoadOptionsOf(const LayerStoreOptions& options) {
+  return {.threads = options.load_threads, .part_bytes = options.part_bytes};
+}
 
 // One mutex guards the units and the counters; it is never held while reading, converting or
 // freeing weights. Lock order: mu_, then those inside the prefetcher, the loader and the host tier.
@@ -70,9 +75,13 @@ class LayerStore::Impl : public std::enable_shared_from_this<Impl> {
   };
   using EntryPtr = std::shared_ptr<Entry>;
 
+  HostTier* MakeHostTier();
   // The assigned unit that the tensor belongs to, or nullptr.
   EntryPtr FindByTensor(const TensorInfo* tensor) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   EntryPtr Find(const Unit& unit) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
+  UnitSize Measure(const Unit& unit) const {
+    return MeasureUnit(*backend_, *model_, unit, LoadOptionsOf(options_));
+  }
   absl::Status MakeResident(const EntryPtr& entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Runs one load, releasing mu_ meanwhile. Its room has been granted.
   void Load(const EntryPtr& entry, bool prefetched) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -110,6 +119,7 @@ class LayerStore::Impl : public std::enable_shared_from_this<Impl> {
   Backend* const backend_;
   const std::shared_ptr<const ModelFile> model_;
 
+  HostAllocator allocator_;
   std::optional<HostTier> host_;
   UnitLoader loader_;
 

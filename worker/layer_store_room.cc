@@ -29,9 +29,10 @@ uint64_t Limit(const LayerStoreOptions& options, uint64_t slice_bytes) {
 
 absl::Status CheckWeightBudget(const Backend& backend, const ModelFile& model,
                                const LayerStoreOptions& options) {
+  const LoadOptions load = LoadOptionsOf(SuitOptions(backend, options));
   uint64_t model_bytes = 0, layer = 0, buffer = 0;
   for (const Unit& unit : StageUnits(model.params(), 0, model.params().layers)) {
-    const UnitSize size = MeasureUnit(backend, model, unit);
+    const UnitSize size = MeasureUnit(backend, model, unit, load);
     model_bytes += size.resident_bytes;
     if (unit.kind != Unit::Kind::kLayer) continue;
     layer = std::max(layer, size.resident_bytes);
@@ -54,7 +55,7 @@ void LayerStore::Impl::PlanRoom() {
     slice_bytes += entry->size.resident_bytes;
   }
   limit_ = Limit(options_, slice_bytes);
-  const int readers = options_.prefetch ? std::max(1, options_.reader_threads) : 1;
+  const int readers = options_.prefetch ? options_.reader_threads : 1;
   const absl::StatusOr<Residency> residency = PlanResidency(sizes, limit_, readers);
   room_status_ = residency.status();
   streaming_ = residency.ok() && residency->streaming;

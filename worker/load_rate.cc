@@ -2,12 +2,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "kernels/host_memory.h"
 #include "model/file.h"
-#include "worker/read_buffer.h"
-#include "worker/tensor_reader.h"
+#include "worker/unit_parts.h"
 
 namespace stagecoach {
 namespace {
@@ -23,13 +24,13 @@ double MeasureLoadRate(const ModelFile& model, uint64_t bytes) {
   const uint64_t begin = first.offset / alignment * alignment;
   const uint64_t end = std::min(begin + bytes, file.size() / alignment * alignment);
   if (end < begin + bytes) return 0;
-  ReadBuffer buffer;
-  if (!buffer.Reserve(kReadChunkBytes)) return 0;
+  const std::shared_ptr<HostMemory> buffer = NewPageMemory(kPartBytes);
+  if (buffer == nullptr) return 0;
   const absl::Time start = absl::Now();
   uint64_t at = begin;
   while (at < end && absl::Now() - start < kEnough) {
-    const uint64_t chunk = std::min<uint64_t>(kReadChunkBytes, end - at);
-    if (!ReadFully(file, at, {buffer.data(), chunk}).ok()) return 0;
+    const uint64_t chunk = std::min<uint64_t>(kPartBytes, end - at);
+    if (!ReadFully(file, at, {buffer->data(), chunk}).ok()) return 0;
     at += chunk;
   }
   const double seconds = absl::ToDoubleSeconds(absl::Now() - start);

@@ -46,7 +46,6 @@ struct Flags {
   std::string device = "cpu";
   std::string transport = "auto";
   std::string prefetch = "on";
-  int reader_threads = 1;
   std::string io = "auto";
   std::string manifest;
   LayerStoreOptions store;  // what no flag above names
@@ -75,7 +74,6 @@ void SetWeightBudget(std::string text, LayerStoreOptions& options) {
 LayerStoreOptions StoreOptions(const Flags& flags) {
   LayerStoreOptions options = flags.store;
   options.prefetch = flags.prefetch != "off";
-  options.reader_threads = flags.reader_threads;
   options.host_cache_codec = flags.host_cache_codec == "lz4"    ? HostCodec::kLz4
                              : flags.host_cache_codec == "zstd" ? HostCodec::kZstd
                                                                 : HostCodec::kNone;
@@ -106,8 +104,13 @@ void AddOptions(CLI::App& app, Flags& flags) {
                  "on: load weights ahead of their use; off: when first needed")
       ->check(CLI::IsMember({"on", "off", "async"}))
       ->capture_default_str();
-  app.add_option("--reader-threads", flags.reader_threads, "Threads that read weights")
-      ->check(CLI::Range(1, 64))
+  app.add_option("--reader-threads", flags.store.reader_threads,
+                 "Units that are loaded at once; 0 = as suits the device")
+      ->check(CLI::Range(0, 64))
+      ->capture_default_str();
+  app.add_option("--load-threads", flags.store.load_threads,
+                 "Threads that read each of them; 0 = as suits the device")
+      ->check(CLI::Range(0, 64))
       ->capture_default_str();
   app.add_option("--io", flags.io,
                  "How weights are read: direct (past the page cache), buffered, or auto: direct if "

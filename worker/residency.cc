@@ -99,15 +99,16 @@ std::optional<Residency> Keep(const std::vector<UnitSize>& units, const KeptKind
 
 }  // namespace
 
-UnitSize MeasureUnit(const Backend& backend, const ModelFile& model, const Unit& unit) {
+UnitSize MeasureUnit(const Backend& backend, const ModelFile& model, const Unit& unit,
+                     const LoadOptions& options) {
+  const BackendInfo info = backend.info();
+  const std::vector<UnitTensor>& tensors = model.UnitTensors(unit);
   UnitSize size{.kind = unit.kind};
-  uint64_t largest = 0, second = 0;
-  for (const UnitTensor& entry : model.UnitTensors(unit)) {
+  for (const UnitTensor& entry : tensors) {
     size.resident_bytes += backend.ResidentBytes(entry.role, *entry.tensor);
-    second = std::max(second, std::min(largest, entry.tensor->bytes));
-    largest = std::max(largest, entry.tensor->bytes);
   }
-  size.buffer_bytes = largest + second;
+  if (info.own_memory) return size;
+  size.buffer_bytes = LoadBufferBytes(CutUnit(tensors, options), LoadSlots(info, options), options);
   return size;
 }
 

@@ -8,15 +8,19 @@
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
 #include "model/model_file.h"
+#include "worker/unit_parts.h"
 
 namespace stagecoach {
 
 struct UnitSize {
   Unit::Kind kind = Unit::Kind::kLayer;
   uint64_t resident_bytes = 0;  // in the backend's layout
-  uint64_t buffer_bytes = 0;    // held while it loads: its two largest tensors as in the file
+  // Of the backend's memory, held while it loads: LoadBufferBytes, or nothing if the buffers are in
+  // the host's memory and the backend has its own.
+  uint64_t buffer_bytes = 0;
 };
-UnitSize MeasureUnit(const Backend& backend, const ModelFile& model, const Unit& unit);
+UnitSize MeasureUnit(const Backend& backend, const ModelFile& model, const Unit& unit,
+                     const LoadOptions& options = {});
 
 // Execution visits the units in a cycle, for which the best is a set that never leaves, and a
 // window through which the others stream.

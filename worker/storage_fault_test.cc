@@ -18,9 +18,9 @@
 #include "model/faulty_file.h"
 #include "model/model_error.h"
 #include "model/test_paths.h"
+#include "worker/host_buffers.h"
 #include "worker/layer_store_fixture.h"
 #include "worker/load_rate.h"
-#include "worker/read_buffer.h"
 #include "worker/unit_loader.h"
 
 namespace stagecoach {
@@ -41,7 +41,7 @@ class StorageFaultTest : public LayerStoreTest {
     return {absl::OkStatus(), static_cast<const FakeWeights&>(**weights).hash};
   }
   Loaded Load(const Unit& unit) {
-    UnitLoader loader(&backend_, model_);
+    UnitLoader loader(&backend_, model_, &allocator_);
     return Load(loader, unit);
   }
   // Counts the reads of one load.
@@ -68,6 +68,7 @@ class StorageFaultTest : public LayerStoreTest {
     });
   }
 
+  HostAllocator allocator_{&backend_};
   std::atomic<bool> cancelled_ = false;
 };
 
@@ -150,7 +151,7 @@ TEST_F(StorageFaultTest, TruncationAtEveryReadIsTyped) {
 TEST_F(StorageFaultTest, ABitFlippedAnywhereIsNoticed) {
   const int count = static_cast<int>(model_->UnitTensors(Layer(1)).size());
   for (int k = 0; k < count; ++k) {
-    UnitLoader loader(&backend_, model_);
+    UnitLoader loader(&backend_, model_, &allocator_);
     hook_->Set(nullptr);
     ASSERT_TRUE(Load(loader, Layer(1)).status.ok());
     hook_->Set([this, k](const RandomAccessFile& file, uint64_t offset, std::span<std::byte> out) {
@@ -164,15 +165,14 @@ TEST_F(StorageFaultTest, ABitFlippedAnywhereIsNoticed) {
   }
 }
 
-TEST(ReadBufferPoolTest, ALoadGetsNoLargerBuffersThanItsOwn) {
-  ReadBufferPool pool;
-  ReadBuffer large = pool.Take(1 << 20), small = pool.Take(5000), other = pool.Take(1);
-  ASSERT_TRUE(large.Reserve(1 << 20) && small.Reserve(5000));
-  pool.Give(std::move(small));
-  EXPECT_GE(pool.Take(5000).capacity(), 5000u);  // the same again
-  pool.Give(std::move(large));
-  EXPECT_EQ(pool.Take(5000).capacity(), 0u);
-  EXPECT_EQ(pool.Take(1 << 20).capacity(), 0u);  // the large one was freed
+TEST(HostBufferPoolTest, ALoadGetsNoLargerBuffersThanItsOwn) {
+  HostBufferPool pool;
+  const std::shared_ptr<HostMemory> small = NewPageMemory(5000);
+  pool.Give(small);
+  EXPECT_EQ(pool.Take(5000, 5000), small);
+  pool.Give(NewPageMemory(1 << 20));
+  EXPECT_EQ(pool.Take(5000, 5000), nullptr);
+  EXPECT_EQ(pool.Take(1 << 20, 1 << 20), nullptr);  // the large one was freed
 }
 
 TEST_F(StorageFaultTest, TheLoadRateIsThatOfTheFile) {
@@ -243,7 +243,7 @@ TEST_F(StorageFaultTest, AStalledReadDoesNotHoldUpCancellation) {
     gate->Pass();
     return file.ReadSome(offset, out);
   });
-  auto loader = std::make_unique<UnitLoader>(&backend_, model_);
+  auto loader = std::make_unique<UnitLoader>(&backend_, model_, &allocator_);
   absl::Status status;
   std::thread load([&] { status = Load(*loader, Layer(0)).status; });
   gate->AwaitWaiting(1);

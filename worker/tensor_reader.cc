@@ -1,8 +1,8 @@
 #include "worker/tensor_reader.h"
 
 #include <algorithm>
-#include <array>
 #include <cassert>
+#include <span>
 #include <string>
 #include <system_error>
 #include <utility>
@@ -12,8 +12,11 @@
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "fmt/format.h"
+#include "kernels/tensor_check.h"
 #include "model/file.h"
+#include "model/manifest.h"
 #include "model/model_error.h"
+#include "model/status_macros.h"
 
 namespace stagecoach {
 namespace {
@@ -22,6 +25,8 @@ namespace {
 constexpr absl::Duration kCancelPoll = absl::Milliseconds(5);
 // How long a stopped reader is waited for; one that takes longer hangs in a read.
 constexpr absl::Duration kStopGrace = absl::Milliseconds(300);
+// Of one read: a reader that is stopped takes notice after that.
+constexpr uint64_t kMostReadBytes = kPartBytes + 2 * kDirectAlignment;
 
 }  // namespace
 
@@ -37,175 +42,280 @@ absl::Status NameTensor(const absl::Status& status, const TensorInfo& tensor) {
   return absl::Status(status.code(), where + message);
 }
 
-// Shared by the caller and the thread, and outlives either. Tensor i lies in buffer i % 2, and is
-// read once the caller is done with tensor i - 2.
-class TensorReader::State {
+// Shared by the caller and the threads, and outlives either. Parts are read in order, each into the
+// buffer of its slot once the part that was there before has been let go.
+class TensorReader::State : public std::enable_shared_from_this<State> {
  public:
-  State(std::shared_ptr<ReadContext> context, std::vector<const TensorInfo*> tensors)
-      : context_(std::move(context)), tensors_(std::move(tensors)) {
-    for (size_t s = 0; s < kSlots; ++s) {
-      uint64_t largest = 0;
-      for (size_t i = s; i < tensors_.size(); i += kSlots) {
-        largest = std::max(largest, tensors_[i]->bytes);
-      }
-      slots_[s].buffer = context_->buffers.Take(largest);
-    }
+  State(std::shared_ptr<ReadContext> context, const std::vector<UnitTensor>& tensors)
+      : context_(std::move(context)) {
+    for (const UnitTensor& tensor : tensors) AddTensor(tensor);
+    TakeBuffers();
   }
   ~State() {
     for (Slot& slot : slots_) context_->buffers.Give(std::move(slot.buffer));
   }
 
-  // The thread.
+  // Threads that find something to do.
+  int useful_threads() const {
+    return static_cast<int>(std::min<size_t>(context_->options.threads, to_read_.size()));
+  }
+  bool HasNext() const { return next_ < parts_.size(); }
+
+  // A thread that AddThread has announced.
   void ReadAll() {
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      {
-        const auto has_room = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
-          return stopped_ || i < wanted_ + kSlots - 1;
-        };
-        absl::MutexLock lock(&mu_);
-        mu_.Await(absl::Condition(&has_room));
-      }
-      if (!Read(i)) break;
+    while (ClaimAndRead()) {
     }
     absl::MutexLock lock(&mu_);
-    ended_ = true;
+    --running_;
+  }
+  void AddThread(int count) {
+    absl::MutexLock lock(&mu_);
+    running_ += count;
   }
 
-  absl::StatusOr<std::span<const std::byte>> Next(bool has_thread,
-                                                  const std::atomic<bool>& cancelled) {
-    const size_t i = next_++;
-    assert(i < tensors_.size());
-    {
-      absl::MutexLock lock(&mu_);
-      wanted_ = next_;
+  absl::StatusOr<ReadPart> Next(bool has_threads, const std::atomic<bool>& cancelled) {
+    assert(HasNext());
+    Part& part = parts_[next_++];
+    if (part.whole != nullptr) return TakeWhole(part);
+    const auto is_read = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return part.done; };
+    while (!has_threads && !cancelled) {
+      {
+        absl::MutexLock lock(&mu_);
+        if (part.done) break;
+      }
+      if (!ClaimAndRead()) break;
     }
-    if (!has_thread && !cancelled) Read(i);
-    const auto is_read = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return read_ > i; };
     absl::MutexLock lock(&mu_);
     while (!cancelled && !mu_.AwaitWithTimeout(absl::Condition(&is_read), kCancelPoll)) {
     }
     if (cancelled) return absl::CancelledError("load cancelled");
-    const Slot& slot = slots_[i % kSlots];
-    if (!slot.status.ok()) return slot.status;
-    return slot.raw;
+    if (!part.status.ok()) return part.status;
+    part.result.part.memory = std::shared_ptr<const HostMemory>(
+        slots_[part.slot].buffer.get(),
+        [state = shared_from_this(), slot = part.slot](const HostMemory*) { state->LetGo(slot); });
+    return std::move(part.result);
   }
 
-  // Waits for the thread to end. False if it hangs in a read of the file instead; whenever that
-  // returns, the thread touches nothing but this.
+  // Waits for the threads to end. False if some hang in a read of the file instead; whenever that
+  // returns, they touch nothing but this.
   bool Stop() {
-    stopped_ = true;
     absl::MutexLock lock(&mu_);
-    const auto ended = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return ended_; };
+    stopped_ = true;
+    const auto ended = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return running_ == 0; };
     while (!mu_.AwaitWithTimeout(absl::Condition(&ended), kStopGrace)) {
-      if (in_file_) return false;
+      if (in_file_ == running_) return false;
     }
     return true;
   }
 
  private:
-  static constexpr size_t kSlots = 2;
-  // Written by the reader before read_ passes it, then read by the caller.
-  struct Slot {
-    ReadBuffer buffer;
-    std::span<const std::byte> raw;
+  struct Part {
+    UnitPart what;
+    std::shared_ptr<const HostTensor> held;   // null: read it from the file
+    std::shared_ptr<const HostMemory> whole;  // the tensor in one piece: nothing is to be read
+    size_t slot = 0;
+    bool done = false;  // guarded by mu_, and hands over the two below
     absl::Status status;
+    ReadPart result;
+  };
+  struct Slot {
+    std::shared_ptr<HostMemory> buffer;  // of whose turn it is
+    uint64_t bytes = 0;                  // to be had at most
+    bool busy = false;                   // guarded by mu_
   };
 
-  // False if there is nothing to go on with.
-  bool Read(size_t i) {
-    Slot& slot = slots_[i % kSlots];
-    slot.status =
-        TakeFromHost(*tensors_[i], slot) ? absl::OkStatus() : ReadTensor(*tensors_[i], slot);
-    const bool ok = slot.status.ok();
-    absl::MutexLock lock(&mu_);
-    read_ = i + 1;
-    return ok;
+  void AddTensor(const UnitTensor& tensor) {
+    const auto held = context_->host == nullptr ? nullptr : context_->host->Find(*tensor.tensor);
+    if (held != nullptr && held->whole() != nullptr) {
+      Part& part = parts_.emplace_back();
+      part.what = {.role = tensor.role,
+                   .tensor = tensor.tensor,
+                   .bytes = tensor.tensor->bytes,
+                   .last = true};
+      part.whole = held->whole();
+      return;
+    }
+    for (const UnitPart& what : CutTensor(tensor, context_->options)) {
+      Part& part = parts_.emplace_back();
+      part.what = what;
+      part.held = held;
+      part.slot = to_read_.size() % context_->slots;
+      to_read_.push_back(parts_.size() - 1);
+    }
   }
 
-  bool TakeFromHost(const TensorInfo& tensor, Slot& slot) {
-    if (context_->host == nullptr || !slot.buffer.Reserve(tensor.bytes)) return false;
-    const absl::Time start = absl::Now();
-    const std::span<std::byte> out(slot.buffer.data(), tensor.bytes);
-    if (!context_->host->Get(tensor, out)) return false;
-    context_->host_ns += absl::ToInt64Nanoseconds(absl::Now() - start);
-    context_->host_bytes += tensor.bytes;
-    slot.raw = out;
+  void TakeBuffers() {
+    slots_.resize(std::min<size_t>(context_->slots, to_read_.size()));
+    for (const size_t i : to_read_) {
+      Slot& slot = slots_[parts_[i].slot];
+      slot.bytes = std::max(slot.bytes, BufferBytes(parts_[i].what, context_->options));
+    }
+    for (Slot& slot : slots_) {
+      if (context_->one_size) slot.bytes = std::max(slot.bytes, context_->options.part_bytes);
+      slot.buffer = context_->buffers.Take(slot.bytes, slot.bytes);
+    }
+  }
+
+  ReadPart TakeWhole(Part& part) {
+    context_->host_bytes += part.what.bytes;
+    return {.what = part.what,
+            .part = {.raw = {part.whole->data(), part.what.bytes},
+                     .checked = true,
+                     .memory = std::move(part.whole)}};
+  }
+
+  // Reads the next part, when there is room for it. False if there is nothing to go on with.
+  bool ClaimAndRead() {
+    Part* part = nullptr;
+    {
+      const auto can_go_on = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+        return stopped_ || failed_ || claimed_ == to_read_.size() ||
+               !slots_[parts_[to_read_[claimed_]].slot].busy;
+      };
+      absl::MutexLock lock(&mu_);
+      mu_.Await(absl::Condition(&can_go_on));
+      if (stopped_ || failed_ || claimed_ == to_read_.size()) return false;
+      part = &parts_[to_read_[claimed_++]];
+      slots_[part->slot].busy = true;
+    }
+    absl::Status status = Read(*part);
+    absl::MutexLock lock(&mu_);
+    part->status = std::move(status);
+    part->done = true;
+    failed_ |= !part->status.ok();
     return true;
   }
 
-  // Whole aligned blocks where the file prefers them: the tensor then lies a little way into the
-  // buffer, and nothing is copied.
-  absl::Status ReadTensor(const TensorInfo& tensor, Slot& slot) {
-    const RandomAccessFile& file = context_->model->file(tensor.file_index);
-    const uint64_t alignment = file.read_alignment();
-    const uint64_t begin = tensor.offset / alignment * alignment;
-    const uint64_t tensor_end = tensor.offset + tensor.bytes;
-    const uint64_t end =
-        std::max(tensor_end, std::min((tensor_end + alignment - 1) / alignment * alignment,
-                                      file.size() / alignment * alignment));
-    if (!slot.buffer.Reserve(end - begin)) {
-      return NameTensor(absl::ResourceExhaustedError("no memory to read into"), tensor);
-    }
-    for (uint64_t at = begin; at < end;) {
-      if (stopped_) return absl::CancelledError("load cancelled");
-      const size_t chunk = std::min<uint64_t>(kReadChunkBytes, end - at);
-      const absl::Time start = absl::Now();
-      const absl::Status status =
-          ReadChunk(tensor, start, file, at, {slot.buffer.data() + (at - begin), chunk});
-      context_->read_ns += absl::ToInt64Nanoseconds(absl::Now() - start);
-      if (!status.ok()) return NameTensor(status, tensor);
-      at += chunk;
-      context_->read_bytes += chunk;
-    }
-    slot.raw = {slot.buffer.data() + (tensor.offset - begin), tensor.bytes};
+  // The claimed part.
+  absl::Status Read(Part& part) {
+    const UnitPart& what = part.what;
+    std::span<const std::byte> raw;
+    const bool from_tier = part.held != nullptr && TakeFromHost(part, raw);
+    if (!from_tier) STAGECOACH_RETURN_IF_ERROR(ReadFile(part, raw));
+    part.result = {.what = what,
+                   .part = {.first_row = what.first_row, .raw = raw, .checked = true},
+                   .from_file = !from_tier};
+    if (from_tier) return absl::OkStatus();
+    part.result.hash = HashTensorBytes(raw);
+    part.result.scales = CheckTensorPart(*what.tensor, {.first_row = what.first_row, .raw = raw});
     return absl::OkStatus();
   }
 
-  absl::Status ReadChunk(const TensorInfo& tensor, absl::Time start, const RandomAccessFile& file,
-                         uint64_t offset, std::span<std::byte> out) {
+  bool stopped() const {
+    absl::MutexLock lock(&mu_);
+    return stopped_;
+  }
+
+  void LetGo(size_t slot) {
+    absl::MutexLock lock(&mu_);
+    slots_[slot].busy = false;
+  }
+
+  // Room for `bytes` in the part's buffer, and for what direct reads round up to.
+  absl::Status Reserve(const Part& part, uint64_t bytes) {
+    Slot& slot = slots_[part.slot];
+    if (slot.buffer != nullptr && slot.buffer->size() >= bytes) return absl::OkStatus();
+    if (stopped()) return absl::CancelledError("load cancelled");
+    slot.buffer = nullptr;
+    slot.buffer = context_->allocator->New(slot.bytes + 2 * kDirectAlignment);
+    if (slot.buffer != nullptr && slot.buffer->size() >= bytes) return absl::OkStatus();
+    return NameTensor(absl::ResourceExhaustedError("no memory to read into"), *part.what.tensor);
+  }
+
+  bool TakeFromHost(Part& part, std::span<const std::byte>& raw) {
+    if (!Reserve(part, part.what.bytes).ok()) return false;
+    const absl::Time start = absl::Now();
+    const std::span<std::byte> out(slots_[part.slot].buffer->data(), part.what.bytes);
+    if (!part.held->Read(part.what.offset, out)) return false;
+    context_->host_ns += absl::ToInt64Nanoseconds(absl::Now() - start);
+    context_->host_bytes += out.size();
+    raw = out;
+    return true;
+  }
+
+  // Whole aligned blocks where the file prefers them: the part then lies a little way into the
+  // buffer, and nothing is copied.
+  absl::Status ReadFile(Part& part, std::span<const std::byte>& raw) {
+    const TensorInfo& tensor = *part.what.tensor;
+    const RandomAccessFile& file = context_->model->file(tensor.file_index);
+    const uint64_t alignment = file.read_alignment();
+    const uint64_t part_begin = tensor.offset + part.what.offset;
+    const uint64_t part_end = part_begin + part.what.bytes;
+    const uint64_t begin = part_begin / alignment * alignment;
+    const uint64_t end =
+        std::max(part_end, std::min((part_end + alignment - 1) / alignment * alignment,
+                                    file.size() / alignment * alignment));
+    STAGECOACH_RETURN_IF_ERROR(Reserve(part, end - begin));
+    std::byte* const to = slots_[part.slot].buffer->data();
+    for (uint64_t at = begin; at < end;) {
+      const size_t chunk = std::min<uint64_t>(kMostReadBytes, end - at);
+      STAGECOACH_RETURN_IF_ERROR(ReadChunk(tensor, file, at, {to + (at - begin), chunk}));
+      at += chunk;
+    }
+    raw = {to + (part_begin - begin), part.what.bytes};
+    return absl::OkStatus();
+  }
+
+  absl::Status ReadChunk(const TensorInfo& tensor, const RandomAccessFile& file, uint64_t offset,
+                         std::span<std::byte> out) {
+    {
+      absl::MutexLock lock(&mu_);
+      if (stopped_) return absl::CancelledError("load cancelled");
+      ++in_file_;
+    }
+    const absl::Time start = absl::Now();
     const OpenReads::Scope open(&context_->open_reads, {&tensor, out.size(), start});
-    in_file_ = true;
     const absl::Status status = ReadFully(file, offset, out);
-    in_file_ = false;
-    return status;
+    context_->read_ns += absl::ToInt64Nanoseconds(absl::Now() - start);
+    if (status.ok()) context_->read_bytes += out.size();
+    absl::MutexLock lock(&mu_);
+    --in_file_;
+    return status.ok() ? status : NameTensor(status, tensor);
   }
 
   const std::shared_ptr<ReadContext> context_;
-  const std::vector<const TensorInfo*> tensors_;
+  std::vector<Part> parts_;
+  std::vector<size_t> to_read_;  // those of them that are not in memory in one piece
+  std::vector<Slot> slots_;
+  size_t next_ = 0;  // the caller's
 
-  std::atomic<bool> stopped_ = false;
-  std::atomic<bool> in_file_ = false;
-
-  std::array<Slot, kSlots> slots_;  // handed over by read_ and wanted_
-  size_t next_ = 0;                 // the caller's
-
-  absl::Mutex mu_;
-  size_t wanted_ ABSL_GUARDED_BY(mu_) = 0;  // tensors that Next was called for
-  size_t read_ ABSL_GUARDED_BY(mu_) = 0;    // tensors read, or failed
-  bool ended_ ABSL_GUARDED_BY(mu_) = false;
+  mutable absl::Mutex mu_;
+  size_t claimed_ ABSL_GUARDED_BY(mu_) = 0;  // of to_read_
+  int running_ ABSL_GUARDED_BY(mu_) = 0;     // threads
+  int in_file_ ABSL_GUARDED_BY(mu_) = 0;     // those of them in a read of the file
+  bool failed_ ABSL_GUARDED_BY(mu_) = false;
+  bool stopped_ ABSL_GUARDED_BY(mu_) = false;
 };
 
 TensorReader::TensorReader(std::shared_ptr<ReadContext> context,
-                           std::vector<const TensorInfo*> tensors)
-    : state_(std::make_shared<State>(std::move(context), std::move(tensors))) {
-  try {
-    thread_ = std::thread([state = state_] { state->ReadAll(); });
-  } catch (const std::system_error&) {
-    // Next reads.
+                           const std::vector<UnitTensor>& tensors)
+    : state_(std::make_shared<State>(std::move(context), tensors)) {
+  for (int i = state_->useful_threads(); i > 0; --i) {
+    state_->AddThread(1);
+    try {
+      threads_.emplace_back([state = state_] { state->ReadAll(); });
+    } catch (const std::system_error&) {
+      state_->AddThread(-1);
+      return;  // fewer; without any, Next reads
+    }
   }
 }
 
 TensorReader::~TensorReader() {
-  if (!thread_.joinable()) return;
-  if (state_->Stop()) {
-    thread_.join();
-  } else {
-    thread_.detach();
+  const bool ended = state_->Stop();
+  for (std::thread& thread : threads_) {
+    if (ended) {
+      thread.join();
+    } else {
+      thread.detach();
+    }
   }
 }
 
-absl::StatusOr<std::span<const std::byte>> TensorReader::Next(const std::atomic<bool>& cancelled) {
-  return state_->Next(thread_.joinable(), cancelled);
+bool TensorReader::HasNext() const { return state_->HasNext(); }
+
+absl::StatusOr<ReadPart> TensorReader::Next(const std::atomic<bool>& cancelled) {
+  return state_->Next(!threads_.empty(), cancelled);
 }
 
 }  // namespace stagecoach

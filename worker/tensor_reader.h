@@ -1,4 +1,4 @@
-// Reads the tensors of one unit ahead of their conversion, on a thread of its own.
+// Reads the parts of one unit ahead of their conversion, on threads of its own.
 #ifndef STAGECOACH_WORKER_TENSOR_READER_H_
 #define STAGECOACH_WORKER_TENSOR_READER_H_
 
@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <list>
 #include <memory>
-#include <span>
 #include <thread>
 #include <vector>
 
@@ -16,14 +15,13 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "kernels/backend.h"
 #include "model/model_file.h"
+#include "worker/host_buffers.h"
 #include "worker/host_tier.h"
-#include "worker/read_buffer.h"
+#include "worker/unit_parts.h"
 
 namespace stagecoach {
-
-// A reader that is stopped takes notice after at most this many bytes.
-inline constexpr size_t kReadChunkBytes = 8 << 20;
 
 // One positioned read that has not returned.
 struct OpenRead {
@@ -69,9 +67,24 @@ class OpenReads {
 
 // What the reads of all loads share.
 struct ReadContext {
-  std::shared_ptr<const ModelFile> model;
-  HostTier* host = nullptr;  // not used by a reader that was stopped
-  ReadBufferPool buffers;
+  ReadContext(Backend* backend, std::shared_ptr<const ModelFile> model, HostTier* host,
+              HostAllocator* allocator, const LoadOptions& options)
+      : model(std::move(model)),
+        host(host),
+        allocator(allocator),
+        options(options),
+        slots(LoadSlots(backend->info(), options)),
+        one_size(backend->info().own_memory),
+        buffers(/*keep=*/one_size) {}
+
+  const std::shared_ptr<const ModelFile> model;
+  HostTier* const host;  // these two are not used by a reader that was stopped
+  HostAllocator* const allocator;
+  const LoadOptions options;
+  const int slots;
+  const bool one_size;  // buffers are alike, and kept
+
+  HostBufferPool buffers;
   OpenReads open_reads;
   std::atomic<uint64_t> read_bytes = 0;  // from the file
   std::atomic<int64_t> read_ns = 0;      // spent with that, summed over threads
@@ -82,25 +95,37 @@ struct ReadContext {
 // The error, saying which tensor it struck.
 absl::Status NameTensor(const absl::Status& status, const TensorInfo& tensor);
 
-// One thread calls. While it uses one tensor, the next one is read: two buffers, together no larger
-// than the two largest tensors (and the blocks that direct reads round up to).
+// A part of a unit in memory. What the host tier holds in one piece is one part, and that memory.
+struct ReadPart {
+  UnitPart what;
+  TensorPart part;         // its check, if any, was made by the reader
+  bool from_file = false;  // as opposed to the host tier, which holds what was checked before
+  uint64_t hash = 0;       // if from the file: xxh3-64
+  absl::Status scales;     // likewise: CheckTensorPart
+};
+
+// One thread calls. While it uses one part, the next ones are read; parts that are held in the host
+// tier need no thread.
 class TensorReader {
  public:
   // `tensors` must belong to context->model. Without a thread to be had, Next reads by itself.
-  TensorReader(std::shared_ptr<ReadContext> context, std::vector<const TensorInfo*> tensors);
-  // Stops reading. A read that storage holds up is left to end by itself; what it needs stays
+  TensorReader(std::shared_ptr<ReadContext> context, const std::vector<UnitTensor>& tensors);
+  // Stops reading. Reads that storage holds up are left to end by themselves; what they need stays
   // alive until then.
   ~TensorReader();
 
-  // The bytes of the next tensor, valid until the next call. Call at most once per tensor, and not
-  // after an error. Errors: kTruncated, kIo, naming tensor and offset; RESOURCE_EXHAUSTED;
-  // CANCELLED soon after `cancelled` became true, even while storage answers nothing.
-  absl::StatusOr<std::span<const std::byte>> Next(const std::atomic<bool>& cancelled);
+  // False when there was no further part.
+  bool HasNext() const;
+  // The next part. Of the parts given, the caller and the backend together may hold context->slots
+  // at most. Not after an error. Errors: kTruncated, kIo, naming tensor and offset;
+  // RESOURCE_EXHAUSTED; CANCELLED soon after `cancelled` became true, even while storage answers
+  // nothing.
+  absl::StatusOr<ReadPart> Next(const std::atomic<bool>& cancelled);
 
  private:
   class State;
   const std::shared_ptr<State> state_;
-  std::thread thread_;
+  std::vector<std::thread> threads_;
 };
 
 }  // namespace stagecoach

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <span>
 #include <unordered_map>
 #include <vector>
 
@@ -17,9 +16,11 @@
 #include "absl/synchronization/mutex.h"
 #include "kernels/backend.h"
 #include "model/model_file.h"
+#include "worker/host_buffers.h"
 #include "worker/host_tier.h"
 #include "worker/layer_store.h"
 #include "worker/tensor_reader.h"
+#include "worker/unit_parts.h"
 
 namespace stagecoach {
 
@@ -34,13 +35,20 @@ struct LoadCounters {
 // Thread-safe: loads of different units may run at the same time.
 class UnitLoader {
  public:
-  // `backend` and `host` must outlive the loader. Without `host` all tensors come from the file.
-  UnitLoader(Backend* backend, std::shared_ptr<const ModelFile> model, HostTier* host = nullptr);
+  // `backend`, `allocator` and `host` must outlive the loader. Without `host` all tensors come from
+  // the file.
+  UnitLoader(Backend* backend, std::shared_ptr<const ModelFile> model, HostAllocator* allocator,
+             const LoadOptions& options = {}, HostTier* host = nullptr);
 
-  // Reads the tensors of `unit` one by one, the next one while the backend converts the last, from
-  // the host tier if it has them. Holds two read buffers meanwhile, together as large as its two
-  // largest tensors at most (UnitSize::buffer_bytes; direct reads round up to whole blocks).
-  // on_state is told kReading and kConverting as they alternate. Errors: kChanged if the file is no
+  // Gets the buffers of so many loads at once now, if buffers are kept (of backends with
+  // own_memory): loads then keep to these.
+  void Prepare(int loads);
+
+  // Reads the parts of `unit`, the next ones while the backend converts the last, from the host
+  // tier if it has them; what the tier holds uncompressed is given to the backend as it lies there.
+  // The buffers take UnitSize::buffer_bytes at most (direct reads round up to whole blocks).
+  // What was read from the file is hashed and checked, what the tier holds was so before. on_state
+  // is told kReading and kConverting as they alternate. Errors: kChanged if the file is no
   // longer the one that was opened or a tensor's bytes differ from those of an earlier load;
   // kTruncated, kIo, kCorrupt (the model's manifest says otherwise), naming tensor and offset;
   // RESOURCE_EXHAUSTED; CANCELLED soon after `cancelled` became true, even if storage hangs.
@@ -55,9 +63,11 @@ class UnitLoader {
   std::vector<OpenRead> OpenReads() const { return context_->open_reads.List(); }
 
  private:
-  // At the first load of a tensor compares its hash with the manifest's and remembers it; at every
-  // later one compares with that.
-  absl::Status CheckBytes(const TensorInfo& tensor, std::span<const std::byte> raw);
+  // Of the tensor that is being loaded.
+  struct TensorHashes;
+  // At the first load of a tensor compares its hash with the manifest's, if there is one, and
+  // remembers those of its parts; at every later one compares with these.
+  absl::Status CheckBytes(const ReadPart& read, TensorHashes& hashes);
 
   Backend* const backend_;
 
@@ -66,7 +76,8 @@ class UnitLoader {
   std::atomic<int64_t> convert_ns_ = 0;
 
   absl::Mutex mu_;
-  std::unordered_map<const TensorInfo*, uint64_t> hashes_ ABSL_GUARDED_BY(mu_);  // xxh3-64
+  // Of the parts of tensors once read in full: xxh3-64.
+  std::unordered_map<const TensorInfo*, std::vector<uint64_t>> hashes_ ABSL_GUARDED_BY(mu_);
 };
 
 }  // namespace stagecoach

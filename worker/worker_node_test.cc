@@ -262,7 +262,7 @@ TEST_F(WorkerNodeTest, AWeightBudgetShowsInTheHeartbeatAndChangesNoToken) {
   EXPECT_GT(weights.convert_seconds(), 0);
   EXPECT_GT(weights.host_hits(), 0u);
   EXPECT_GT(weights.host_read_bytes(), 0u);
-  EXPECT_GT(weights.host_seconds(), 0);
+  EXPECT_EQ(weights.host_seconds(), 0);  // nothing of this model is worth compressing
   EXPECT_GT(weights.host_bytes(), 0u);
   EXPECT_GE(weights.host_raw_bytes(), weights.host_bytes());
   EXPECT_EQ(

@@ -9,6 +9,8 @@
 
 namespace stagecoach::cpu {
 
+static_assert(kPartRows % kPanelRows == 0);
+
 uint64_t PackedBytes(TensorRole role, const TensorInfo& tensor) {
   if (role == TensorRole::kTokenEmbedding) return tensor.bytes;
   const int columns = static_cast<int>(tensor.columns());
@@ -36,15 +38,20 @@ absl::Status CpuUnitWeights::LookUp(std::span<const int32_t> token_ids, float* o
   return absl::OkStatus();
 }
 
-absl::Status CpuUnitBuilder::Add(TensorRole role, const TensorInfo& tensor,
-                                 std::span<const std::byte> raw) {
+absl::Status CpuUnitBuilder::AddPart(TensorRole role, const TensorInfo& tensor,
+                                     const TensorPart& part) {
   STAGECOACH_RETURN_IF_ERROR(CheckTensorShape(role, tensor));
-  STAGECOACH_RETURN_IF_ERROR(CheckTensorData(tensor, raw));
+  STAGECOACH_RETURN_IF_ERROR(CheckTensorPart(tensor, part));
   const int index = static_cast<int>(role);
-  const int columns = static_cast<int>(tensor.columns());
+  const int rows = static_cast<int>(tensor.rows()), columns = static_cast<int>(tensor.columns());
   if (role == TensorRole::kTokenEmbedding) {
-    STAGECOACH_ASSIGN_OR_RETURN(weights_->embedding_, AlignedBuffer<std::byte>::Create(raw.size()));
-    std::memcpy(weights_->embedding_.data(), raw.data(), raw.size());
+    AlignedBuffer<std::byte>& embedding = weights_->embedding_;
+    const uint64_t row_bytes = part.raw.size() / PartRows(tensor, part);
+    if (part.first_row == 0) {
+      STAGECOACH_ASSIGN_OR_RETURN(embedding,
+                                  AlignedBuffer<std::byte>::Create(tensor.rows() * row_bytes));
+    }
+    std::memcpy(embedding.data() + part.first_row * row_bytes, part.raw.data(), part.raw.size());
     weights_->embedding_type_ = tensor.type;
     weights_->embedding_columns_ = tensor.columns();
     return absl::OkStatus();
@@ -52,11 +59,14 @@ absl::Status CpuUnitBuilder::Add(TensorRole role, const TensorInfo& tensor,
   if (IsVectorRole(role)) {
     AlignedBuffer<float>& vector = weights_->vectors_[index];
     STAGECOACH_ASSIGN_OR_RETURN(vector, AlignedBuffer<float>::Create(columns));
-    return DequantizeRow(tensor.type, raw, std::span<float>(vector.data(), columns));
+    return DequantizeRow(tensor.type, part.raw, std::span<float>(vector.data(), columns));
   }
-  STAGECOACH_ASSIGN_OR_RETURN(
-      weights_->matrices_[index],
-      PackedMatrix::Pack(tensor.type, static_cast<int>(tensor.rows()), columns, raw));
+  PackedMatrix& matrix = weights_->matrices_[index];
+  if (part.first_row == 0) {
+    STAGECOACH_ASSIGN_OR_RETURN(matrix, PackedMatrix::Create(tensor.type, rows, columns));
+  }
+  matrix.PackRows(static_cast<int>(part.first_row), static_cast<int>(PartRows(tensor, part)),
+                  part.raw);
   return absl::OkStatus();
 }
 

@@ -49,8 +49,7 @@ class CpuUnitWeights : public UnitWeights {
 
 class CpuUnitBuilder : public UnitBuilder {
  public:
-  absl::Status Add(TensorRole role, const TensorInfo& tensor,
-                   std::span<const std::byte> raw) override;
+  absl::Status AddPart(TensorRole role, const TensorInfo& tensor, const TensorPart& part) override;
   absl::StatusOr<std::unique_ptr<UnitWeights>> Finish() override;
 
  private:

@@ -218,13 +218,24 @@ size_t PanelBytes(TensorType type, int columns) {
 
 absl::StatusOr<PackedMatrix> PackedMatrix::Pack(TensorType type, int rows, int columns,
                                                 std::span<const std::byte> raw) {
+  STAGECOACH_ASSIGN_OR_RETURN(PackedMatrix matrix, Create(type, rows, columns));
+  matrix.PackRows(0, rows, raw);
+  return matrix;
+}
+
+absl::StatusOr<PackedMatrix> PackedMatrix::Create(TensorType type, int rows, int columns) {
   PackedMatrix matrix;
   matrix.view_ = {type, rows, columns, nullptr, PanelBytes(type, columns)};
   const size_t bytes = matrix.view_.panels() * matrix.view_.panel_bytes;
   STAGECOACH_ASSIGN_OR_RETURN(matrix.memory_, AlignedBuffer<uint8_t>::Create(bytes));
-  PackerOf(type).pack(rows, columns, raw.data(), matrix.memory_.data());
   matrix.view_.data = matrix.memory_.data();
   return matrix;
+}
+
+void PackedMatrix::PackRows(int first_row, int rows, std::span<const std::byte> raw) {
+  PackerOf(view_.type)
+      .pack(rows, view_.columns, raw.data(),
+            memory_.data() + static_cast<size_t>(first_row / kPanelRows) * view_.panel_bytes);
 }
 
 }  // namespace stagecoach::cpu

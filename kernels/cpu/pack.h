@@ -26,6 +26,10 @@ class PackedMatrix {
   // to whole panels with zeros. Errors: RESOURCE_EXHAUSTED.
   static absl::StatusOr<PackedMatrix> Pack(TensorType type, int rows, int columns,
                                            std::span<const std::byte> raw);
+  // The same by parts: all zeros, and then rows [first_row, first_row + rows), from a whole panel
+  // on and up to one, or to the last row.
+  static absl::StatusOr<PackedMatrix> Create(TensorType type, int rows, int columns);
+  void PackRows(int first_row, int rows, std::span<const std::byte> raw);
 
   const MatrixView& view() const { return view_; }
   size_t bytes() const { return memory_.bytes(); }

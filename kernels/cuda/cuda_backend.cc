@@ -55,8 +55,10 @@ class CudaBackend final : public Backend {
             .kernel_revision = kKernelRevision,
             .description =
                 fmt::format("{}, {} multiprocessors", device_->name(), device_->multiprocessors()),
-            .memory_bytes = device_->memory_bytes(),
-            .device_uuid = device_->uuid()};
+            .memory_bytes = device_->memory_bytes() -
+                            std::min(device_->memory_bytes(), uploader_->device_bytes()),
+            .device_uuid = device_->uuid(),
+            .own_memory = true};
   }
 
   absl::Status CheckTensor(TensorRole role, const TensorInfo& tensor) const override;
@@ -65,6 +67,13 @@ class CudaBackend final : public Backend {
   }
   std::unique_ptr<UnitBuilder> NewUnitBuilder(const ModelParams&, const Unit&) override {
     return std::make_unique<CudaUnitBuilder>(*device_, *uploader_);
+  }
+  absl::StatusOr<std::shared_ptr<HostMemory>> NewHostMemory(size_t bytes) override {
+    STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+    return device_->NewPinnedMemory(bytes);
+  }
+  UploadStats uploads() const override {
+    return device_->MakeCurrent().ok() ? uploader_->stats() : UploadStats();
   }
   absl::StatusOr<std::unique_ptr<KvCache>> NewKvCache(const KvShape& shape) override {
     STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
@@ -121,6 +130,10 @@ class CudaBackend final : public Backend {
                          int kv_layer, const StepBatch& batch, std::span<float> out) override;
 
   absl::StatusOr<double> MeasureReadBandwidth();
+  absl::StatusOr<double> MeasureCopyRate() {
+    STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+    return uploader_->MeasureCopyRate();
+  }
 
  private:
   template <typename Consume>
@@ -196,8 +209,10 @@ absl::Status CudaBackend::RunHead(StageWorkspace& own, const UnitWeights& head,
   for (size_t first = 0; first < rows.size(); first += most) {
     const size_t count = std::min(most, rows.size() - first);
     STAGECOACH_RETURN_IF_ERROR(buffers.inputs.SetHeadRows(rows.subspan(first, count)));
-    STAGECOACH_RETURN_IF_ERROR(
-        EnqueueHead(buffers, *Own(head), static_cast<int>(count), device_->compute()));
+    const absl::Status enqueued =
+        EnqueueHead(buffers, *Own(head), static_cast<int>(count), device_->compute());
+    Own(head)->NoteUse();
+    STAGECOACH_RETURN_IF_ERROR(enqueued);
     STAGECOACH_RETURN_IF_ERROR(consume(first, count));
   }
   return absl::OkStatus();
@@ -417,6 +432,10 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaOptions& opti
 
 absl::StatusOr<double> MeasureCudaReadBandwidth(Backend& backend) {
   return static_cast<cuda::CudaBackend&>(backend).MeasureReadBandwidth();
+}
+
+absl::StatusOr<double> MeasureCudaCopyRate(Backend& backend) {
+  return static_cast<cuda::CudaBackend&>(backend).MeasureCopyRate();
 }
 
 }  // namespace stagecoach

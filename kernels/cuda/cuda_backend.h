@@ -1,5 +1,5 @@
 // The CUDA backend: weights stay quantised on the GPU, all work of all workspaces goes through one
-// compute stream, uploads through another. No CUDA header is needed to use it.
+// compute stream, uploads through two others. No CUDA header is needed to use it.
 #ifndef STAGECOACH_KERNELS_CUDA_CUDA_BACKEND_H_
 #define STAGECOACH_KERNELS_CUDA_CUDA_BACKEND_H_
 
@@ -31,6 +31,8 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaOptions& opti
 // Bytes per second that the backend's GPU reads from its memory, measured in about 10 ms.
 // `backend` must come from MakeCudaBackend.
 absl::StatusOr<double> MeasureCudaReadBandwidth(Backend& backend);
+// Likewise, that it copies from pinned memory.
+absl::StatusOr<double> MeasureCudaCopyRate(Backend& backend);
 
 }  // namespace stagecoach
 

@@ -7,6 +7,7 @@
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/embed.h"
 #include "model/checked_math.h"
+#include "model/direct_file.h"
 #include "model/status_macros.h"
 
 namespace stagecoach::cuda {
@@ -69,6 +70,10 @@ absl::Status CudaDevice::Init(int index) {
   }
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&compute_, cudaStreamNonBlocking));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&copy_, cudaStreamNonBlocking));
+  int least = 0, greatest = 0;
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      cudaStreamCreateWithPriority(&pack_, cudaStreamNonBlocking, greatest));
   // Freed memory stays with the process: giving it back would stall streaming weights.
   cudaMemPool_t pool = nullptr;
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaDeviceGetDefaultMemPool(&pool, index));
@@ -83,7 +88,7 @@ absl::Status CudaDevice::Init(int index) {
 
 CudaDevice::~CudaDevice() {
   if (!MakeCurrent().ok()) return;
-  for (const cudaStream_t stream : {copy_, compute_}) {
+  for (const cudaStream_t stream : {copy_, pack_, compute_}) {
     if (stream == nullptr) continue;
     cudaStreamSynchronize(stream);
     cudaStreamDestroy(stream);
@@ -99,6 +104,27 @@ absl::StatusOr<Event> CudaDevice::NewEvent() const {
   cudaEvent_t event = nullptr;
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   return Event(event);
+}
+
+absl::StatusOr<Event> CudaDevice::NewTimedEvent() const {
+  cudaEvent_t event = nullptr;
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventCreate(&event));
+  return Event(event);
+}
+
+absl::StatusOr<std::shared_ptr<HostMemory>> CudaDevice::NewPinnedMemory(size_t bytes) const {
+  if (bytes > SIZE_MAX / 2) return absl::ResourceExhaustedError("size of pinned memory overflows");
+  const size_t size =
+      (std::max<size_t>(bytes, 1) + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment;
+  // The driver promises no alignment.
+  STAGECOACH_ASSIGN_OR_RETURN(void* const data, AllocatePinned(size + kDirectAlignment, 1));
+  std::byte* const begin = static_cast<std::byte*>(data);
+  const size_t before = -reinterpret_cast<uintptr_t>(begin) % kDirectAlignment;
+  return std::make_shared<HostMemory>(begin + before, size, /*direct=*/true,
+                                      [data, index = index_] {
+                                        cudaSetDevice(index);  // whichever thread comes last
+                                        cudaFreeHost(data);
+                                      });
 }
 
 absl::StatusOr<void*> CudaDevice::Allocate(size_t count, size_t element,

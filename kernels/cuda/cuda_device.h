@@ -12,11 +12,12 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/host_memory.h"
 
 namespace stagecoach::cuda {
 
-// Device memory of `size` elements. Freed in the order of the compute stream: work launched there
-// before may still use it. Movable.
+// Device memory of `size` elements. Freed in the order of one stream (the compute stream unless
+// something else was asked for): work launched there before may still use it. Movable.
 template <typename T>
 class DeviceBuffer {
  public:
@@ -68,7 +69,7 @@ class PinnedBuffer {
   size_t size_ = 0;
 };
 
-// An event without timing. Movable.
+// An event. Movable.
 class Event {
  public:
   Event() = default;
@@ -101,6 +102,7 @@ class CudaDevice {
 
   cudaStream_t compute() const { return compute_; }
   cudaStream_t copy() const { return copy_; }
+  cudaStream_t pack() const { return pack_; }  // before others where the GPU has a choice
   int multiprocessors() const { return multiprocessors_; }
   int index() const { return index_; }
   const std::string& name() const { return name_; }
@@ -110,10 +112,15 @@ class CudaDevice {
   // Uninitialised memory, to be used by work ordered after `stream`'s present end.
   // RESOURCE_EXHAUSTED if there is none left.
   template <typename T>
-  absl::StatusOr<DeviceBuffer<T>> NewBuffer(size_t size, cudaStream_t stream) const {
+  absl::StatusOr<DeviceBuffer<T>> NewBuffer(size_t size, cudaStream_t stream,
+                                            cudaStream_t free_on) const {
     absl::StatusOr<void*> data = Allocate(size, sizeof(T), stream);
     if (!data.ok()) return data.status();
-    return DeviceBuffer<T>(static_cast<T*>(*data), size, compute_);
+    return DeviceBuffer<T>(static_cast<T*>(*data), size, free_on);
+  }
+  template <typename T>
+  absl::StatusOr<DeviceBuffer<T>> NewBuffer(size_t size, cudaStream_t stream) const {
+    return NewBuffer<T>(size, stream, compute_);
   }
   template <typename T>
   absl::StatusOr<DeviceBuffer<T>> NewBuffer(size_t size) const {
@@ -125,7 +132,10 @@ class CudaDevice {
     if (!data.ok()) return data.status();
     return PinnedBuffer<T>(static_cast<T*>(*data), size);
   }
-  absl::StatusOr<Event> NewEvent() const;
+  // Pinned memory in whole pages; RESOURCE_EXHAUSTED as above.
+  absl::StatusOr<std::shared_ptr<HostMemory>> NewPinnedMemory(size_t bytes) const;
+  absl::StatusOr<Event> NewEvent() const;       // without timing
+  absl::StatusOr<Event> NewTimedEvent() const;  // for cudaEventElapsedTime
 
  private:
   CudaDevice() = default;
@@ -140,6 +150,7 @@ class CudaDevice {
   uint64_t memory_bytes_ = 0;
   cudaStream_t compute_ = nullptr;
   cudaStream_t copy_ = nullptr;
+  cudaStream_t pack_ = nullptr;
 };
 
 }  // namespace stagecoach::cuda

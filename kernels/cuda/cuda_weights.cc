@@ -19,11 +19,16 @@ uint64_t DeviceBytes(TensorRole role, const TensorInfo& tensor) {
 
 UnitStorage::~UnitStorage() {
   if (!device_.MakeCurrent().ok()) return;
-  if (ready_.get() == nullptr) {
-    cudaStreamSynchronize(device_.copy());  // abandoned: nothing may arrive in freed memory
-  } else if (!uploaded_) {
-    cudaStreamWaitEvent(device_.compute(), ready_.get());
+  if (ready_.get() == nullptr)
+    return;  // abandoned: never used, and freed in the pack stream's order
+  if (in_graph_ || !noted_use_) {
+    cudaEventRecord(used_.get(), device_.compute());
   }
+  cudaEventSynchronize(used_.get());
+}
+
+void UnitStorage::NoteUse() const {
+  if (cudaEventRecord(used_.get(), device_.compute()) == cudaSuccess) noted_use_ = true;
 }
 
 absl::Status UnitStorage::AwaitUpload() const {
@@ -42,14 +47,29 @@ bool UnitStorage::Uploaded() const {
   return uploaded_;
 }
 
-absl::Status CudaUnitBuilder::Add(TensorRole role, const TensorInfo& tensor,
-                                  std::span<const std::byte> raw) {
+CudaUnitBuilder::~CudaUnitBuilder() { LetGo(0).IgnoreError(); }
+
+absl::Status CudaUnitBuilder::AddPart(TensorRole role, const TensorInfo& tensor,
+                                      const TensorPart& part) {
   STAGECOACH_RETURN_IF_ERROR(CheckTensorShape(role, tensor));
-  STAGECOACH_RETURN_IF_ERROR(CheckTensorData(tensor, raw));
+  STAGECOACH_RETURN_IF_ERROR(CheckTensorPart(tensor, part));
   STAGECOACH_RETURN_IF_ERROR(device_.MakeCurrent());
+  if (part.first_row == 0) STAGECOACH_RETURN_IF_ERROR(Allocate(role, tensor));
+  const bool pinned = part.memory != nullptr && part.memory->direct() && !IsVectorRole(role);
+  const absl::Status uploaded = Upload(role, tensor, part, pinned);
+  // Some of it may be on its way in any case.
+  if (pinned) STAGECOACH_RETURN_IF_ERROR(Hold(part));
+  STAGECOACH_RETURN_IF_ERROR(uploaded);
+  return LetGo(kHeldParts);
+}
+
+// On the pack stream, and freed there: no other stream writes it, and ~UnitStorage waits for those
+// that read it.
+absl::Status CudaUnitBuilder::Allocate(TensorRole role, const TensorInfo& tensor) {
   const uint64_t bytes = DeviceBytes(role, tensor);
-  STAGECOACH_ASSIGN_OR_RETURN(DeviceBuffer<std::byte> memory,
-                              device_.NewBuffer<std::byte>(bytes, device_.copy()));
+  STAGECOACH_ASSIGN_OR_RETURN(
+      DeviceBuffer<std::byte> memory,
+      device_.NewBuffer<std::byte>(bytes, device_.pack(), /*free_on=*/device_.pack()));
   std::byte* const data = memory.data();
   storage_->memory_.push_back(std::move(memory));
   storage_->bytes_ += bytes;
@@ -61,22 +81,47 @@ absl::Status CudaUnitBuilder::Add(TensorRole role, const TensorInfo& tensor,
                                                    .k = static_cast<int>(tensor.columns()),
                                                    .data = data};
   }
-  return Upload(role, tensor, raw, data);
+  return absl::OkStatus();
 }
 
+// The memory allocated last is the tensor's.
 absl::Status CudaUnitBuilder::Upload(TensorRole role, const TensorInfo& tensor,
-                                     std::span<const std::byte> raw, std::byte* to) {
-  if (role == TensorRole::kTokenEmbedding) return uploader_.Copy(raw, to);
-  if (!IsVectorRole(role)) return uploader_.Pack(tensor, raw, to);
+                                     const TensorPart& part, bool pinned) {
+  std::byte* const to = storage_->memory_.back().data();
+  if (role == TensorRole::kTokenEmbedding) {
+    const uint64_t row_bytes = part.raw.size() / PartRows(tensor, part);
+    return uploader_.Copy(part.raw, pinned, to + part.first_row * row_bytes);
+  }
+  if (!IsVectorRole(role)) return uploader_.Pack(tensor, part.first_row, part.raw, pinned, to);
   std::vector<float> values(tensor.columns());
-  STAGECOACH_RETURN_IF_ERROR(DequantizeRow(tensor.type, raw, values));
-  return uploader_.Copy(std::as_bytes(std::span(values)), to);
+  STAGECOACH_RETURN_IF_ERROR(DequantizeRow(tensor.type, part.raw, values));
+  return uploader_.Copy(std::as_bytes(std::span(values)), /*pinned=*/false, to);
+}
+
+absl::Status CudaUnitBuilder::Hold(const TensorPart& part) {
+  Held& held = held_.emplace_back(Held{.memory = part.memory});
+  STAGECOACH_ASSIGN_OR_RETURN(held.copied, device_.NewEvent());
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(held.copied.get(), device_.copy()));
+  return absl::OkStatus();
+}
+
+absl::Status CudaUnitBuilder::LetGo(size_t rest) {
+  for (; held_.size() > rest; held_.pop_front()) {
+    const cudaEvent_t copied = held_.front().copied.get();
+    // Without an event there is an error already: wait for everything.
+    const cudaError_t error =
+        copied != nullptr ? cudaEventSynchronize(copied) : cudaStreamSynchronize(device_.copy());
+    STAGECOACH_RETURN_IF_CUDA_ERROR(error);
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<std::unique_ptr<UnitWeights>> CudaUnitBuilder::Finish() {
   STAGECOACH_RETURN_IF_ERROR(device_.MakeCurrent());
+  STAGECOACH_ASSIGN_OR_RETURN(storage_->used_, device_.NewEvent());
   STAGECOACH_ASSIGN_OR_RETURN(storage_->ready_, device_.NewEvent());
-  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(storage_->ready_.get(), device_.copy()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(storage_->ready_.get(), device_.pack()));
+  STAGECOACH_RETURN_IF_ERROR(LetGo(0));
   return std::make_unique<CudaUnitWeights>(std::move(storage_));
 }
 

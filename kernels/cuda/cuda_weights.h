@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <span>
 #include <utility>
@@ -25,8 +26,9 @@ inline constexpr int kTensorRoles = static_cast<int>(TensorRole::kFfnDown) + 1;
 // Bytes on the GPU of a tensor whose type and shape have been checked.
 uint64_t DeviceBytes(TensorRole role, const TensorInfo& tensor);
 
-// The tensors themselves: alive while a UnitWeights or a recorded step holds them, and then until
-// the work that was launched before has run.
+// The tensors themselves: alive while a UnitWeights or a recorded step holds them. The destructor
+// waits for the work that uses them: memory that counts as free is free, however far the host is
+// ahead of the GPU.
 class UnitStorage {
  public:
   explicit UnitStorage(const CudaDevice& device) : device_(device) {}
@@ -46,6 +48,10 @@ class UnitStorage {
   absl::Status AwaitUpload() const;
   // True once the upload is over and nothing has to wait for it.
   bool Uploaded() const;
+  // What was launched on the compute stream so far uses these weights. Whoever launches such work
+  // says so, or the destructor waits for all of the stream; a graph may run at any later time.
+  void NoteUse() const;
+  void NoteGraph() const { in_graph_ = true; }
 
  private:
   friend class CudaUnitBuilder;
@@ -54,8 +60,11 @@ class UnitStorage {
   std::array<const float*, kTensorRoles> vectors_ = {};
   std::vector<DeviceBuffer<std::byte>> memory_;
   uint64_t bytes_ = 0;
-  Event ready_;  // on the copy stream, behind the last tensor; none before Finish
+  Event ready_;  // on the pack stream, behind the last tensor; none before Finish
+  Event used_;   // on the compute stream, behind the latest use
   mutable std::atomic<bool> uploaded_ = false;
+  mutable std::atomic<bool> noted_use_ = false;
+  mutable std::atomic<bool> in_graph_ = false;
 };
 
 class CudaUnitWeights : public UnitWeights {
@@ -74,18 +83,28 @@ class CudaUnitBuilder : public UnitBuilder {
   // Both must outlive the builder.
   CudaUnitBuilder(const CudaDevice& device, Uploader& uploader)
       : device_(device), uploader_(uploader), storage_(std::make_shared<UnitStorage>(device)) {}
+  ~CudaUnitBuilder() override;
 
-  absl::Status Add(TensorRole role, const TensorInfo& tensor,
-                   std::span<const std::byte> raw) override;
+  absl::Status AddPart(TensorRole role, const TensorInfo& tensor, const TensorPart& part) override;
   absl::StatusOr<std::unique_ptr<UnitWeights>> Finish() override;
 
  private:
-  absl::Status Upload(TensorRole role, const TensorInfo& tensor, std::span<const std::byte> raw,
-                      std::byte* to);
+  // Pinned memory, and what the GPU has taken from it when the event is over.
+  struct Held {
+    std::shared_ptr<const HostMemory> memory;
+    Event copied;
+  };
+  absl::Status Allocate(TensorRole role, const TensorInfo& tensor);
+  absl::Status Upload(TensorRole role, const TensorInfo& tensor, const TensorPart& part,
+                      bool pinned);
+  absl::Status Hold(const TensorPart& part);
+  // Lets go of all but the latest `rest`, once they have been copied.
+  absl::Status LetGo(size_t rest);
 
   const CudaDevice& device_;
   Uploader& uploader_;
   std::shared_ptr<UnitStorage> storage_;
+  std::deque<Held> held_;
 };
 
 }  // namespace stagecoach::cuda

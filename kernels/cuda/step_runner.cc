@@ -138,7 +138,9 @@ absl::Status StepRunner::Enqueue(const UnitStorage* weights, const KvLayout& kv,
 
 absl::Status StepRunner::Launch(const Pending& operation) {
   if (!operation.residual) STAGECOACH_RETURN_IF_ERROR(operation.weights->AwaitUpload());
-  STAGECOACH_RETURN_IF_ERROR(Enqueue(operation.weights.get(), operation.kv, device_.compute()));
+  const absl::Status enqueued = Enqueue(operation.weights.get(), operation.kv, device_.compute());
+  if (!operation.residual) operation.weights->NoteUse();
+  STAGECOACH_RETURN_IF_ERROR(enqueued);
   if (operation.residual) {
     STAGECOACH_RETURN_IF_CUDA_ERROR(
         cudaEventRecord(workspace_.residual_sent.get(), device_.compute()));
@@ -194,6 +196,9 @@ absl::Status StepRunner::MakeGraph(Entry& entry) {
   }
   cudaStream_t stream = nullptr;
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  for (const auto& unit : weights) {
+    if (unit != nullptr) unit->NoteGraph();
+  }
   const absl::Status captured = Capture(weights, stream, entry);
   cudaStreamDestroy(stream);
   return captured;

@@ -34,16 +34,28 @@ void RoundTo(std::span<const double> values, std::span<float> out) {
   std::ranges::transform(values, out.begin(), [](double v) { return static_cast<float>(v); });
 }
 
+// The part's rows of `matrix`, which is allocated with the first.
+absl::Status DecodePart(const TensorInfo& tensor, const TensorPart& part, Matrix& matrix) {
+  STAGECOACH_RETURN_IF_ERROR(CheckTensorPart(tensor, part));
+  if (part.first_row == 0) {
+    matrix = {static_cast<int>(tensor.rows()), static_cast<int>(tensor.columns()), {}};
+    try {
+      matrix.values.resize(tensor.rows() * tensor.columns());
+    } catch (const std::bad_alloc&) {
+      return absl::ResourceExhaustedError(
+          fmt::format("no memory to decode tensor {} to float32", tensor.name));
+    }
+  }
+  return DequantizeRow(
+      tensor.type, part.raw,
+      std::span(matrix.values)
+          .subspan(part.first_row * tensor.columns(), PartRows(tensor, part) * tensor.columns()));
+}
+
 absl::StatusOr<Matrix> DecodeTensor(const TensorInfo& tensor, std::span<const std::byte> raw) {
   STAGECOACH_RETURN_IF_ERROR(CheckTensorData(tensor, raw));
-  Matrix matrix{static_cast<int>(tensor.rows()), static_cast<int>(tensor.columns()), {}};
-  try {
-    matrix.values.resize(tensor.rows() * tensor.columns());
-  } catch (const std::bad_alloc&) {
-    return absl::ResourceExhaustedError(
-        fmt::format("no memory to decode tensor {} to float32", tensor.name));
-  }
-  STAGECOACH_RETURN_IF_ERROR(DequantizeRow(tensor.type, raw, matrix.values));
+  Matrix matrix;
+  STAGECOACH_RETURN_IF_ERROR(DecodePart(tensor, {.raw = raw, .checked = true}, matrix));
   return matrix;
 }
 
@@ -80,11 +92,9 @@ class Weights final : public UnitWeights {
 
 class Builder final : public UnitBuilder {
  public:
-  absl::Status Add(TensorRole role, const TensorInfo& tensor,
-                   std::span<const std::byte> raw) override {
+  absl::Status AddPart(TensorRole role, const TensorInfo& tensor, const TensorPart& part) override {
     STAGECOACH_RETURN_IF_ERROR(CheckTensorShape(role, tensor));
-    STAGECOACH_ASSIGN_OR_RETURN(tensors_[role], DecodeTensor(tensor, raw));
-    return absl::OkStatus();
+    return DecodePart(tensor, part, tensors_[role]);
   }
   absl::StatusOr<std::unique_ptr<UnitWeights>> Finish() override {
     return std::make_unique<Weights>(std::move(tensors_));
