@@ -1,8 +1,8 @@
 // Activations in the forms that matmuls read, halves or float32, straight from what computes them
 // (norm, SwiGLU), so that the values themselves never go through memory.
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "kernels/cuda/activation_ops.cuh"
 #include "kernels/cuda/device_ops.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/quant_matmul.h"
@@ -12,9 +12,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-constexpr int kNormWarps = 16;
 constexpr int kNormThreads = kNormWarps * 32;
-constexpr int kLaneColumns = 8;  // of a superblock, neighbours
 
 size_t AlignUp(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -29,31 +27,7 @@ __device__ void StoreColumns(const float (&v)[kLaneColumns], const Activations& 
     }
     return;
   }
-  __half2 pairs[kLaneColumns / 2];
-#pragma unroll
-  for (int i = 0; i < kLaneColumns / 2; ++i) {
-    pairs[i] = __floats2half2_rn(__fmul_rn(v[2 * i], kActivationScale),
-                                 __fmul_rn(v[2 * i + 1], kActivationScale));
-  }
-  uint4 bits;
-  memcpy(&bits, pairs, sizeof(bits));
-  *reinterpret_cast<uint4*>(out.halves + out.HalfPlace(row, column)) = bits;
-}
-
-// A lane's 8 columns of a row of k floats, zero beyond it. Past the first-level cache: the kernel
-// that wrote them may have overlapped this one.
-__device__ void LoadColumns(const float* row, int k, int superblock, int lane,
-                            float (&v)[kLaneColumns]) {
-  const int column = superblock * kSuperblock + lane * kLaneColumns;
-#pragma unroll
-  for (int i = 0; i < kLaneColumns; i += 4) {
-    if (column + i + 4 <= k && reinterpret_cast<uintptr_t>(row + column + i) % 16 == 0) {
-      const float4 quad = __ldcg(reinterpret_cast<const float4*>(row + column + i));
-      v[i] = quad.x, v[i + 1] = quad.y, v[i + 2] = quad.z, v[i + 3] = quad.w;
-    } else {
-      for (int j = i; j < i + 4; ++j) v[j] = column + j < k ? __ldcg(row + column + j) : 0.0f;
-    }
-  }
+  *reinterpret_cast<uint4*>(out.halves + out.HalfPlace(row, column)) = ToHalfActivations(v);
 }
 
 // Grid: x = groups of kWarps superblocks, y = rows. One superblock per warp.
@@ -81,24 +55,8 @@ __global__ void __launch_bounds__(kThreads)
   LoadColumns(gate + static_cast<size_t>(row) * stride, out.k, superblock, lane, v);
   LoadColumns(up + static_cast<size_t>(row) * stride, out.k, superblock, lane, u);
 #pragma unroll
-  for (int i = 0; i < kLaneColumns; ++i) {
-    v[i] = __fmul_rn(__fdiv_rn(v[i], 1.0f + expf(-v[i])), u[i]);
-  }
+  for (int i = 0; i < kLaneColumns; ++i) v[i] = SiluTimes(v[i], u[i]);
   StoreColumns(v, out, row, superblock, lane);
-}
-
-// The sum of every thread's `value`, in an order that depends on nothing.
-__device__ float SumOfBlock(float value) {
-  __shared__ float sums[kNormWarps];
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) {
-    value = __fadd_rn(value, __shfl_xor_sync(0xffffffff, value, mask));
-  }
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
-  __syncthreads();
-  float total = 0;
-  for (float sum : sums) total = __fadd_rn(total, sum);
-  return total;
 }
 
 // Grid: one block per row.
@@ -110,21 +68,14 @@ __global__ void __launch_bounds__(kNormThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = blockIdx.x;
   const int superblocks = out.PaddedColumns() / kSuperblock;
   const float* x_row = x + static_cast<size_t>(row) * out.k;
-  float v[kLaneColumns];
-  float squares = 0;
+  __shared__ float squares[kNormWarps];
+  const float own = SquaresOfWarp(x_row, out.k, superblocks, warp, lane);
+  if (lane == 0) squares[warp] = own;
+  __syncthreads();
+  const float factor = NormFactor(squares, out.k, epsilon);
   for (int s = warp; s < superblocks; s += kNormWarps) {
-    LoadColumns(x_row, out.k, s, lane, v);
-#pragma unroll
-    for (float value : v) squares = __fmaf_rn(value, value, squares);
-  }
-  const float mean = __fdiv_rn(SumOfBlock(squares), static_cast<float>(out.k));
-  const float factor = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, epsilon)));
-  for (int s = warp; s < superblocks; s += kNormWarps) {
-    float w[kLaneColumns];
-    LoadColumns(x_row, out.k, s, lane, v);
-    LoadColumns(weight, out.k, s, lane, w);
-#pragma unroll
-    for (int i = 0; i < kLaneColumns; ++i) v[i] = __fmul_rn(__fmul_rn(v[i], factor), w[i]);
+    float v[kLaneColumns];
+    NormColumns(x_row, weight, factor, out.k, s, lane, v);
     StoreColumns(v, out, row, s, lane);
   }
 }

@@ -5,8 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "kernels/cuda/activation_ops.cuh"
 #include "kernels/cuda/attention.h"
-#include "kernels/cuda/quant_matmul.h"
 
 namespace stagecoach::cuda {
 
@@ -36,8 +36,7 @@ class AttendedHead {
     if (out_.form == ActivationForm::kFloat) {
       out_.values[static_cast<size_t>(row_) * out_.k + column_ + d] = value;
     } else {
-      out_.halves[out_.HalfPlace(row_, column_ + d)] =
-          __half_as_ushort(__float2half_rn(__fmul_rn(value, kActivationScale)));
+      out_.halves[out_.HalfPlace(row_, column_ + d)] = ToHalfActivation(value);
     }
   }
   // Of d and d + 1; d is even.

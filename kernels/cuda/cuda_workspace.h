@@ -88,6 +88,7 @@ struct CudaWorkspace {
   DeviceBuffer<float> up;               // [max_rows][ffn_length]
   DeviceBuffer<float> partials;         // of split attention
   DeviceBuffer<std::byte> activations;  // what the next matrices read, in any form
+  DeviceBuffer<std::byte> gated;        // what ffn_down reads of up to kMostFusedRows rows
   DeviceBuffer<float> head_input;       // [kHeadRows][d_model]
   DeviceBuffer<float> logits;           // [kHeadRows][vocab]
   DeviceBuffer<TopKey> top_scratch;     // for kMostTopLogits of kHeadRows rows

@@ -16,7 +16,7 @@ namespace {
 // these, once for each form that the terms' types need.
 template <typename Prepare>
 absl::Status Project(const CudaWorkspace& workspace, std::span<const MatmulTerm> terms, int rows,
-                     cudaStream_t stream, const Prepare& prepare) {
+                     cudaStream_t stream, const Prepare& prepare, const Fusion& fusion = {}) {
   for (const ActivationForm form : {ActivationForm::kFloat, ActivationForm::kHalf}) {
     std::array<MatmulTerm, kMaxMatmulTerms> same;
     size_t count = 0;
@@ -27,9 +27,30 @@ absl::Status Project(const CudaWorkspace& workspace, std::span<const MatmulTerm>
     const Activations x =
         LayOutActivations(workspace.activations.data(), form, rows, same[0].weights.k);
     STAGECOACH_RETURN_IF_CUDA_ERROR(prepare(x));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(std::span(same).first(count), x, stream));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(std::span(same).first(count), x, stream, fusion));
   }
   return absl::OkStatus();
+}
+
+// The products of `terms` with the normed residual stream, and what `fusion` has besides.
+absl::Status ProjectNormed(const CudaWorkspace& ws, std::span<const MatmulTerm> terms,
+                           const float* norm_weight, Fusion fusion, cudaStream_t stream) {
+  const float epsilon = ws.params.norm_epsilon;
+  if (CanFuseNorm(terms, ws.rows)) {
+    fusion.norm_x = ws.residual.data();
+    fusion.norm_weight = norm_weight;
+    fusion.epsilon = epsilon;
+    const Activations shape = {
+        .form = ActivationForm::kHalf, .rows = ws.rows, .k = terms[0].weights.k};
+    STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(terms, shape, stream, fusion));
+    return absl::OkStatus();
+  }
+  return Project(
+      ws, terms, ws.rows, stream,
+      [&](const Activations& x) {
+        return LaunchRmsNorm(ws.residual.data(), norm_weight, epsilon, x, stream);
+      },
+      fusion);
 }
 
 MatmulTerm Term(const PackedMatrix& weights, float* y, const float* bias = nullptr,
@@ -65,16 +86,11 @@ absl::Status EnqueueTurns(CudaWorkspace& ws, cudaStream_t stream) {
 absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayout& kv,
                           cudaStream_t stream) {
   const ModelParams& params = ws.params;
-  const auto norm = [&](TensorRole role) {
-    return [&ws, &params, stream, weight = w.vector(role)](const Activations& x) {
-      return LaunchRmsNorm(ws.residual.data(), weight, params.norm_epsilon, x, stream);
-    };
-  };
   const MatmulTerm qkv[] = {
       Term(w.matrix(TensorRole::kAttnQ), ws.q.data(), w.vector(TensorRole::kAttnQBias)),
       Term(w.matrix(TensorRole::kAttnK), ws.k.data(), w.vector(TensorRole::kAttnKBias)),
       Term(w.matrix(TensorRole::kAttnV), ws.v.data(), w.vector(TensorRole::kAttnVBias))};
-  STAGECOACH_RETURN_IF_ERROR(Project(ws, qkv, ws.rows, stream, norm(TensorRole::kAttnNorm)));
+  STAGECOACH_RETURN_IF_ERROR(ProjectNormed(ws, qkv, w.vector(TensorRole::kAttnNorm), {}, stream));
   const AttentionInputs inputs = {.q = ws.q.data(),
                                   .k = ws.k.data(),
                                   .v = ws.v.data(),
@@ -97,9 +113,19 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
 
   const MatmulTerm inward[] = {Term(w.matrix(TensorRole::kFfnGate), ws.gate.data()),
                                Term(w.matrix(TensorRole::kFfnUp), ws.up.data())};
-  STAGECOACH_RETURN_IF_ERROR(Project(ws, inward, ws.rows, stream, norm(TensorRole::kFfnNorm)));
   const MatmulTerm outward[] = {Term(w.matrix(TensorRole::kFfnDown), ws.residual.data(),
                                      /*bias=*/nullptr, /*accumulate=*/true)};
+  Fusion gate;
+  if (CanFuseGate(inward, ws.rows) && FormFor(outward[0].weights.type) == ActivationForm::kHalf) {
+    gate.gated =
+        LayOutActivations(ws.gated.data(), ActivationForm::kHalf, ws.rows, params.ffn_length);
+  }
+  STAGECOACH_RETURN_IF_ERROR(
+      ProjectNormed(ws, inward, w.vector(TensorRole::kFfnNorm), gate, stream));
+  if (gate.gated.halves != nullptr) {
+    STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(outward, gate.gated, stream));
+    return absl::OkStatus();
+  }
   return Project(ws, outward, ws.rows, stream, [&](const Activations& x) {
     return LaunchSwiGlu(ws.gate.data(), ws.up.data(), params.ffn_length, x, stream);
   });

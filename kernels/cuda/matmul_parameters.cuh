@@ -37,8 +37,10 @@ struct MatmulParameters {
   int superblocks;  // per row
   int rows;
   const uint8_t* x;  // halves [superblocks * 8][rows][32]
+  int k;
+  Fusion fusion;
   // What LaunchStream adds.
-  int block_rows;     // tile rows of a block,
+  int block_units;    // rows of tiles, or pairs of them, of a block,
   int longer_blocks;  // the first of which have one more
   int team_warps;     // which share the splits of a row of tiles evenly
 
@@ -57,15 +59,21 @@ __device__ inline const uint8_t* TileRow(const MatmulParameters& p, int tile_row
          static_cast<size_t>(tile_row - term.first_tile_row) * p.superblocks * Tile::kBytes;
 }
 
+// What a sum of products stands for.
+template <typename Tile>
+__device__ inline float ResultOf(float sum) {
+  return __fmul_rn(sum, 1 / (kActivationScale * Tile::kWeightScale));
+}
+
 // Rows outside the matrix and the activations are left out.
 template <typename Tile>
 __device__ inline void StoreResult(const MatmulParameters& p, int tile_row, int row_in_tile,
-                                   int row, float value) {
+                                   int row, float sum) {
   if (row >= p.rows) return;
   const MatmulParameters::Term& term = p.TermOf(tile_row);
   const int n = (tile_row - term.first_tile_row) * kTileRows + row_in_tile;
   if (n >= term.n) return;
-  value = __fmul_rn(value, 1 / (kActivationScale * Tile::kWeightScale));
+  float value = ResultOf<Tile>(sum);
   if (term.bias != nullptr) value = __fadd_rn(value, __ldcg(term.bias + n));
   float* y = term.y + static_cast<size_t>(row) * term.y_stride + n;
   if (term.accumulate) value = __fadd_rn(__ldcg(y), value);

@@ -1,7 +1,10 @@
 #include "kernels/cuda/quant_matmul.h"
 
+#include <algorithm>
+
 #include "kernels/cuda/float_matmul.cuh"
 #include "kernels/cuda/matmul_parameters.cuh"
+#include "kernels/cuda/stream_layout.cuh"
 
 namespace stagecoach::cuda {
 namespace {
@@ -20,11 +23,13 @@ void AddTerm(const MatmulTerm& term, MatmulParameters* p) {
 
 // Terms of one type.
 cudaError_t LaunchSameType(std::span<const MatmulTerm> terms, const Activations& x,
-                           const DeviceLimits& device, cudaStream_t stream) {
+                           const Fusion& fusion, const DeviceLimits& device, cudaStream_t stream) {
   MatmulParameters p = {};
   for (const MatmulTerm& term : terms) AddTerm(term, &p);
   p.superblocks = x.PaddedColumns() / kSuperblock;
   p.rows = x.rows;
+  p.k = x.k;
+  p.fusion = fusion;
   p.x = reinterpret_cast<const uint8_t*>(x.halves);
   return VisitTileType(terms[0].weights.type, cudaErrorInvalidValue, [&]<TensorType type>() {
     return LaunchTypedMatmul<type>(p, device, stream);
@@ -45,10 +50,33 @@ cudaError_t ReadLimits(DeviceLimits* limits) {
   return status;
 }
 
+// Whether the kernel for few rows, which alone fuses, runs.
+bool Streams(const PackedMatrix& weights, int rows) {
+  DeviceLimits device;
+  const int superblocks = (weights.k + kSuperblock - 1) / kSuperblock;
+  return ReadLimits(&device) == cudaSuccess &&
+         VisitTileType(weights.type, false, [&]<TensorType type>() {
+           return StreamFits<TileOf<type>>(superblocks, rows, device);
+         });
+}
+
 }  // namespace
 
+bool CanFuseNorm(std::span<const MatmulTerm> terms, int rows) {
+  constexpr int kMostRows = 2;  // of more, each block would have too much to read
+  return rows <= kMostRows && std::all_of(terms.begin(), terms.end(), [&](const MatmulTerm& term) {
+           return Streams(term.weights, rows);
+         });
+}
+
+bool CanFuseGate(std::span<const MatmulTerm> terms, int rows) {
+  const PackedMatrix& gate = terms[0].weights;
+  return terms.size() == 2 && gate.type == terms[1].weights.type && gate.n == terms[1].weights.n &&
+         gate.n % kSuperblock == 0 && Streams(gate, rows);
+}
+
 cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x,
-                         cudaStream_t stream) {
+                         cudaStream_t stream, const Fusion& fusion) {
   if (x.form == ActivationForm::kFloat) {
     for (const MatmulTerm& term : terms) {
       const cudaError_t status = LaunchFloatMatmul(term, x, stream);
@@ -61,7 +89,7 @@ cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x
   while (status == cudaSuccess && !terms.empty()) {
     size_t same = 1;  // neighbours of one type go together
     while (same < terms.size() && terms[same].weights.type == terms[0].weights.type) ++same;
-    status = LaunchSameType(terms.first(same), x, device, stream);
+    status = LaunchSameType(terms.first(same), x, fusion, device, stream);
     terms = terms.subspan(same);
   }
   return status;

@@ -117,11 +117,27 @@ struct MatmulTerm {
 
 inline constexpr int kMaxMatmulTerms = 4;
 
-// Matrices that read the same activations (q, k, v; gate, up), fused where their types are the
-// same. All have x.k columns and a type whose form is x.form; outputs do not overlap; 1 to
+// For few rows every kernel in a chain costs about as much as its weights, so products can do a
+// neighbour's work along with their own, with the same bits.
+struct Fusion {
+  // The activations are LaunchRmsNorm(norm_x, norm_weight, epsilon), made by each block for itself;
+  // LaunchMatmul's x then has rows and k only. Where CanFuseNorm.
+  const float* norm_x = nullptr;  // [rows][k]
+  const float* norm_weight = nullptr;
+  float epsilon = 0;
+  // The two terms are gate and up; all that is stored of them is LaunchSwiGlu(gate, up), in form
+  // kHalf, not in the memory of x. Where CanFuseGate.
+  Activations gated;
+};
+inline constexpr int kMostFusedRows = 8;  // CanFuse... is false for more
+bool CanFuseNorm(std::span<const MatmulTerm> terms, int rows);
+bool CanFuseGate(std::span<const MatmulTerm> terms, int rows);
+
+// Matrices that read the same activations (q, k, v; gate, up), in one kernel where their types are
+// the same. All have x.k columns and a type whose form is x.form; outputs do not overlap; 1 to
 // kMaxMatmulTerms terms, x.rows >= 1.
 cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x,
-                         cudaStream_t stream);
+                         cudaStream_t stream, const Fusion& fusion = {});
 
 }  // namespace stagecoach::cuda
 

@@ -40,6 +40,7 @@ __global__ void FillKernel(uint32_t* words, size_t count) {
 struct Bench {
   DeviceArray<uint8_t> pool{kPoolBytes};
   DeviceArray<uint8_t> activations{ActivationBytes(kMostRows, kMostColumns)};
+  DeviceArray<uint8_t> gated{ActivationBytes(kMostFusedRows, kMostColumns)};
   DeviceArray<float> x{size_t{kMostRows} * kMostColumns * 2};
   DeviceArray<float> y{size_t{64} * kMostOutputs > size_t{kMostRows} * 2 * kMostColumns
                            ? size_t{64} * kMostOutputs
@@ -180,22 +181,30 @@ void RecordLayer(Bench& bench, const ModelShape& shape, const LayerWeights& w, i
   const Activations hidden = bench.Converted(TensorType::kQ4_K, rows, shape.hidden);
   float* residual = bench.x.get();
   float* y = bench.y.get();
-  const auto norm = [&] {
-    if (whole) CheckDevice(LaunchRmsNorm(residual, residual, 1e-5f, x, bench.stream));
+  // As in a layer: normed, and fused where that can be done.
+  const auto project = [&](std::span<const MatmulTerm> terms, Fusion fusion) {
+    if (whole && CanFuseNorm(terms, rows)) {
+      fusion.norm_x = fusion.norm_weight = residual;
+    } else if (whole) {
+      CheckDevice(LaunchRmsNorm(residual, residual, 1e-5f, x, bench.stream));
+    }
+    CheckDevice(LaunchMatmul(terms, x, bench.stream, fusion));
   };
   const int qkv = shape.width + 2 * shape.kv_width;
-  norm();
   const MatmulTerm qkv_terms[] = {
       {w.q, y, qkv}, {w.k, y + shape.width, qkv}, {w.v, y + shape.width + shape.kv_width, qkv}};
-  CheckDevice(LaunchMatmul(qkv_terms, x, bench.stream));
-  if (whole) CheckDevice(LaunchConvert(y, x, bench.stream));
+  project(qkv_terms, {});
   const MatmulTerm output = {w.output, residual, shape.width, nullptr, true};
   CheckDevice(LaunchMatmul({&output, 1}, x, bench.stream));
-  norm();
   const MatmulTerm gate_up[] = {{w.gate, y, 2 * shape.hidden},
                                 {w.up, y + shape.hidden, 2 * shape.hidden}};
-  CheckDevice(LaunchMatmul(gate_up, x, bench.stream));
-  if (whole) {
+  Fusion gate;
+  if (whole && CanFuseGate(gate_up, rows)) {
+    gate.gated = LayOutActivations(bench.gated.get(), ActivationForm::kHalf, rows, shape.hidden);
+  }
+  project(gate_up, gate);
+  const bool separate = whole && gate.gated.halves == nullptr;
+  if (separate) {
     CheckDevice(LaunchSwiGlu(y, y + shape.hidden, 2 * shape.hidden, hidden, bench.stream));
   }
   const MatmulTerm down = {w.down, residual, shape.width, nullptr, true};

@@ -270,6 +270,50 @@ bool RunActivationCheck() {
   return all_ok;
 }
 
+bool RunFusionCheck(TensorType type, int k) {
+  constexpr int kHidden = 768, kMostRows = 9, kEmpty = 0xdd;
+  constexpr float kEpsilon = 1e-5f;
+  std::mt19937 random(k);
+  const int counts[] = {kMostRows};
+  const MatmulCheck check = {type, kHidden, k, counts};
+  const CheckedTerm gate = MakeTerm(random, check, kHidden, false);
+  const CheckedTerm up = MakeTerm(random, check, kHidden, false);
+  const DeviceArray<float> x(RandomValues(random, size_t{kMostRows} * k, 2));
+  const DeviceArray<float> norm(RandomValues(random, k, 1));
+  bool ok = true, fused_norm = false, fused_gate = false;
+  for (int rows = 1; rows <= kMostRows; ++rows) {
+    const size_t outputs = static_cast<size_t>(rows) * kHidden;
+    const DeviceArray<float> gates(std::vector<float>(outputs, NAN)), ups(outputs);
+    const DeviceArray<uint8_t> normed(ActivationBytes(rows, k));
+    const std::vector<uint8_t> empty(ActivationBytes(rows, kHidden), kEmpty);
+    const DeviceArray<uint8_t> expected(empty), actual(empty);
+    const auto laid_out = [&](const DeviceArray<uint8_t>& memory, int columns) {
+      return LayOutActivations(memory.get(), ActivationForm::kHalf, rows, columns);
+    };
+    const MatmulTerm terms[] = {{{type, kHidden, k, gate.packed.get()}, gates.get(), kHidden},
+                                {{type, kHidden, k, up.packed.get()}, ups.get(), kHidden}};
+    CheckDevice(LaunchRmsNorm(x.get(), norm.get(), kEpsilon, laid_out(normed, k), nullptr));
+    CheckDevice(LaunchMatmul(terms, laid_out(normed, k), nullptr));
+    CheckDevice(
+        LaunchSwiGlu(gates.get(), ups.get(), kHidden, laid_out(expected, kHidden), nullptr));
+    if (!CanFuseGate(terms, rows)) continue;
+    Fusion fusion = {.gated = laid_out(actual, kHidden)};
+    fused_gate = true;
+    if (CanFuseNorm(terms, rows)) {
+      fused_norm = true;
+      fusion.norm_x = x.get(), fusion.norm_weight = norm.get(), fusion.epsilon = kEpsilon;
+    }
+    CheckDevice(LaunchMatmul(terms, laid_out(normed, k), nullptr, fusion));
+    CheckDevice(cudaDeviceSynchronize());
+    ok = ok && CopyToHost(expected.get(), empty.size()) == CopyToHost(actual.get(), empty.size());
+  }
+  ok = ok && fused_norm && fused_gate;
+  std::printf("%s %-5s k %5d: fused norms and gates %s\n", ok ? "ok  " : "FAIL",
+              std::string(GetTensorTypeInfo(type).name).c_str(), k,
+              ok ? "have the same bits" : "DIFFER");
+  return ok;
+}
+
 bool RunAllMatmulChecks(bool small) {
   bool ok = RunActivationCheck();
   constexpr int kFewRows[] = {1, 2, 3, 5, 8, 9, 17, 33, 70};
@@ -278,6 +322,10 @@ bool RunAllMatmulChecks(bool small) {
     const int ragged = info.block_elements == 32 ? 1312 : 1280;
     ok &= RunMatmulCheck({info.type, 277, ragged, kFewRows});
     ok &= RunMatmulCheck({info.type, 50, 512, kFewRows});
+    if (FormFor(info.type) == ActivationForm::kHalf) {
+      ok &= RunFusionCheck(info.type, ragged);
+      ok &= RunFusionCheck(info.type, 4096);
+    }
     if (small) continue;
     ok &= RunMatmulCheck({info.type, 6229, 2048, kManyRows});
     ok &= RunMatmulCheck({info.type, 128, 14336, kManyRows});

@@ -6,46 +6,64 @@
 #ifndef STAGECOACH_KERNELS_CUDA_STREAM_KERNEL_CUH_
 #define STAGECOACH_KERNELS_CUDA_STREAM_KERNEL_CUH_
 
+#include "kernels/cuda/activation_ops.cuh"
 #include "kernels/cuda/matmul_parameters.cuh"
+#include "kernels/cuda/stream_layout.cuh"
 #include "kernels/cuda/superblock_product.cuh"
 
 namespace stagecoach::cuda {
 
-inline constexpr int kLeastTeamWarps = 8;   // more: twice as many
-inline constexpr int kMaxStreamWarps = 16;  // of a block
-inline constexpr int kStages = 2;           // of a ring, in tiles
+// What one team works on at a time: one row of tiles, or (kGated) the same row of gate and of up.
+__device__ inline int TileRowOf(const MatmulParameters& p, int unit, int part, bool gated) {
+  return gated ? p.terms[part].first_tile_row + unit : unit;
+}
 
-// Shared memory of a block, in order: rings, partial sums, activations, copy barriers.
-template <typename Tile, int kColumns>
-struct StreamLayout {
-  static constexpr int kPartials = kSplits * kTileRows * kColumns;  // of a team, twice
-
-  static constexpr size_t SharedBytes(int warps, int superblocks, int rows) {
-    return static_cast<size_t>(warps) * kStages * (Tile::kBytes + 8) +
-           size_t{8} * (warps / kLeastTeamWarps) * kPartials +
-           static_cast<size_t>(superblocks) * ActivationBlockBytes(rows) + 8;
+// Makes the normed activations of all superblocks in shared memory, [superblocks][8][rows][32]
+// halves. Complete after a barrier. squares: [rows][kNormWarps].
+__device__ inline void NormActivations(const MatmulParameters& p, float* squares,
+                                       uint8_t* activations) {
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  for (int i = threadIdx.x / 32; i < p.rows * kNormWarps; i += warps) {
+    const float* row = p.fusion.norm_x + static_cast<size_t>(i / kNormWarps) * p.k;
+    const float own = SquaresOfWarp(row, p.k, p.superblocks, i % kNormWarps, lane);
+    if (lane == 0) squares[i] = own;
   }
-};
+  __syncthreads();
+  for (int row = 0; row < p.rows; ++row) {
+    float own[kNormWarps];
+    for (int i = 0; i < kNormWarps; ++i) own[i] = squares[row * kNormWarps + i];
+    const float factor = NormFactor(own, p.k, p.fusion.epsilon);
+    for (int s = threadIdx.x / 32; s < p.superblocks; s += warps) {
+      float v[kLaneColumns];
+      NormColumns(p.fusion.norm_x + static_cast<size_t>(row) * p.k, p.fusion.norm_weight, factor,
+                  p.k, s, lane, v);
+      const int group = s * kGroups + lane / 4;
+      *reinterpret_cast<uint4*>(activations + (group * p.rows + row) * 64 + lane % 4 * 16) =
+          ToHalfActivations(v);
+    }
+  }
+}
 
 // The walk of one warp over its tiles, ahead of the products, and its ring.
 template <typename Tile>
 class TileRing {
  public:
-  // Superblocks [first, last) of every `step`-th row of tiles from `tile_row` to before `end`.
+  // Superblocks [first, last) of every `step`-th unit from `unit` to before `end`.
   // barriers: [kStages].
   __device__ TileRing(const MatmulParameters& p, uint8_t* ring, uint64_t* barriers, int lane,
-                      int tile_row, int end, int step, int first, int last)
+                      int unit, int end, int step, int first, int last)
       : p_(p),
         ring_(ring),
         barriers_(barriers),
         leader_(lane == 0),
-        tile_row_(tile_row),
+        gated_(p.fusion.gated.halves != nullptr),
+        unit_(unit),
         end_(end),
         step_(step),
         first_(first),
         last_(last),
         superblock_(first) {
-    if (first_ == last_) tile_row_ = end_;  // nothing to fetch, ever
+    if (first_ == last_) unit_ = end_;  // nothing to fetch, ever
     if (leader_) {
       for (int i = 0; i < kStages; ++i) InitCopyBarrier(barriers + i);
     }
@@ -55,7 +73,7 @@ class TileRing {
 
   // Begins the copy of the next tile, if there is one, to stage `stage` of the ring.
   __device__ void Fetch(int stage) {
-    if (tile_row_ >= end_) return;
+    if (unit_ >= end_) return;
     if (leader_) {
       ExpectCopies(barriers_ + stage, Tile::kBytes);
       CopyBulk(ring_ + stage * Tile::kBytes, source_, Tile::kBytes, barriers_ + stage);
@@ -63,7 +81,10 @@ class TileRing {
     source_ += Tile::kBytes;
     if (++superblock_ == last_) {
       superblock_ = first_;
-      tile_row_ += step_;
+      if (!gated_ || ++part_ == 2) {
+        part_ = 0;
+        unit_ += step_;
+      }
       Locate();
     }
   }
@@ -85,8 +106,9 @@ class TileRing {
 
  private:
   __device__ void Locate() {
-    if (tile_row_ >= end_) return;
-    source_ = TileRow<Tile>(p_, tile_row_) + static_cast<size_t>(first_) * Tile::kBytes;
+    if (unit_ >= end_) return;
+    const int tile_row = TileRowOf(p_, unit_, part_, gated_);
+    source_ = TileRow<Tile>(p_, tile_row) + static_cast<size_t>(first_) * Tile::kBytes;
   }
 
   const MatmulParameters& p_;
@@ -94,7 +116,9 @@ class TileRing {
   uint64_t* barriers_;
   const uint8_t* source_ = nullptr;
   bool leader_;
-  int tile_row_, end_, step_, first_, last_, superblock_;
+  const bool gated_;
+  int unit_, end_, step_, first_, last_, superblock_;
+  int part_ = 0;  // of the unit
   int stage_ = 0;
   uint32_t phase_ = 0;
 };
@@ -103,7 +127,7 @@ class TileRing {
 template <typename Tile, int kColumns>
 __global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
     StreamKernel(const __grid_constant__ MatmulParameters p) {
-  using Layout = StreamLayout<Tile, kColumns>;
+  constexpr int kPartials = kSplits * kTileRows * kColumns;  // of a team, twice
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp = threadIdx.x / 32, team = warp / p.team_warps;
   const int warps = blockDim.x / 32, teams = warps / p.team_warps;
@@ -111,8 +135,8 @@ __global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
   const int first_split = (warp - team * p.team_warps) * splits;
   uint8_t* shared = SharedMemory();
   auto* all_partials = reinterpret_cast<float*>(shared + warps * kStages * Tile::kBytes);
-  float* both_partials = all_partials + team * 2 * Layout::kPartials;
-  auto* activations = reinterpret_cast<uint8_t*>(all_partials + teams * 2 * Layout::kPartials);
+  float* both_partials = all_partials + team * 2 * kPartials;
+  auto* activations = reinterpret_cast<uint8_t*>(all_partials + teams * 2 * kPartials);
   const uint32_t activation_bytes = p.superblocks * ActivationBlockBytes(p.rows);
   auto* barriers = reinterpret_cast<uint64_t*>(activations + activation_bytes);
   uint64_t* activation_barrier = barriers + warps * kStages;
@@ -120,28 +144,35 @@ __global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
   const int first = SplitBegin(first_split, p.superblocks);
   const int last = SplitBegin(first_split + splits, p.superblocks);
   const int block = static_cast<int>(blockIdx.x);
-  const int begin = block * p.block_rows + min(block, p.longer_blocks);
-  const int end = begin + p.block_rows + (block < p.longer_blocks ? 1 : 0);
-  int tile_row = begin + team;
+  const int begin = block * p.block_units + min(block, p.longer_blocks);
+  const int end = begin + p.block_units + (block < p.longer_blocks ? 1 : 0);
+  const bool gated = p.fusion.gated.halves != nullptr;
+  int unit = begin + team;
   TileRing<Tile> ring(p, shared + warp * kStages * Tile::kBytes, barriers + warp * kStages, lane,
-                      tile_row, end, teams, first, last);
+                      unit, end, teams, first, last);
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) ring.Fetch(i);
   LetNextKernelStart();
   if (threadIdx.x == 0) InitCopyBarrier(activation_barrier);
   WaitForPreviousKernel();
   __syncthreads();
-  if (threadIdx.x == 0) {
-    ExpectCopies(activation_barrier, activation_bytes);
-    CopyBulk(activations, p.x, activation_bytes, activation_barrier);
+  if (p.fusion.norm_x != nullptr) {
+    NormActivations(p, all_partials, activations);  // partial sums are not yet
+    __syncthreads();
+  } else {
+    if (threadIdx.x == 0) {
+      ExpectCopies(activation_barrier, activation_bytes);
+      CopyBulk(activations, p.x, activation_bytes, activation_barrier);
+    }
+    AwaitCopy(activation_barrier, 0);
   }
-  AwaitCopy(activation_barrier, 0);
 
-  int half = 0;
+  int half = 0, part = 0;
+  float gate = 0;
 #pragma unroll 1
-  for (; tile_row < end; tile_row += teams) {
+  while (unit < end) {
     // While some warps still add up one half, others may write the other; none is two ahead.
-    float* partials = both_partials + half * Layout::kPartials;
+    float* partials = both_partials + half * kPartials;
     half = 1 - half;
     int s = first;
 #pragma unroll 1
@@ -162,13 +193,25 @@ __global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
     }
     NamedBarrier(1 + team, p.team_warps * 32);
     const int index = threadIdx.x - team * p.team_warps * 32;
+    float value = 0;
     if (index < kTileRows * kColumns) {
-      float value = 0;
 #pragma unroll
       for (int j = 0; j < kSplits; ++j) {
         value = __fadd_rn(value, partials[j * kTileRows * kColumns + index]);
       }
-      StoreResult<Tile>(p, tile_row, index % kTileRows, index / kTileRows, value);
+      const int row = index / kTileRows, row_in_tile = index % kTileRows;
+      if (!gated) {
+        StoreResult<Tile>(p, unit, row_in_tile, row, value);
+      } else if (part == 1 && row < p.rows) {
+        const Activations& out = p.fusion.gated;
+        out.halves[out.HalfPlace(row, unit * kTileRows + row_in_tile)] =
+            ToHalfActivation(SiluTimes(gate, ResultOf<Tile>(value)));
+      }
+    }
+    gate = ResultOf<Tile>(value);
+    if (!gated || ++part == 2) {
+      part = 0;
+      unit += teams;
     }
   }
 }

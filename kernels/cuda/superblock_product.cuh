@@ -10,8 +10,6 @@
 
 namespace stagecoach::cuda {
 
-inline constexpr int kGroups = kTileColumns / 32;  // of 32 columns, in a superblock
-
 // Activations of one superblock in shared memory: halves [kGroups][rows][32], `rows` of them the
 // columns of the products.
 struct SuperblockActivations {
@@ -27,9 +25,6 @@ struct SuperblockActivations {
     return *reinterpret_cast<const uint4*>(halves + (group * rows + row) * 64 + lane % 4 * 16);
   }
 };
-// Bytes of one superblock.
-__host__ __device__ constexpr int ActivationBlockBytes(int rows) { return kGroups * rows * 64; }
-
 // acc[c] += tile * column tile c of the activations. acc[c][i]: rows g (i < 2) and g + 8 of the
 // tile, columns 2t + i % 2.
 template <typename Tile, int kColumns>

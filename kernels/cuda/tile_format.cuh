@@ -31,6 +31,10 @@ namespace stagecoach::cuda {
 inline constexpr int kTileRows = 16;
 inline constexpr int kTileColumns = 256;
 inline constexpr int kPairs = 4;  // of groups of 32 columns
+inline constexpr int kGroups = 2 * kPairs;
+
+// Bytes of so many rows of activations (halves) of one superblock.
+__host__ __device__ constexpr int ActivationBlockBytes(int rows) { return kGroups * rows * 64; }
 
 enum class Scaling {
   kInteger32,  // integer scales of 32 columns, one delta for 256

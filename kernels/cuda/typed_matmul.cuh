@@ -12,34 +12,30 @@
 namespace stagecoach::cuda {
 
 template <typename Tile, int kColumns>
-bool StreamFits(const MatmulParameters& p, const DeviceLimits& device) {
-  return p.rows <= kColumns && StreamLayout<Tile, kColumns>::SharedBytes(
-                                   kLeastTeamWarps, p.superblocks, p.rows) <= device.shared_bytes;
-}
-
-template <typename Tile, int kColumns>
 cudaError_t LaunchStream(const MatmulParameters& p, const DeviceLimits& device,
                          cudaStream_t stream) {
-  const int blocks = std::min(p.tile_rows, device.multiprocessors);
-  const int block_rows = (p.tile_rows + blocks - 1) / blocks;  // at most
-  const auto shared_bytes = [&](int warps) {
-    return StreamLayout<Tile, kColumns>::SharedBytes(warps, p.superblocks, p.rows);
-  };
+  // With gate and up, rows of tiles go in pairs.
+  const int units = p.fusion.gated.halves != nullptr ? p.tile_rows / 2 : p.tile_rows;
+  const int blocks = std::min(units, device.multiprocessors);
+  const int block_units = (units + blocks - 1) / blocks;  // at most
   int warps = kMaxStreamWarps;
-  while (shared_bytes(warps) > device.shared_bytes) warps -= kLeastTeamWarps;
+  while (StreamBytes<Tile>(warps, p.superblocks, p.rows) > device.shared_bytes) {
+    warps -= kLeastTeamWarps;
+  }
   MatmulParameters own = p;
   // Small teams have less to do per row of tiles, but there must be rows for all of them.
   own.team_warps = kLeastTeamWarps;
-  while (own.team_warps < kSplits && warps / own.team_warps > block_rows) own.team_warps *= 2;
-  warps = std::min(warps / own.team_warps, block_rows) * own.team_warps;
-  own.block_rows = p.tile_rows / blocks;
-  own.longer_blocks = p.tile_rows % blocks;
+  while (own.team_warps < kSplits && warps / own.team_warps > block_units) own.team_warps *= 2;
+  warps = std::min(warps / own.team_warps, block_units) * own.team_warps;
+  own.block_units = units / blocks;
+  own.longer_blocks = units % blocks;
   LaunchShape shape;
   shape.grid = dim3(blocks);
   shape.threads = warps * 32;
   // One block at a time on a multiprocessor, so that all have the same share: where two fit, those
   // of the next kernel crowd on the multiprocessors that finish first.
-  shape.shared_bytes = std::max<size_t>(shared_bytes(warps), device.shared_bytes / 2 + 1024);
+  shape.shared_bytes = std::max<size_t>(StreamBytes<Tile>(warps, p.superblocks, p.rows),
+                                        device.shared_bytes / 2 + 1024);
   const cudaError_t status = AllowSharedMemory(StreamKernel<Tile, kColumns>, device.shared_bytes);
   if (status != cudaSuccess) return status;
   return LaunchKernel(StreamKernel<Tile, kColumns>, shape, stream, own);
@@ -78,10 +74,18 @@ template <TensorType type>
 cudaError_t LaunchTypedMatmul(const MatmulParameters& p, const DeviceLimits& device,
                               cudaStream_t stream) {
   using Tile = TileOf<type>;
-  if (StreamFits<Tile, 1>(p, device)) return LaunchStream<Tile, 1>(p, device, stream);
-  if (StreamFits<Tile, 2>(p, device)) return LaunchStream<Tile, 2>(p, device, stream);
-  if (StreamFits<Tile, 4>(p, device)) return LaunchStream<Tile, 4>(p, device, stream);
-  if (StreamFits<Tile, 8>(p, device)) return LaunchStream<Tile, 8>(p, device, stream);
+  if (StreamFits<Tile>(p.superblocks, p.rows, device)) {
+    switch (StreamColumns(p.rows)) {
+      case 1:
+        return LaunchStream<Tile, 1>(p, device, stream);
+      case 2:
+        return LaunchStream<Tile, 2>(p, device, stream);
+      case 4:
+        return LaunchStream<Tile, 4>(p, device, stream);
+      default:
+        return LaunchStream<Tile, 8>(p, device, stream);
+    }
+  }
   if (p.rows <= 8) return LaunchTiles<Tile, 8>(p, device, stream);
   if (p.rows <= 16) return LaunchTiles<Tile, 16>(p, device, stream);
   if (p.rows <= 32) return LaunchTiles<Tile, 32>(p, device, stream);
