@@ -50,14 +50,16 @@ run() {  # name command...
 
 on_device() { STAGECOACH_TEST_DEVICE=$device "$@"; }
 
-tests=(conformance head golden matmul_check parity bit_equality process up)
+tests=(conformance head golden residual upload matmul_check nccl_library parity bit_equality process
+  process_nccl up)
 run_test() {
   local bin=$here/bin model=$STAGECOACH_SOURCE_DIR/tests/data/demo-Q4_K_M.gguf
   case $1 in
-    conformance | head | golden) run "$1" "$bin/cuda_${1}_test" ;;
+    conformance | head | golden | residual | upload) run "$1" "$bin/cuda_${1}_test" ;;
     matmul_check) run "$1" "$bin/quant_matmul_bench" check ;;
     parity | bit_equality) run "$1" on_device "$bin/${1}_test" ;;
-    process) run "$1" "$bin/process_test" ;;
+    nccl_library) run "$1" "$bin/worker_nccl_library_test" ;;
+    process | process_nccl) run "$1" "$bin/${1}_test" ;;
     up) run "$1" "$bin/stagecoach" up --once --model "$model" --workers 2 --device "$device" \
           --prompt '[INST] Tell me a story about a fox and a lantern. [/INST]' ;;
   esac
