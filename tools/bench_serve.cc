@@ -226,6 +226,7 @@ absl::Status RunBenchServe(BenchServeFlags& flags) {
                            {"threads", flags.service.threads},
                            {"prompt_tokens", flags.load.prompt_tokens},
                            {"shared_prefix", flags.load.shared_prefix},
+                           {"mixed", flags.load.mixed},
                            {"tokens", flags.load.tokens}};
   STAGECOACH_RETURN_IF_ERROR(flags.clients.empty() ? RunPoints(*service, flags, report)
                                                    : RunClients(*service, flags, report));
@@ -265,6 +266,9 @@ void AddBenchServe(CLI::App& bench, Command& run) {
   command->add_option("--tokens", flags->load.tokens, "Tokens to generate")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
+  command->add_flag(
+      "--mixed", flags->load.mixed,
+      "Prompts from an eighth to twice as long, some n = 2, some sampled, some given up");
   command->add_option("--seed", flags->load.seed, "Of the prompts")->capture_default_str();
   command->add_option("--json", flags->json, "Write the results here too");
   command->callback([flags, &run] { run = [flags] { return RunBenchServe(*flags); }; });

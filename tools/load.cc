@@ -98,16 +98,33 @@ std::vector<int32_t> LoadPrompt(const LoadOptions& options, int index) {
   return prompt;
 }
 
+namespace {
+
+// How request `index` of a mixed load differs from the others.
+LoadOptions Mixed(const LoadOptions& options, int index, v1::GenerateRequest& request) {
+  LoadOptions own = options;
+  const int sixteenths[] = {2, 16, 8, 32, 4, 24, 16};
+  own.prompt_tokens = std::max(1, options.prompt_tokens * sixteenths[index % 7] / 16);
+  if (index % 4 == 1) request.set_n(2);
+  if (index % 3 == 1) request.mutable_sampling()->set_temperature(1);
+  request.mutable_sampling()->set_seed(static_cast<uint64_t>(index));
+  return own;
+}
+
+}  // namespace
+
 RequestSample RunRequest(Client& client, const LoadOptions& options, int index, absl::Time origin) {
   v1::GenerateRequest request;
-  const std::vector<int32_t> prompt = LoadPrompt(options, index);
+  const LoadOptions own = options.mixed ? Mixed(options, index, request) : options;
+  const std::vector<int32_t> prompt = LoadPrompt(own, index);
   request.mutable_token_ids()->mutable_ids()->Assign(prompt.begin(), prompt.end());
   request.set_max_tokens(static_cast<uint32_t>(options.tokens));
   request.set_ignore_eos(true);
   request.set_user(options.user);
   RequestSample sample;
   sample.index = index;
-  sample.input_tokens = options.prompt_tokens;
+  sample.input_tokens = own.prompt_tokens;
+  sample.given_up = options.mixed && index % 5 == 4;
   const absl::Time start = absl::Now();
   sample.start = absl::ToDoubleSeconds(start - origin);
   double last = 0;
@@ -124,8 +141,9 @@ RequestSample RunRequest(Client& client, const LoadOptions& options, int index, 
     for (const v1::GeneratedToken& token : event.tokens())
       sample.output.push_back(token.token_id());
     if (event.has_usage()) sample.cached_tokens = static_cast<int>(event.usage().cached_tokens());
-    return true;
+    return !sample.given_up || 2 * static_cast<int>(sample.output.size()) < options.tokens;
   });
+  if (sample.given_up && absl::IsCancelled(sample.status)) sample.status = absl::OkStatus();
   sample.e2el = SecondsSince(start);
   return sample;
 }
