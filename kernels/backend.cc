@@ -43,6 +43,10 @@ uint64_t KvBytes(const KvShape& shape) {
 
 uint64_t Backend::ResidentBytes(TensorRole, const TensorInfo& tensor) const { return tensor.bytes; }
 
+absl::Status Backend::SetOpTimer(OpTimer*) {
+  return absl::UnimplementedError(info().kind + " does not time single operations");
+}
+
 absl::Status Backend::HeadTop(Workspace&, const UnitWeights&, std::span<const int32_t>, int,
                               std::span<TopLogit>) {
   return absl::UnimplementedError("this backend gives all logits only");

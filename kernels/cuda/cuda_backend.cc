@@ -14,11 +14,13 @@
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/cuda_weights.h"
 #include "kernels/cuda/cuda_workspace.h"
+#include "kernels/cuda/kernel_timer.h"
 #include "kernels/cuda/layer_ops.h"
 #include "kernels/cuda/quant_matmul.h"
 #include "kernels/cuda/read_all.h"
 #include "kernels/cuda/rope.h"
 #include "kernels/cuda/step_runner.h"
+#include "kernels/cuda/tensor_peak.h"
 #include "kernels/cuda/uploader.h"
 #include "kernels/tensor_check.h"
 #include "model/model_error.h"
@@ -96,6 +98,10 @@ class CudaBackend final : public Backend {
   absl::Status CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) override;
   absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) override;
 
+  absl::Status SetOpTimer(OpTimer* timer) override {
+    timer_ = timer;
+    return absl::OkStatus();
+  }
   absl::Status MatMul(const TensorInfo& tensor, std::span<const std::byte> raw,
                       std::span<const float> x, int rows, std::span<float> y) override;
   absl::Status RmsNorm(std::span<const float> x, int rows, std::span<const float> weight,
@@ -109,6 +115,7 @@ class CudaBackend final : public Backend {
                          int kv_layer, const StepBatch& batch, std::span<float> out) override;
 
   absl::StatusOr<double> MeasureReadBandwidth();
+  absl::StatusOr<double> MeasureTensorPeak(PeakInput input);
 
  private:
   template <typename Consume>
@@ -119,10 +126,13 @@ class CudaBackend final : public Backend {
   absl::StatusOr<DeviceBuffer<T>> ToDevice(std::span<const T> values);
   template <typename T>
   absl::Status ToHost(const DeviceBuffer<T>& from, std::span<T> values);
+  // The kernels of a single operation: once, or as the timer wants.
+  absl::Status LaunchOp(const Launch& launch);
 
   const std::unique_ptr<CudaDevice> device_;
   const std::unique_ptr<Uploader> uploader_;  // synchronises itself
   const bool graphs_;
+  OpTimer* timer_ = nullptr;
 };
 
 absl::Status CudaBackend::CheckTensor(TensorRole role, const TensorInfo& tensor) const {
@@ -242,6 +252,12 @@ absl::Status CudaBackend::ToHost(const DeviceBuffer<T>& from, std::span<T> value
   return absl::OkStatus();
 }
 
+absl::Status CudaBackend::LaunchOp(const Launch& launch) {
+  if (timer_ != nullptr) return TimeColdLaunches(*device_, launch, *timer_);
+  STAGECOACH_RETURN_IF_CUDA_ERROR(launch());
+  return absl::OkStatus();
+}
+
 absl::Status CudaBackend::MatMul(const TensorInfo& tensor, std::span<const std::byte> raw,
                                  std::span<const float> x, int rows, std::span<float> y) {
   CudaUnitBuilder builder(*device_, *uploader_);
@@ -259,7 +275,8 @@ absl::Status CudaBackend::MatMul(const TensorInfo& tensor, std::span<const std::
       LayOutActivations(memory.data(), FormFor(tensor.type), rows, matrix.k, /*precise=*/false);
   STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchQuantize(in.data(), activations, device_->compute()));
   const MatmulTerm term[] = {{.weights = matrix, .y = out.data(), .y_stride = matrix.n}};
-  STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(term, activations, device_->compute()));
+  STAGECOACH_RETURN_IF_ERROR(
+      LaunchOp([&] { return LaunchMatmul(term, activations, device_->compute()); }));
   return ToHost(out, y);
 }
 
@@ -271,8 +288,9 @@ absl::Status CudaBackend::RmsNorm(std::span<const float> x, int rows, std::span<
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> out, device_->NewBuffer<float>(y.size()));
   const Activations normed = LayOutActivations(out.data(), ActivationForm::kFloat, rows,
                                                static_cast<int>(weight.size()), /*precise=*/false);
-  STAGECOACH_RETURN_IF_CUDA_ERROR(
-      LaunchRmsNormQuantize(in.data(), scale.data(), epsilon, normed, device_->compute()));
+  STAGECOACH_RETURN_IF_ERROR(LaunchOp([&] {
+    return LaunchRmsNormQuantize(in.data(), scale.data(), epsilon, normed, device_->compute());
+  }));
   return ToHost(out, y);
 }
 
@@ -288,8 +306,10 @@ absl::Status CudaBackend::Rope(const ModelParams& params, std::span<float> x, in
                               device_->NewBuffer<float2>(frequencies.size() * positions.size()));
   STAGECOACH_RETURN_IF_CUDA_ERROR(
       ComputeTurns(angles.data(), pairs, places.data(), rows, turns.data(), device_->compute()));
-  STAGECOACH_RETURN_IF_CUDA_ERROR(
-      cuda::Rope(turns.data(), pairs, rows, heads, head_dim, values.data(), device_->compute()));
+  STAGECOACH_RETURN_IF_ERROR(LaunchOp([&] {
+    return cuda::Rope(turns.data(), pairs, rows, heads, head_dim, values.data(),
+                      device_->compute());
+  }));
   return ToHost(values, x);
 }
 
@@ -303,8 +323,9 @@ absl::Status CudaBackend::SwiGlu(std::span<const float> gate, std::span<const fl
   const int count = static_cast<int>(out.size());
   const Activations row = LayOutActivations(result.data(), ActivationForm::kFloat, /*rows=*/1,
                                             count, /*precise=*/false);
-  STAGECOACH_RETURN_IF_CUDA_ERROR(
-      LaunchSwiGluQuantize(gates.data(), ups.data(), count, row, device_->compute()));
+  STAGECOACH_RETURN_IF_ERROR(LaunchOp([&] {
+    return LaunchSwiGluQuantize(gates.data(), ups.data(), count, row, device_->compute());
+  }));
   return ToHost(result, out);
 }
 
@@ -343,8 +364,10 @@ absl::Status CudaBackend::Attention(const ModelParams& params, std::span<const f
           needs_scratch ? PartialFloats(plan.rows, plan.heads, plan.chunks, params.value_length)
                         : 0));
   const AttentionInputs in = {.q = queries.data(), .k = keys.data(), .v = values.data()};
-  STAGECOACH_RETURN_IF_CUDA_ERROR(StoreAndAttend(plan, inputs.table(), in, layout, scratch.data(),
-                                                 result.data(), device_->compute()));
+  STAGECOACH_RETURN_IF_ERROR(LaunchOp([&] {
+    return StoreAndAttend(plan, inputs.table(), in, layout, scratch.data(), result.data(),
+                          device_->compute());
+  }));
   return ToHost(result, out);
 }
 
@@ -355,23 +378,31 @@ absl::StatusOr<double> CudaBackend::MeasureReadBandwidth() {
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> data, device_->NewBuffer<float>(kFloats));
   STAGECOACH_RETURN_IF_CUDA_ERROR(
       cudaMemsetAsync(data.data(), 0, data.bytes(), device_->compute()));
-  cudaEvent_t begin = nullptr, end = nullptr;
-  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventCreate(&begin));
-  const Event begin_owner(begin);
-  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventCreate(&end));
-  const Event end_owner(end);
-  float best_ms = 0;
+  double best = 0;
   for (int pass = 0; pass < kPasses; ++pass) {
-    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(begin, device_->compute()));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(ReadAll(data.data(), kFloats, device_->multiprocessors(),
-                                            /*never=*/1, data.data(), device_->compute()));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(end, device_->compute()));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(end));
-    float ms = 0;
-    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventElapsedTime(&ms, begin, end));
-    best_ms = pass == 0 ? ms : std::min(best_ms, ms);
+    STAGECOACH_ASSIGN_OR_RETURN(const double seconds, TimeLaunch(*device_, [&] {
+                                  return ReadAll(data.data(), kFloats, device_->multiprocessors(),
+                                                 /*never=*/1, data.data(), device_->compute());
+                                }));
+    best = pass == 0 ? seconds : std::min(best, seconds);
   }
-  return static_cast<double>(data.bytes()) / (1e-3 * best_ms);
+  return static_cast<double>(data.bytes()) / best;
+}
+
+absl::StatusOr<double> CudaBackend::MeasureTensorPeak(PeakInput input) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  constexpr int kPasses = 6;
+  const int multiprocessors = device_->multiprocessors();
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> out, device_->NewBuffer<float>(1));
+  double best = 0;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    STAGECOACH_ASSIGN_OR_RETURN(const double seconds, TimeLaunch(*device_, [&] {
+                                  return RunTensorCores(input, multiprocessors, /*never=*/0.5f,
+                                                        out.data(), device_->compute());
+                                }));
+    best = pass == 0 ? seconds : std::min(best, seconds);
+  }
+  return static_cast<double>(TensorOps(input, multiprocessors)) / best;
 }
 
 }  // namespace
@@ -389,6 +420,14 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaOptions& opti
 
 absl::StatusOr<double> MeasureCudaReadBandwidth(Backend& backend) {
   return static_cast<cuda::CudaBackend&>(backend).MeasureReadBandwidth();
+}
+
+absl::StatusOr<CudaTensorPeaks> MeasureCudaTensorPeaks(Backend& backend) {
+  auto& own = static_cast<cuda::CudaBackend&>(backend);
+  CudaTensorPeaks peaks;
+  STAGECOACH_ASSIGN_OR_RETURN(peaks.int8, own.MeasureTensorPeak(cuda::PeakInput::kInt8));
+  STAGECOACH_ASSIGN_OR_RETURN(peaks.half, own.MeasureTensorPeak(cuda::PeakInput::kHalf));
+  return peaks;
 }
 
 }  // namespace stagecoach

@@ -21,6 +21,23 @@ class CudaConformance : public CudaTest {
   }
 };
 
+// A second is far more than any of them takes.
+TEST_F(CudaConformance, OperationsAreTimed) {
+  int timed = 0;
+  TimeConformance(*backend_, {.types = {"Q4_K", "F16"}, .shapes = {{64, 512}}, .rows = {1, 40}},
+                  [&](const TimingResult& result) {
+                    EXPECT_EQ(result.error, "") << result.op << " " << result.shape;
+                    EXPECT_GT(result.seconds, 0) << result.op << " " << result.shape;
+                    EXPECT_LT(result.seconds, 1) << result.op << " " << result.shape;
+                    ++timed;
+                  });
+  EXPECT_EQ(timed, 4 + 6 + 5);
+  const auto peaks = MeasureCudaTensorPeaks(*backend_);
+  ASSERT_TRUE(peaks.ok()) << peaks.status();
+  EXPECT_GT(peaks->half, 1e9);
+  EXPECT_GT(peaks->int8, peaks->half);
+}
+
 TEST_F(CudaConformance, RmsNorm) { ExpectAllPass("RmsNorm/"); }
 TEST_F(CudaConformance, Rope) { ExpectAllPass("Rope/"); }
 TEST_F(CudaConformance, SwiGlu) { ExpectAllPass("SwiGlu/"); }
