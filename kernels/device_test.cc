@@ -16,7 +16,7 @@ TEST(OpenDevice, Cpu) {
   EXPECT_GT(*bandwidth, 1e6);
   const auto peaks = MeasureDevicePeaks(**backend, 1);
   ASSERT_TRUE(peaks.ok()) << peaks.status();
-  if (peaks->int8 > 0) EXPECT_GT(peaks->int8, peaks->floats);
+  EXPECT_GE(peaks->int8, peaks->floats);  // both 0 without AVX2
 }
 
 TEST(OpenDevice, AutoAlwaysFindsOne) {

@@ -185,7 +185,7 @@ nlohmann::json Report(const BenchDecodeFlags& flags, const ModelFile& model,
 // Of the device's memory; of one core's where that is the CPU.
 absl::StatusOr<double> ReadBandwidth(const std::string& device) {
   if (device == "cpu") return MeasureReadBandwidth(1);
-  STAGECOACH_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend, OpenDevice(device, {}));
+  STAGECOACH_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend, OpenDeviceFlag(device, 1));
   return MeasureDeviceBandwidth(*backend, 1);
 }
 

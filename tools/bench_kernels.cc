@@ -18,6 +18,7 @@
 #include "model/status_macros.h"
 #include "model/tensor_type.h"
 #include "tools/bench.h"
+#include "tools/local_stage.h"
 
 namespace stagecoach {
 namespace {
@@ -115,7 +116,7 @@ absl::Status RunBenchKernels(BenchKernelsFlags& flags) {
     if (!ParseTensorType(type)) return absl::InvalidArgumentError("there is no type " + type);
   }
   STAGECOACH_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend,
-                              OpenDevice(flags.device, {.threads = flags.threads}));
+                              OpenDeviceFlag(flags.device, flags.threads));
   Ceilings ceilings;
   if (backend->info().kind == "cpu") {  // more thoroughly than a worker at its start
     ceilings.bandwidth = MeasureReadBandwidth(flags.threads, kBandwidthBytes);
