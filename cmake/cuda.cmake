@@ -44,6 +44,7 @@ if(HAVE_CUDA)
          "SHELL:-gencode arch=compute_${architecture},code=sm_${architecture}")
   endforeach()
   if(STAGECOACH_CUDA_PTX)  # of the last one, for GPUs to come
+    list(GET STAGECOACH_CUDA_ARCHITECTURES -1 architecture)
     list(APPEND cuda_flags
          "SHELL:-gencode arch=compute_${architecture},code=compute_${architecture}")
   endif()
