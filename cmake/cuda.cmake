@@ -35,9 +35,19 @@ if(HAVE_CUDA)
     list(APPEND cuda_flags -Werror=all-warnings)
   endif()
   foreach(architecture ${STAGECOACH_CUDA_ARCHITECTURES})
+    string(REGEX MATCH "^[0-9]+" capability "${architecture}")
+    if(NOT capability OR capability LESS 90)  # kLeastMajor in kernels/cuda/device_check.h
+      message(FATAL_ERROR "STAGECOACH_CUDA_ARCHITECTURES: the kernels need compute capability 9.0 (they "
+                          "wait for each other by griddepcontrol); leave out '${architecture}'")
+    endif()
     list(APPEND cuda_flags
          "SHELL:-gencode arch=compute_${architecture},code=sm_${architecture}")
   endforeach()
+  if(STAGECOACH_CUDA_PTX)  # of the last one, for GPUs to come
+    list(GET STAGECOACH_CUDA_ARCHITECTURES -1 architecture)
+    list(APPEND cuda_flags
+         "SHELL:-gencode arch=compute_${architecture},code=compute_${architecture}")
+  endif()
 endif()
 
 # stagecoach_cuda_library(NAME SRCS a.cu ...): kernels and their launchers.

@@ -67,6 +67,10 @@ absl::StatusOr<std::shared_ptr<HostMemory>> Backend::NewHostMemory(size_t bytes)
   return memory;
 }
 
+absl::Status Backend::SetOpTimer(OpTimer*) {
+  return absl::UnimplementedError(info().kind + " does not time single operations");
+}
+
 absl::Status Backend::HeadTop(Workspace&, const UnitWeights&, std::span<const int32_t>, int,
                               std::span<TopLogit>) {
   return absl::UnimplementedError("this backend gives all logits only");

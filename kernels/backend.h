@@ -19,6 +19,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/host_memory.h"
+#include "kernels/op_timer.h"
 #include "kernels/sampling.h"
 #include "model/model_file.h"
 
@@ -196,6 +197,10 @@ class Backend {
   virtual absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) = 0;
 
   // --- Single operations, for the conformance suite and `bench kernels`. Host memory in and out.
+  // While `timer` is not null, each of them repeats its kernels on what it was given until the
+  // timer has enough: from cold caches, without copies, repacking and the conversion of a product's
+  // activations. What comes out is then unspecified. UNIMPLEMENTED where this is not offered.
+  virtual absl::Status SetOpTimer(OpTimer* timer);
   // y[rows][n] = x[rows][k] * w[n][k]^T.
   virtual absl::Status MatMul(const TensorInfo& tensor, std::span<const std::byte> raw,
                               std::span<const float> x, int rows, std::span<float> y) = 0;

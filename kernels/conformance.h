@@ -5,6 +5,7 @@
 #define STAGECOACH_KERNELS_CONFORMANCE_H_
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -26,23 +27,36 @@ struct ConformanceResult {
 std::vector<ConformanceResult> RunConformance(Backend& candidate,
                                               const ConformanceOptions& options);
 
+struct MatrixShape {
+  int n = 0;  // outputs
+  int k = 0;  // columns, of whole blocks
+};
+
 struct TimingOptions {
-  std::string filter;
-  double seconds_per_case = 0.2;  // at least; one run at least
+  std::string filter;              // run only operations whose name contains it
+  double seconds_per_case = 0.05;  // of measured time, at least; see OpTimer
+  std::vector<std::string> types;  // of weights and KV; empty: all
+  std::vector<MatrixShape> shapes = {{4096, 4096}, {14336, 4096}, {4096, 14336}};  // of products
+  std::vector<int> rows = {1, 2, 4, 8, 16, 32, 64, 512};
 };
 
 struct TimingResult {
-  std::string name;    // "Matmul/Q4_K/n=4096,k=4096/rows=8"
-  std::string error;   // empty if it ran
-  double seconds = 0;  // the median run
-  uint64_t bytes = 0;  // weights and KV that one run must read
-  uint64_t flops = 0;  // multiplications and additions of one run
-  double gigabytes_per_second() const { return seconds > 0 ? 1e-9 * bytes / seconds : 0; }
-  double gigaflops() const { return seconds > 0 ? 1e-9 * flops / seconds : 0; }
+  std::string op;      // "MatMul"
+  std::string type;    // of the weights or the KV; empty if there are none
+  std::string shape;   // "n=4096 k=4096"
+  int rows = 0;        // of activations
+  std::string error;   // empty if it ran and was right
+  double seconds = 0;  // the median run, of the kernels alone
+  uint64_t bytes = 0;  // that one run must read and write in the backend's memory
+  uint64_t flops =
+      0;              // multiplications and additions of one run; 0 where memory is all that counts
+  bool int8 = false;  // they are of bytes
 };
 
-// Times prepared weights (so no repacking), at shapes of real models.
-std::vector<TimingResult> TimeConformance(Backend& backend, const TimingOptions& options);
+// Compares each single operation, at shapes of real models, with the float64 reference, and times
+// it if it is right. The backend must offer SetOpTimer. `consume` gets each result as it comes.
+void TimeConformance(Backend& backend, const TimingOptions& options,
+                     const std::function<void(const TimingResult&)>& consume);
 
 }  // namespace stagecoach
 

@@ -49,30 +49,6 @@ const std::vector<StepCase>& StepCases() {
   return cases;
 }
 
-const char* Name(KvType type) {
-  switch (type) {
-    case KvType::kF16:
-      return "KV F16";
-    case KvType::kF32:
-      return "KV F32";
-    case KvType::kQ8_0:
-      return "KV Q8_0";
-  }
-  return "";
-}
-
-double Tolerance(KvType type) {
-  switch (type) {
-    case KvType::kF16:
-      return 1e-3;
-    case KvType::kF32:
-      return 1e-5;
-    case KvType::kQ8_0:
-      return 2e-2;
-  }
-  return 0;
-}
-
 constexpr int kMostPositions = 256;
 constexpr int kBlocksPerSequence = kMostPositions / kKvBlockPositions;
 constexpr int kMostSequences = 5;
@@ -269,14 +245,38 @@ ConformanceRun RunChunks(AttentionCase test, std::vector<SequenceRows> sequences
 
 }  // namespace
 
+const char* KvTypeName(KvType type) {
+  switch (type) {
+    case KvType::kF16:
+      return "F16";
+    case KvType::kF32:
+      return "F32";
+    case KvType::kQ8_0:
+      return "Q8_0";
+  }
+  return "";
+}
+
+double AttentionTolerance(KvType type) {
+  switch (type) {
+    case KvType::kF16:
+      return 1e-3;
+    case KvType::kF32:
+      return 1e-5;
+    case KvType::kQ8_0:
+      return 2e-2;
+  }
+  return 0;
+}
+
 std::vector<ConformanceCase> AttentionCases() {
   std::vector<ConformanceCase> cases;
   for (const HeadShape& shape : kHeadShapes) {
     for (const KvType type : {KvType::kF16, KvType::kF32, KvType::kQ8_0}) {
       const std::string prefix =
-          fmt::format("Attention/heads={},kv={},key={},value={}/{}/", shape.heads, shape.kv_heads,
-                      shape.key_length, shape.value_length, Name(type));
-      const double tolerance = Tolerance(type);
+          fmt::format("Attention/heads={},kv={},key={},value={}/KV {}/", shape.heads,
+                      shape.kv_heads, shape.key_length, shape.value_length, KvTypeName(type));
+      const double tolerance = AttentionTolerance(type);
       const auto add_near = [&](const std::string& name, const AttentionCase& test,
                                 const std::vector<SequenceRows>& sequences, double allowed) {
         cases.push_back(

@@ -33,6 +33,8 @@ std::vector<ConformanceCase> LayerCases();  // embedding, layers and head togeth
 // What one matrix product may differ from the reference: types with quantised activations round
 // each input to 8 bits, float types only accumulate in float32.
 double MatMulTolerance(TensorType type);
+double AttentionTolerance(KvType type);
+const char* KvTypeName(KvType type);  // "F16"
 
 }  // namespace stagecoach
 

@@ -25,6 +25,8 @@ std::vector<std::string> Failures(Backend& backend, const std::string& filter) {
   return failures;
 }
 
+constexpr double kTimedSeconds = 0.25;  // what BrokenBackend says that a run took
+
 // The reference backend, with a hook on the float results of its operations.
 class BrokenBackend : public Backend {
  public:
@@ -32,6 +34,10 @@ class BrokenBackend : public Backend {
   virtual void Break(std::span<float> result, int rows) = 0;
 
   BackendInfo info() const override { return reference_->info(); }
+  absl::Status SetOpTimer(OpTimer* timer) override {
+    timer_ = timer;
+    return absl::OkStatus();
+  }
   absl::Status CheckTensor(TensorRole role, const TensorInfo& tensor) const override {
     return reference_->CheckTensor(role, tensor);
   }
@@ -95,10 +101,12 @@ class BrokenBackend : public Backend {
 
  private:
   absl::Status Broken(absl::Status status, std::span<float> result, size_t rows) {
+    while (timer_ != nullptr && !timer_->Enough()) timer_->Add(kTimedSeconds);
     if (status.ok()) Break(result, static_cast<int>(rows));
     return status;
   }
   const std::unique_ptr<Backend> reference_ = MakeReferenceBackend();
+  OpTimer* timer_ = nullptr;
 };
 
 class SwapsFirstRows final : public BrokenBackend {
@@ -206,15 +214,41 @@ TEST(Conformance, AnErrorFailsWithItsMessage) {
               testing::Each(testing::HasSubstr("device lost")));
 }
 
-TEST(TimeConformance, MeasuresBytesPerSecond) {
+std::vector<TimingResult> Time(Backend& backend, const TimingOptions& options) {
+  std::vector<TimingResult> results;
+  TimeConformance(backend, options, [&](const TimingResult& result) { results.push_back(result); });
+  return results;
+}
+
+TEST(TimeConformance, TimesWhatIsRight) {
+  ScalesBy backend(1);
+  const std::vector<TimingResult> results = Time(
+      backend, {.filter = "", .types = {"F32", "Q4_K"}, .shapes = {{64, 512}}, .rows = {1, 5}});
+  ASSERT_EQ(results.size(), 4u + 6 + 5);
+  for (const TimingResult& result : results) {
+    EXPECT_EQ(result.error, "") << result.op << " " << result.shape;
+    EXPECT_EQ(result.seconds, kTimedSeconds) << result.op << " " << result.shape;
+    EXPECT_GT(result.bytes, 0u) << result.op << " " << result.shape;
+  }
+  EXPECT_EQ(results[2].type, "Q4_K");
+  EXPECT_EQ(results[2].bytes, 64u * 2 * 144);
+  EXPECT_EQ(results[3].flops, 2u * 64 * 512 * 5);
+}
+
+TEST(TimeConformance, RefusesWhatIsWrong) {
+  ScalesBy backend(1.1f);
+  for (const TimingResult& result :
+       Time(backend, {.filter = "u", .types = {"Q8_0"}, .shapes = {{64, 512}}, .rows = {5}})) {
+    EXPECT_THAT(result.error, testing::HasSubstr("WRONG")) << result.op << " " << result.shape;
+    EXPECT_EQ(result.seconds, 0) << result.op << " " << result.shape;
+  }
+}
+
+TEST(TimeConformance, SaysThatABackendHasNoTimer) {
   const std::unique_ptr<Backend> reference = MakeReferenceBackend();
-  const std::vector<TimingResult> results = TimeConformance(
-      *reference, {.filter = "MatMul/Q4_K/n=4096,k=4096/rows=2", .seconds_per_case = 0});
+  const std::vector<TimingResult> results = Time(*reference, {.filter = "Rope", .rows = {1}});
   ASSERT_EQ(results.size(), 1u);
-  EXPECT_EQ(results[0].error, "");
-  EXPECT_EQ(results[0].bytes, 4096u * 16 * 144);
-  EXPECT_GT(results[0].seconds, 0);
-  EXPECT_GT(results[0].gigabytes_per_second(), 0);
+  EXPECT_THAT(results[0].error, testing::HasSubstr("does not time"));
 }
 
 }  // namespace

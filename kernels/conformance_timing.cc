@@ -1,214 +1,304 @@
 #include <algorithm>
-#include <chrono>
+#include <cmath>
 #include <functional>
+#include <limits>
+#include <map>
 #include <memory>
-#include <numeric>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "fmt/format.h"
+#include "kernels/compare.h"
 #include "kernels/conformance.h"
+#include "kernels/conformance_case.h"
+#include "kernels/op_timer.h"
 #include "kernels/random_tensor.h"
+#include "kernels/reference/reference_backend.h"
 #include "model/status_macros.h"
 
 namespace stagecoach {
 namespace {
 
-// Holds weights and buffers; each call is one run of the case.
-using PreparedRun = std::function<absl::Status()>;
-
+// One operation with its inputs. `run` is what the backend is asked, `expected` what it must answer
+// within `tolerance`.
 struct TimedCase {
-  std::string name;
-  uint64_t bytes;
-  uint64_t flops;
-  std::function<absl::StatusOr<PreparedRun>(Backend&)> prepare;
+  TimingResult result;  // what is known before
+  ConformanceRun run;
+  std::function<absl::StatusOr<std::vector<float>>()> expected;
+  double tolerance = 0;
+  double typical = 0;
 };
 
-uint64_t MatrixBytes(TensorType type, uint64_t rows, uint64_t columns) {
+constexpr double kElementwiseTolerance = 1e-5;  // sums of thousands, elsewhere than in the table
+
+std::vector<float> Unwritten(size_t count) {
+  return std::vector<float>(count, std::numeric_limits<float>::quiet_NaN());
+}
+
+class Timing {
+ public:
+  Timing(Backend& backend, const TimingOptions& options,
+         const std::function<void(const TimingResult&)>& consume)
+      : backend_(backend), options_(options), consume_(consume) {}
+
+  void MatMul(TensorType type, const MatrixShape& shape);
+  void RmsNorm(int columns, int rows);
+  void SwiGlu(int columns, int rows);
+  void Rope(int heads, int head_dim, int rows);
+  void Attention(KvType type, int sequences, int rows, int prior);
+
+  bool Wants(const std::string& op) const { return op.find(options_.filter) != std::string::npos; }
+  bool WantsType(std::string_view type) const {
+    return options_.types.empty() ||
+           std::ranges::find(options_.types, type) != options_.types.end();
+  }
+
+ private:
+  void Finish(TimedCase test);
+  absl::Status Check(const TimedCase& test);
+  // What the reference says to the same question.
+  std::function<absl::StatusOr<std::vector<float>>()> Reference(const ConformanceRun& run) {
+    return [this, run] { return run(*reference_); };
+  }
+
+  Backend& backend_;
+  const TimingOptions& options_;
+  const std::function<void(const TimingResult&)>& consume_;
+  const std::unique_ptr<Backend> reference_ = MakeReferenceBackend();
+};
+
+absl::Status Timing::Check(const TimedCase& test) {
+  STAGECOACH_ASSIGN_OR_RETURN(const std::vector<float> actual, test.run(backend_));
+  STAGECOACH_ASSIGN_OR_RETURN(const std::vector<float> expected, test.expected());
+  const Comparison comparison = Compare(actual, expected, test.typical);
+  if (comparison.Within(test.tolerance)) return absl::OkStatus();
+  return absl::DataLossError(
+      fmt::format("WRONG: {}; tolerance {:.1e}", ToString(comparison), test.tolerance));
+}
+
+void Timing::Finish(TimedCase test) {
+  TimingResult& result = test.result;
+  absl::Status status = Check(test);
+  if (status.ok()) {
+    OpTimer timer(options_.seconds_per_case);
+    status = backend_.SetOpTimer(&timer);
+    if (status.ok()) status = test.run(backend_).status();
+    backend_.SetOpTimer(nullptr).IgnoreError();
+    result.seconds = timer.MedianSeconds();
+  }
+  if (!status.ok()) result.error = std::string(status.message());
+  consume_(result);
+}
+
+// The rows of the activations repeat, so that the reference need not compute all of them.
+constexpr int kOwnRows = 3;
+
+void Timing::MatMul(TensorType type, const MatrixShape& shape) {
   const TensorTypeInfo& info = GetTensorTypeInfo(type);
-  return rows * (columns / info.block_elements) * info.block_bytes;
+  RandomSource random(static_cast<uint64_t>(type) + 1);
+  const RandomTensor weight =
+      MakeRandomMatrix(random, "weight", type, shape.n, shape.k, 1 / std::sqrt(shape.k));
+  const std::vector<float> own = RandomFloats(random, size_t{kOwnRows} * shape.k);
+  std::vector<float> own_y = Unwritten(size_t{kOwnRows} * shape.n);
+  const absl::Status known = reference_->MatMul(weight.info, weight.raw, own, kOwnRows, own_y);
+  for (const int rows : options_.rows) {
+    const auto repeat = [rows](const std::vector<float>& of, int columns) {
+      std::vector<float> all(static_cast<size_t>(rows) * columns);
+      for (size_t i = 0; i < all.size(); ++i) all[i] = of[i % of.size()];
+      return all;
+    };
+    const std::vector<float> x = repeat(own, shape.k);
+    TimedCase test;
+    test.result = {.op = "MatMul",
+                   .type = std::string(info.name),
+                   .shape = fmt::format("n={} k={}", shape.n, shape.k),
+                   .rows = rows,
+                   .bytes = backend_.ResidentBytes(TensorRole::kOutput, weight.info),
+                   .flops = uint64_t{2} * shape.n * shape.k * rows,
+                   .int8 = info.block_elements > 1};
+    test.run = [&](Backend& backend) -> absl::StatusOr<std::vector<float>> {
+      std::vector<float> y = Unwritten(static_cast<size_t>(rows) * shape.n);
+      STAGECOACH_RETURN_IF_ERROR(backend.MatMul(weight.info, weight.raw, x, rows, y));
+      return y;
+    };
+    test.expected = [&]() -> absl::StatusOr<std::vector<float>> {
+      if (!known.ok()) return known;
+      return repeat(own_y, shape.n);
+    };
+    test.tolerance = MatMulTolerance(type);
+    test.typical = 1;
+    Finish(std::move(test));
+  }
 }
 
-// Everything that a run uses; shared by the copies of its std::function.
-struct RunState {
-  ModelParams params;
-  std::unique_ptr<UnitWeights> weights;
-  std::unique_ptr<Workspace> workspace;
-  std::unique_ptr<KvCache> kv;
-  std::vector<float> residual, output, logits;
-  std::vector<int32_t> rows;
-  std::vector<std::vector<int32_t>> blocks;
-  std::vector<BatchSequence> sequences;
-};
-
-// --- One product of prepared weights, as the output head: norm and n x k matrix.
-
-constexpr int kMatMulN = 4096;
-constexpr int kMatMulK = 4096;
-
-absl::StatusOr<PreparedRun> PrepareMatMul(Backend& backend, TensorType type, int rows) {
-  auto state = std::make_shared<RunState>();
-  ModelParams& params = state->params;
-  params.d_model = kMatMulK;
-  params.vocab_size = kMatMulN;
-  params.layers = params.heads = params.kv_heads = 1;
-  params.key_length = params.value_length = params.rope_dims = 64;
-  params.ffn_length = 256;
-  params.norm_epsilon = 1e-5f;
+void Timing::RmsNorm(int columns, int rows) {
   RandomSource random(1);
-  STAGECOACH_ASSIGN_OR_RETURN(
-      state->weights,
-      BuildUnit(backend, params,
-                MakeRandomUnit(random, params, {Unit::Kind::kHead}, type, /*biases=*/false)));
-  STAGECOACH_ASSIGN_OR_RETURN(state->workspace, backend.NewWorkspace(params, rows));
-  state->residual = RandomFloats(random, static_cast<size_t>(rows) * kMatMulK);
-  state->logits.resize(static_cast<size_t>(rows) * kMatMulN);
-  state->rows.resize(rows);
-  std::iota(state->rows.begin(), state->rows.end(), 0);
-  STAGECOACH_RETURN_IF_ERROR(backend.SetResidual(*state->workspace, state->residual));
-  return PreparedRun([state, &backend] {
-    return backend.Head(*state->workspace, *state->weights, state->rows, state->logits);
-  });
+  const size_t count = static_cast<size_t>(rows) * columns;
+  const std::vector<float> weight = RandomFloats(random, columns), x = RandomFloats(random, count);
+  TimedCase test;
+  test.result = {.op = "RmsNorm",
+                 .shape = fmt::format("columns={}", columns),
+                 .rows = rows,
+                 .bytes = (2 * count + columns) * sizeof(float)};
+  test.run = [&](Backend& backend) -> absl::StatusOr<std::vector<float>> {
+    std::vector<float> y = Unwritten(count);
+    STAGECOACH_RETURN_IF_ERROR(backend.RmsNorm(x, rows, weight, 1e-5f, y));
+    return y;
+  };
+  test.expected = Reference(test.run);
+  test.tolerance = kElementwiseTolerance;
+  Finish(std::move(test));
 }
 
-// --- One layer of a model of about one thousand million parameters: decode steps of several
-// sequences, or one chunk of a prompt.
+void Timing::SwiGlu(int columns, int rows) {
+  RandomSource random(1);
+  const size_t count = static_cast<size_t>(rows) * columns;
+  const std::vector<float> gate = RandomFloats(random, count), up = RandomFloats(random, count);
+  TimedCase test;
+  test.result = {.op = "SwiGlu",
+                 .shape = fmt::format("columns={}", columns),
+                 .rows = rows,
+                 .bytes = 3 * count * sizeof(float)};
+  test.run = [&](Backend& backend) -> absl::StatusOr<std::vector<float>> {
+    std::vector<float> out = Unwritten(count);
+    STAGECOACH_RETURN_IF_ERROR(backend.SwiGlu(gate, up, out));
+    return out;
+  };
+  test.expected = Reference(test.run);
+  test.tolerance = kElementwiseTolerance;
+  Finish(std::move(test));
+}
 
-ModelParams LayerParams() {
+void Timing::Rope(int heads, int head_dim, int rows) {
+  RandomSource random(1);
+  const size_t count = static_cast<size_t>(rows) * heads * head_dim;
+  const std::vector<float> before = RandomFloats(random, count);
   ModelParams params;
-  params.layers = 1;
-  params.d_model = 2048;
+  params.heads = params.kv_heads = heads;
+  params.key_length = params.value_length = params.rope_dims = head_dim;
+  params.rope_freq_base = 500000;
+  params.rope_freq_scale = 1;
+  std::vector<int32_t> positions(rows);
+  for (int i = 0; i < rows; ++i) positions[i] = i * 7;
+  TimedCase test;
+  test.result = {.op = "Rope",
+                 .shape = fmt::format("heads={} dim={}", heads, head_dim),
+                 .rows = rows,
+                 .bytes = 2 * count * sizeof(float)};
+  test.run = [&](Backend& backend) -> absl::StatusOr<std::vector<float>> {
+    std::vector<float> x = before;
+    STAGECOACH_RETURN_IF_ERROR(backend.Rope(params, x, heads, head_dim, positions));
+    return x;
+  };
+  test.expected = Reference(test.run);
+  test.tolerance = kElementwiseTolerance;
+  Finish(std::move(test));
+}
+
+// --- Attention of heads as in Llama-3-8B.
+
+ModelParams AttentionParams() {
+  ModelParams params;
   params.heads = 32;
-  params.kv_heads = 4;
-  params.key_length = params.value_length = params.rope_dims = 64;
-  params.ffn_length = 5632;
-  params.vocab_size = 32000;
-  params.norm_epsilon = 1e-5f;
+  params.kv_heads = 8;
+  params.key_length = params.value_length = params.rope_dims = 128;
+  params.d_model = params.heads * params.value_length;
   return params;
 }
 
-struct LayerStep {
-  int sequences;
-  int rows;   // of each sequence
-  int prior;  // positions already in the KV
-};
+// Keys and values of a few blocks are stored, and copied to all others: attention itself would
+// take the reference too long over a long context.
+constexpr int kStoredBlocks = 3;
 
-uint64_t LayerElements(const ModelParams& p) {
-  const uint64_t attention = uint64_t(p.d_model) * p.heads * (p.key_length + p.value_length) +
-                             uint64_t(p.d_model) * p.kv_heads * (p.key_length + p.value_length);
-  return attention + 3 * uint64_t(p.d_model) * p.ffn_length;
-}
-
-absl::StatusOr<PreparedRun> PrepareLayer(Backend& backend, TensorType type, LayerStep step) {
-  auto state = std::make_shared<RunState>();
-  state->params = LayerParams();
-  const int rows = step.sequences * step.rows;
-  RandomSource random(2);
-  STAGECOACH_ASSIGN_OR_RETURN(
-      state->weights,
-      BuildUnit(backend, state->params,
-                MakeRandomUnit(random, state->params, {Unit::Kind::kLayer}, type, false)));
-  STAGECOACH_ASSIGN_OR_RETURN(state->workspace, backend.NewWorkspace(state->params, rows));
-  const int blocks_each = (step.prior + step.rows + kKvBlockPositions - 1) / kKvBlockPositions;
-  STAGECOACH_ASSIGN_OR_RETURN(state->kv,
-                              backend.NewKvCache({.layers = 1,
-                                                  .kv_heads = state->params.kv_heads,
-                                                  .key_length = state->params.key_length,
-                                                  .value_length = state->params.value_length,
-                                                  .blocks = step.sequences * blocks_each}));
-  for (int i = 0; i < step.sequences; ++i) {
-    state->blocks.emplace_back(blocks_each);
-    std::iota(state->blocks[i].begin(), state->blocks[i].end(), i * blocks_each);
+void Timing::Attention(KvType type, int sequences, int rows, int prior) {
+  const ModelParams params = AttentionParams();
+  const int all_rows = sequences * rows;
+  const size_t query = size_t(params.heads) * params.key_length;
+  const size_t key = size_t(params.kv_heads) * params.key_length;
+  const int blocks_each = KvBlocksFor(prior + rows);
+  const int stored_rows = std::min(kStoredBlocks, blocks_each) * kKvBlockPositions;
+  RandomSource random(1);
+  const size_t most = std::max(all_rows, stored_rows);
+  const std::vector<float> q = RandomFloats(random, most * query),
+                           k = RandomFloats(random, most * key),
+                           v = RandomFloats(random, most * key);
+  std::vector<int32_t> blocks(static_cast<size_t>(sequences) * blocks_each);
+  for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<int32_t>(i);
+  std::vector<BatchSequence> batch;
+  for (int i = 0; i < sequences; ++i) {
+    batch.push_back({.first_row = i * rows,
+                     .row_count = rows,
+                     .start_position = prior,
+                     .blocks = std::span(blocks).subspan(size_t(i) * blocks_each, blocks_each)});
   }
-  for (int i = 0; i < step.sequences; ++i) {
-    state->sequences.push_back({.first_row = i * step.rows,
-                                .row_count = step.rows,
-                                .start_position = step.prior,
-                                .blocks = state->blocks[i]});
-  }
-  state->residual = RandomFloats(random, static_cast<size_t>(rows) * state->params.d_model);
-  state->output.resize(state->residual.size());
-  return PreparedRun([state, &backend, rows]() -> absl::Status {
-    // The layer adds to the residual stream, which would grow without bound over many runs.
-    STAGECOACH_RETURN_IF_ERROR(backend.SetResidual(*state->workspace, state->residual));
-    STAGECOACH_RETURN_IF_ERROR(backend.RunLayer(*state->workspace, *state->weights, *state->kv, 0,
-                                                {.sequences = state->sequences, .rows = rows}));
-    return backend.GetResidual(*state->workspace, state->output);
-  });
-}
-
-std::vector<TimedCase> TimedCases() {
-  std::vector<TimedCase> cases;
-  for (const TensorTypeInfo& info : AllTensorTypes()) {
-    for (const int rows : {1, 2, 4, 8, 16, 32, 128}) {
-      cases.push_back(
-          {.name = fmt::format("MatMul/{}/n={},k={}/rows={}", info.name, kMatMulN, kMatMulK, rows),
-           .bytes = MatrixBytes(info.type, kMatMulN, kMatMulK),
-           .flops = uint64_t{2} * kMatMulN * kMatMulK * rows,
-           .prepare = [type = info.type, rows](Backend& backend) {
-             return PrepareMatMul(backend, type, rows);
-           }});
+  const KvShape shape = {.layers = 1,
+                         .kv_heads = params.kv_heads,
+                         .key_length = params.key_length,
+                         .value_length = params.value_length,
+                         .blocks = static_cast<int>(blocks.size()),
+                         .type = type};
+  const auto prepare = [&](Backend& backend) -> absl::StatusOr<std::unique_ptr<KvCache>> {
+    STAGECOACH_ASSIGN_OR_RETURN(std::unique_ptr<KvCache> kv, backend.NewKvCache(shape));
+    const BatchSequence first = {.row_count = stored_rows, .blocks = batch[0].blocks};
+    std::vector<float> out = Unwritten(stored_rows * query);
+    STAGECOACH_RETURN_IF_ERROR(backend.Attention(
+        params, std::span(q).first(stored_rows * query), std::span(k).first(stored_rows * key),
+        std::span(v).first(stored_rows * key), *kv, 0,
+        {.sequences = {&first, 1}, .rows = stored_rows}, out));
+    std::vector<KvBlockCopy> copies;
+    for (int i = kStoredBlocks; i < shape.blocks; ++i) copies.push_back({i % kStoredBlocks, i});
+    STAGECOACH_RETURN_IF_ERROR(backend.CopyKvBlocks(*kv, copies));
+    return kv;
+  };
+  std::map<Backend*, std::unique_ptr<KvCache>> caches;
+  TimedCase test;
+  const uint64_t seen = uint64_t(all_rows) * prior + uint64_t(sequences) * rows * (rows + 1) / 2;
+  test.result = {
+      .op = "Attention",
+      .type = KvTypeName(type),
+      .shape = fmt::format("{} x {} after {}", sequences, rows, prior),
+      .rows = all_rows,
+      .bytes = uint64_t(sequences) * (prior + rows) *
+               KvPositionBytes(type, params.kv_heads, params.key_length, params.value_length),
+      .flops = 2 * seen * params.heads * (params.key_length + params.value_length)};
+  test.run = [&](Backend& backend) -> absl::StatusOr<std::vector<float>> {
+    std::unique_ptr<KvCache>& kv = caches[&backend];  // there already when the timer is set
+    if (kv == nullptr) {
+      STAGECOACH_ASSIGN_OR_RETURN(kv, prepare(backend));
     }
-  }
-  const ModelParams params = LayerParams();
-  for (const TensorType type : {TensorType::kQ4_K, TensorType::kQ8_0, TensorType::kF16}) {
-    for (const LayerStep step : {LayerStep{1, 1, 0}, LayerStep{1, 1, 2048}, LayerStep{8, 1, 512},
-                                 LayerStep{32, 1, 512}, LayerStep{1, 128, 0}}) {
-      const uint64_t rows = uint64_t(step.sequences) * step.rows;
-      const uint64_t kv_row = uint64_t(params.kv_heads) * (params.key_length + params.value_length);
-      cases.push_back(
-          {.name = fmt::format("Layer/{}/sequences={},rows={},prior={}",
-                               GetTensorTypeInfo(type).name, step.sequences, step.rows, step.prior),
-           .bytes = MatrixBytes(type, 1, LayerElements(params)) +
-                    step.sequences * (step.prior + step.rows) * kv_row * 2,
-           .flops = 2 * LayerElements(params) * rows,
-           .prepare = [type, step](Backend& backend) {
-             return PrepareLayer(backend, type, step);
-           }});
-    }
-  }
-  return cases;
-}
-
-absl::StatusOr<double> MedianSeconds(const PreparedRun& run, double at_least) {
-  using Clock = std::chrono::steady_clock;
-  STAGECOACH_RETURN_IF_ERROR(run());  // warm-up
-  std::vector<double> seconds;
-  const Clock::time_point start = Clock::now();
-  double elapsed = 0;
-  do {
-    const Clock::time_point before = Clock::now();
-    STAGECOACH_RETURN_IF_ERROR(run());
-    const Clock::time_point after = Clock::now();
-    seconds.push_back(std::chrono::duration<double>(after - before).count());
-    elapsed = std::chrono::duration<double>(after - start).count();
-  } while (elapsed < at_least);
-  const auto middle = seconds.begin() + static_cast<ptrdiff_t>(seconds.size() / 2);
-  std::nth_element(seconds.begin(), middle, seconds.end());
-  return *middle;
+    std::vector<float> out = Unwritten(all_rows * query);
+    STAGECOACH_RETURN_IF_ERROR(backend.Attention(
+        params, std::span(q).first(all_rows * query), std::span(k).first(all_rows * key),
+        std::span(v).first(all_rows * key), *kv, 0, {.sequences = batch, .rows = all_rows}, out));
+    return out;
+  };
+  test.expected = Reference(test.run);
+  test.tolerance = AttentionTolerance(type);
+  Finish(std::move(test));
 }
 
 }  // namespace
 
-std::vector<TimingResult> TimeConformance(Backend& backend, const TimingOptions& options) {
-  std::vector<TimingResult> results;
-  for (const TimedCase& test : TimedCases()) {
-    if (test.name.find(options.filter) == std::string::npos) continue;
-    TimingResult result{.name = test.name, .bytes = test.bytes, .flops = test.flops};
-    const auto timed = [&]() -> absl::StatusOr<double> {
-      STAGECOACH_ASSIGN_OR_RETURN(const PreparedRun run, test.prepare(backend));
-      return MedianSeconds(run, options.seconds_per_case);
-    }();
-    if (timed.ok()) {
-      result.seconds = *timed;
-    } else {
-      result.error = timed.status().ToString();
-    }
-    results.push_back(std::move(result));
+void TimeConformance(Backend& backend, const TimingOptions& options,
+                     const std::function<void(const TimingResult&)>& consume) {
+  Timing timing(backend, options, consume);
+  for (const TensorTypeInfo& info : AllTensorTypes()) {
+    if (!timing.Wants("MatMul") || !timing.WantsType(info.name)) continue;
+    for (const MatrixShape& shape : options.shapes) timing.MatMul(info.type, shape);
   }
-  return results;
+  for (const int rows : options.rows) {
+    if (timing.Wants("RmsNorm")) timing.RmsNorm(4096, rows);
+    if (timing.Wants("SwiGlu")) timing.SwiGlu(14336, rows);
+    if (timing.Wants("Rope")) timing.Rope(32, 128, rows);
+  }
+  for (const KvType type : {KvType::kF16, KvType::kF32, KvType::kQ8_0}) {
+    if (!timing.Wants("Attention") || !timing.WantsType(KvTypeName(type))) continue;
+    for (const int prior : {512, 4096}) timing.Attention(type, 1, 1, prior);
+    for (const int sequences : {8, 32}) timing.Attention(type, sequences, 1, 1024);
+    timing.Attention(type, 1, 512, 0);
+  }
 }
 
 }  // namespace stagecoach

@@ -7,6 +7,7 @@
 
 #include "fmt/format.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/multiply_peak.h"
 #include "kernels/cpu/read_bandwidth.h"
 #ifdef STAGECOACH_HAVE_CUDA
 #include "kernels/cuda/cuda_backend.h"
@@ -28,6 +29,11 @@ std::optional<int> CudaIndex(const std::string& name) {
   const auto [end, error] = std::from_chars(first, last, index);
   if (error != std::errc() || end != last || index < 0) return std::nullopt;
   return index;
+}
+
+int AllCoresIfZero(int threads) {
+  return threads > 0 ? threads
+                     : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> OpenCuda([[maybe_unused]] int index,
@@ -59,8 +65,19 @@ absl::StatusOr<double> MeasureDeviceBandwidth([[maybe_unused]] Backend& backend,
 #ifdef STAGECOACH_HAVE_CUDA
   if (backend.info().kind == "cuda") return MeasureCudaReadBandwidth(backend);
 #endif
-  if (threads == 0) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  return MeasureReadBandwidth(threads, kBandwidthBytes, kBandwidthPasses);
+  return MeasureReadBandwidth(AllCoresIfZero(threads), kBandwidthBytes, kBandwidthPasses);
+}
+
+absl::StatusOr<DevicePeaks> MeasureDevicePeaks([[maybe_unused]] Backend& backend, int threads) {
+#ifdef STAGECOACH_HAVE_CUDA
+  if (backend.info().kind == "cuda") {
+    const absl::StatusOr<CudaTensorPeaks> peaks = MeasureCudaTensorPeaks(backend);
+    if (!peaks.ok()) return peaks.status();
+    return DevicePeaks{.int8 = peaks->int8, .floats = peaks->half};
+  }
+#endif
+  const MultiplyPeaks peaks = MeasureMultiplyPeaks(AllCoresIfZero(threads));
+  return DevicePeaks{.int8 = peaks.int8, .floats = peaks.float32};
 }
 
 absl::StatusOr<double> MeasureDeviceCopyRate([[maybe_unused]] Backend& backend) {

@@ -33,6 +33,14 @@ absl::StatusOr<double> MeasureDeviceBandwidth(Backend& backend, int threads);
 // measured now. 0 if it has no memory of its own.
 absl::StatusOr<double> MeasureDeviceCopyRate(Backend& backend);
 
+// Multiplications and additions per second that it does at most, measured now: of bytes, and of
+// floats (on a GPU, of halves by its tensor cores). 0: not known for this machine.
+struct DevicePeaks {
+  double int8 = 0;
+  double floats = 0;
+};
+absl::StatusOr<DevicePeaks> MeasureDevicePeaks(Backend& backend, int threads);
+
 }  // namespace stagecoach
 
 #endif  // STAGECOACH_KERNELS_DEVICE_H_

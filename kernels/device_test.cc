@@ -14,6 +14,9 @@ TEST(OpenDevice, Cpu) {
   const auto bandwidth = MeasureDeviceBandwidth(**backend, 1);
   ASSERT_TRUE(bandwidth.ok()) << bandwidth.status();
   EXPECT_GT(*bandwidth, 1e6);
+  const auto peaks = MeasureDevicePeaks(**backend, 1);
+  ASSERT_TRUE(peaks.ok()) << peaks.status();
+  EXPECT_GE(peaks->int8, peaks->floats);  // both 0 without AVX2
 }
 
 TEST(OpenDevice, AutoAlwaysFindsOne) {

@@ -46,6 +46,7 @@ void AddBenchCommand(CLI::App& app, Command& run) {
   bench->require_subcommand(1);
   AddBenchDecode(*bench, run);
   AddBenchHop(*bench, run);
+  AddBenchKernels(*bench, run);
   AddBenchPrefetch(*bench, run);
   AddBenchServe(*bench, run);
   AddBenchScaling(*bench, run);

@@ -13,6 +13,7 @@ namespace stagecoach {
 
 void AddBenchDecode(CLI::App& bench, Command& run);
 void AddBenchHop(CLI::App& bench, Command& run);
+void AddBenchKernels(CLI::App& bench, Command& run);
 void AddBenchPrefetch(CLI::App& bench, Command& run);
 void AddBenchServe(CLI::App& bench, Command& run);
 void AddBenchScaling(CLI::App& bench, Command& run);

@@ -191,7 +191,7 @@ nlohmann::json Report(const BenchDecodeFlags& flags, const ModelFile& model,
 absl::StatusOr<double> ReadBandwidth(const std::string& device) {
   if (device == "cpu") return MeasureReadBandwidth(1);
   STAGECOACH_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend,
-                              OpenDevice(FirstDevice(device), {}));
+                              OpenDeviceFlag(FirstDevice(device), 1));
   return MeasureDeviceBandwidth(*backend, 1);
 }
 

@@ -3,11 +3,12 @@
 
 Prints one line per finding and exits 1 if there is any. Run by `./dev check`.
 """
-import concurrent.futures
 import os
 import re
 import subprocess
 import sys
+
+import check_compile
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 70
@@ -100,19 +101,6 @@ def check_functions(path, lines, limit):
             start = None
 
 
-def compile_only(args, path):
-    result = subprocess.run([*args, path], capture_output=True, text=True)
-    return [] if result.returncode == 0 else [result.stderr.strip() or f"{path}: does not compile"]
-
-
-def clang_args():
-    return ["clang++-14", "-std=c++20", "-fsyntax-only", "-I.", "-isystem",
-            "build/release/generated", "-DSTAGECOACH_SOURCE_DIR=\".\"",
-            "-DSTAGECOACH_BIN_DIR=\".\"", "-Wall", "-Wextra", "-Werror", "-Wthread-safety",
-            "-Wno-missing-field-initializers", "-Wno-pragma-once-outside-header",
-            "-Wno-unused-command-line-argument"]
-
-
 def main():
     sources = tracked("*.h", "*.cc", "*.cu", "*.cuh")
     findings = []
@@ -124,15 +112,7 @@ def main():
     findings += [l for l in formatted.stderr.split("\n") if "error:" in l]
 
     host = [s for s in sources if s.endswith((".h", ".cc")) and "/cuda/" not in s]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = []
-        for path in host:
-            language = ["-x", "c++"] if path.endswith(".h") else []
-            if "avx2" in path:
-                language += ["-mavx2", "-mfma", "-mf16c"]
-            jobs.append(pool.submit(compile_only, clang_args() + language, path))
-        for job in jobs:
-            findings += job.result()
+    findings += check_compile.check(host)
 
     for finding in findings:
         print(finding)

@@ -8,10 +8,16 @@
 
 namespace stagecoach {
 
+absl::StatusOr<std::unique_ptr<Backend>> OpenDeviceFlag(const std::string& device, int threads) {
+  auto backend = OpenDevice(device, {.threads = threads});
+  if (!backend.ok()) return absl::InvalidArgumentError(backend.status().message());
+  return backend;
+}
+
 absl::StatusOr<std::unique_ptr<LocalStages>> LocalStages::Create(
     std::shared_ptr<const ModelFile> model, const LocalStageOptions& options) {
   auto local = std::make_unique<LocalStages>();
-  auto opened = OpenDevice(options.device, {.threads = options.threads});
+  auto opened = OpenDeviceFlag(options.device, options.threads);
   if (!opened.ok()) return opened.status();
   local->backend_ = *std::move(opened);
   Backend* const backend = local->backend_.get();

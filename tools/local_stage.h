@@ -27,11 +27,14 @@ struct LocalStageOptions {
   LayerStoreOptions store;
 };
 
+// OpenDevice for a flag: whatever is wrong with the device is INVALID_ARGUMENT.
+absl::StatusOr<std::unique_ptr<Backend>> OpenDeviceFlag(const std::string& device, int threads);
+
 // One sequence at a time. Not thread-safe.
 class LocalStages {
  public:
-  // Starts loading weights, if options.store says so. Errors: those of OpenDevice and
-  // Stage::Create.
+  // Starts loading weights, if options.store says so. Errors: those of OpenDeviceFlag
+  // and Stage::Create.
   static absl::StatusOr<std::unique_ptr<LocalStages>> Create(std::shared_ptr<const ModelFile> model,
                                                              const LocalStageOptions& options);
 

@@ -3,6 +3,8 @@
 # logs/ (or $OUT/logs). Needs a driver, glibc of Debian 12 or newer, tar and xz or python3.
 #   run_gpu_tests.sh [NAME...]   all, or those whose name contains a NAME
 #   run_gpu_tests.sh --list      the names
+#   run_gpu_tests.sh --sanitizers [TOOL...]   compute-sanitizer's four tools over small shapes of every
+#                                operation and type, at most two minutes each
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 logs=${OUT:-$here}/logs
@@ -40,8 +42,9 @@ run() {  # name command...
   if [ "$result" = ok ] && grep -q ': Skipped$' "$log"; then
     result=SKIPPED
     detail=$(grep -m 1 -A 1 ': Skipped$' "$log" | tail -n 1)
-  else  # what the program says of itself: gtest's counts, or else its last line
+  else  # what the program says of itself: gtest's counts and a sanitizer's, or else its last line
     detail=$(sed -n 's/^\[  \(PASSED\|FAILED\)  \] \([0-9]* test.*\)/\1 \2/p' "$log" | tr '\n' ' ')
+    detail+=$(sed -n 's/^=* \([A-Z]* SUMMARY: .*\)/\1/p' "$log" | tail -n 1)
     [ -n "$detail" ] || detail=$(tail -n 1 "$log")
   fi
   printf '%-10s %-24s %4d s  %s\n' "$result" "$name" $((SECONDS - start)) "$detail"
@@ -65,6 +68,19 @@ run_test() {
   esac
 }
 
+sanitize() {  # [tool...]
+  local sanitizer tool
+  sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) || {
+    echo "no compute-sanitizer here (it comes with the CUDA toolkit)" >&2
+    exit 2
+  }
+  [ $# -gt 0 ] || set -- memcheck racecheck initcheck synccheck
+  for tool in "$@"; do
+    run "$tool" timeout 120 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+      "$here/bin/cuda_conformance_test" --gtest_filter='*SmallShapesOfEverything'
+  done
+}
+
 if [ "${1:-}" = --list ]; then
   printf '%s\n' "${tests[@]}"
   exit 0
@@ -75,6 +91,11 @@ find_data
 export STAGECOACH_BIN_DIR=$here/bin
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null ||
   echo "no nvidia-smi here"
+if [ "${1:-}" = --sanitizers ]; then
+  shift
+  sanitize "$@"
+  exit "$failed"
+fi
 for name in "${tests[@]}"; do
   for wanted in "${@:-}"; do
     [[ $name == *"$wanted"* ]] && run_test "$name" && break

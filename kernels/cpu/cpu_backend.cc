@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <fstream>
 #include <thread>
 #include <utility>
@@ -25,6 +26,8 @@ namespace cpu {
 namespace {
 
 constexpr int kMaxThreads = 1024;
+// What is read and written to empty the caches: as much as they hold, within bounds.
+constexpr size_t kLeastFlushBytes = size_t{64} << 20, kMostFlushBytes = size_t{512} << 20;
 
 const CpuKernels* ChooseKernels(const std::string& isa) {
   const CpuKernels* avx2 = isa == "portable" ? nullptr : Avx2Kernels();
@@ -133,28 +136,38 @@ class CpuBackend : public Backend {
     return absl::OkStatus();
   }
 
+  absl::Status SetOpTimer(OpTimer* timer) override {
+    timer_ = timer;
+    return absl::OkStatus();
+  }
   absl::Status MatMul(const TensorInfo& tensor, std::span<const std::byte> raw,
                       std::span<const float> x, int rows, std::span<float> y) override;
   absl::Status RmsNorm(std::span<const float> x, int rows, std::span<const float> weight,
                        float epsilon, std::span<float> y) override {
-    Ops().Norm(x.data(), rows, static_cast<int>(weight.size()), weight.data(), epsilon, {},
-               y.data(), nullptr);
+    RunOp([&] {
+      Ops().Norm(x.data(), rows, static_cast<int>(weight.size()), weight.data(), epsilon, {},
+                 y.data(), nullptr);
+    });
     return absl::OkStatus();
   }
   absl::Status Rope(const ModelParams& params, std::span<float> x, int heads, int head_dim,
                     std::span<const int32_t> positions) override {
     RopeTable table(params);
-    float* row = x.data();
-    for (const int32_t position : positions) {
-      table.Grow(position + 1);
-      table.Rotate(row, heads, head_dim, position);
-      row += static_cast<ptrdiff_t>(heads) * head_dim;
-    }
+    for (const int32_t position : positions) table.Grow(position + 1);
+    RunOp([&] {
+      float* row = x.data();
+      for (const int32_t position : positions) {
+        table.Rotate(row, heads, head_dim, position);
+        row += static_cast<ptrdiff_t>(heads) * head_dim;
+      }
+    });
     return absl::OkStatus();
   }
   absl::Status SwiGlu(std::span<const float> gate, std::span<const float> up,
                       std::span<float> out) override {
-    kernels_->swiglu(gate.data(), up.data(), static_cast<int>(out.size()), out.data());
+    RunOp([&] {
+      kernels_->swiglu(gate.data(), up.data(), static_cast<int>(out.size()), out.data());
+    });
     return absl::OkStatus();
   }
   absl::Status Attention(const ModelParams& params, std::span<const float> q,
@@ -163,13 +176,34 @@ class CpuBackend : public Backend {
 
  private:
   LayerOps Ops() { return LayerOps(kernels_, &pool_); }
+  // A single operation's loops: once, or as the timer wants.
+  template <typename Run>
+  void RunOp(const Run& run);
   void RunAttention(CpuWorkspace& ws, const CpuUnitWeights& weights, CpuKvCache& kv, int kv_layer,
                     const StepBatch& batch);
   void RunFeedForward(CpuWorkspace& ws, const CpuUnitWeights& weights);
 
   const CpuKernels* const kernels_;
   ThreadPool pool_;  // synchronises itself
+  OpTimer* timer_ = nullptr;
 };
+
+template <typename Run>
+void CpuBackend::RunOp(const Run& run) {
+  if (timer_ == nullptr) return run();
+  using Clock = std::chrono::steady_clock;
+  const long cache_bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);  // 0 or less: not known
+  const size_t flush_bytes = std::clamp<size_t>(2 * static_cast<size_t>(std::max(cache_bytes, 0L)),
+                                                kLeastFlushBytes, kMostFlushBytes);
+  std::vector<uint64_t> flush(flush_bytes / sizeof(uint64_t), 1);
+  run();
+  while (!timer_->Enough()) {
+    for (uint64_t& word : flush) ++word;  // pushes everything else out of the caches
+    const Clock::time_point start = Clock::now();
+    run();
+    timer_->Add(std::chrono::duration<double>(Clock::now() - start).count());
+  }
+}
 
 void CpuBackend::RunAttention(CpuWorkspace& ws, const CpuUnitWeights& weights, CpuKvCache& kv,
                               int kv_layer, const StepBatch& batch) {
@@ -260,7 +294,7 @@ absl::Status CpuBackend::MatMul(const TensorInfo& tensor, std::span<const std::b
   const LayerOps ops = Ops();
   if (!IsFloatType(tensor.type)) ops.Quantize(x.data(), rows, columns, quants);
   const Projection projection[] = {{&matrix.view(), nullptr, y.data(), false}};
-  ops.Project(quants.View(x.data(), rows, columns), projection);
+  RunOp([&] { ops.Project(quants.View(x.data(), rows, columns), projection); });
   return absl::OkStatus();
 }
 
@@ -269,11 +303,13 @@ absl::Status CpuBackend::Attention(const ModelParams& params, std::span<const fl
                                    int kv_layer, const StepBatch& batch, std::span<float> out) {
   const CpuKvCache& cache = static_cast<const CpuKvCache&>(kv);
   const LayerOps ops = Ops();
-  // Without rotation nothing is written to q and k.
-  ops.StoreKv(nullptr, params.heads, batch, const_cast<float*>(q.data()),
-              const_cast<float*>(k.data()), v.data(), cache, kv_layer);
   std::vector<RowChunk> chunks;
-  ops.Attend(params.heads, batch, q.data(), cache, kv_layer, &chunks, out.data());
+  RunOp([&] {
+    // Without rotation nothing is written to q and k.
+    ops.StoreKv(nullptr, params.heads, batch, const_cast<float*>(q.data()),
+                const_cast<float*>(k.data()), v.data(), cache, kv_layer);
+    ops.Attend(params.heads, batch, q.data(), cache, kv_layer, &chunks, out.data());
+  });
   return absl::OkStatus();
 }
 

@@ -15,11 +15,13 @@
 #include "kernels/cuda/cuda_weights.h"
 #include "kernels/cuda/cuda_workspace.h"
 #include "kernels/cuda/finite_rows.h"
+#include "kernels/cuda/kernel_timer.h"
 #include "kernels/cuda/layer_ops.h"
 #include "kernels/cuda/quant_matmul.h"
 #include "kernels/cuda/read_all.h"
 #include "kernels/cuda/rope.h"
 #include "kernels/cuda/step_runner.h"
+#include "kernels/cuda/tensor_peak.h"
 #include "kernels/cuda/uploader.h"
 #include "kernels/tensor_check.h"
 #include "model/model_error.h"
@@ -117,6 +119,10 @@ class CudaBackend final : public Backend {
   absl::Status CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) override;
   absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) override;
 
+  absl::Status SetOpTimer(OpTimer* timer) override {
+    timer_ = timer;
+    return absl::OkStatus();
+  }
   absl::Status MatMul(const TensorInfo& tensor, std::span<const std::byte> raw,
                       std::span<const float> x, int rows, std::span<float> y) override;
   absl::Status RmsNorm(std::span<const float> x, int rows, std::span<const float> weight,
@@ -134,6 +140,7 @@ class CudaBackend final : public Backend {
     STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
     return uploader_->MeasureCopyRate();
   }
+  absl::StatusOr<double> MeasureTensorPeak(PeakInput input);
 
  private:
   template <typename Consume>
@@ -144,10 +151,13 @@ class CudaBackend final : public Backend {
   absl::StatusOr<DeviceBuffer<T>> ToDevice(std::span<const T> values);
   template <typename T>
   absl::Status ToHost(const DeviceBuffer<T>& from, std::span<T> values);
+  // The kernels of a single operation: once, or as the timer wants.
+  absl::Status LaunchOp(const Launch& launch);
 
   const std::unique_ptr<CudaDevice> device_;
   const std::unique_ptr<Uploader> uploader_;  // synchronises itself
   const bool graphs_;
+  OpTimer* timer_ = nullptr;
 };
 
 absl::Status CudaBackend::CheckTensor(TensorRole role, const TensorInfo& tensor) const {
@@ -284,6 +294,12 @@ absl::Status CudaBackend::ToHost(const DeviceBuffer<T>& from, std::span<T> value
   return absl::OkStatus();
 }
 
+absl::Status CudaBackend::LaunchOp(const Launch& launch) {
+  if (timer_ != nullptr) return TimeColdLaunches(*device_, launch, *timer_);
+  STAGECOACH_RETURN_IF_CUDA_ERROR(launch());
+  return absl::OkStatus();
+}
+
 absl::Status CudaBackend::MatMul(const TensorInfo& tensor, std::span<const std::byte> raw,
                                  std::span<const float> x, int rows, std::span<float> y) {
   CudaUnitBuilder builder(*device_, *uploader_);
@@ -300,7 +316,8 @@ absl::Status CudaBackend::MatMul(const TensorInfo& tensor, std::span<const std::
       LayOutActivations(memory.data(), FormFor(tensor.type), rows, matrix.k);
   STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchConvert(in.data(), activations, device_->compute()));
   const MatmulTerm term[] = {{.weights = matrix, .y = out.data(), .y_stride = matrix.n}};
-  STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(term, activations, device_->compute()));
+  STAGECOACH_RETURN_IF_ERROR(
+      LaunchOp([&] { return LaunchMatmul(term, activations, device_->compute()); }));
   return ToHost(out, y);
 }
 
@@ -312,8 +329,8 @@ absl::Status CudaBackend::RmsNorm(std::span<const float> x, int rows, std::span<
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> out, device_->NewBuffer<float>(y.size()));
   const Activations normed =
       LayOutActivations(out.data(), ActivationForm::kFloat, rows, static_cast<int>(weight.size()));
-  STAGECOACH_RETURN_IF_CUDA_ERROR(
-      LaunchRmsNorm(in.data(), scale.data(), epsilon, normed, device_->compute()));
+  STAGECOACH_RETURN_IF_ERROR(LaunchOp(
+      [&] { return LaunchRmsNorm(in.data(), scale.data(), epsilon, normed, device_->compute()); }));
   return ToHost(out, y);
 }
 
@@ -329,8 +346,10 @@ absl::Status CudaBackend::Rope(const ModelParams& params, std::span<float> x, in
                               device_->NewBuffer<float2>(frequencies.size() * positions.size()));
   STAGECOACH_RETURN_IF_CUDA_ERROR(
       ComputeTurns(angles.data(), pairs, places.data(), rows, turns.data(), device_->compute()));
-  STAGECOACH_RETURN_IF_CUDA_ERROR(
-      cuda::Rope(turns.data(), pairs, rows, heads, head_dim, values.data(), device_->compute()));
+  STAGECOACH_RETURN_IF_ERROR(LaunchOp([&] {
+    return cuda::Rope(turns.data(), pairs, rows, heads, head_dim, values.data(),
+                      device_->compute());
+  }));
   return ToHost(values, x);
 }
 
@@ -344,8 +363,8 @@ absl::Status CudaBackend::SwiGlu(std::span<const float> gate, std::span<const fl
   const int count = static_cast<int>(out.size());
   const Activations row =
       LayOutActivations(result.data(), ActivationForm::kFloat, /*rows=*/1, count);
-  STAGECOACH_RETURN_IF_CUDA_ERROR(
-      LaunchSwiGlu(gates.data(), ups.data(), count, row, device_->compute()));
+  STAGECOACH_RETURN_IF_ERROR(LaunchOp(
+      [&] { return LaunchSwiGlu(gates.data(), ups.data(), count, row, device_->compute()); }));
   return ToHost(result, out);
 }
 
@@ -386,8 +405,10 @@ absl::Status CudaBackend::Attention(const ModelParams& params, std::span<const f
   const AttentionInputs in = {.q = queries.data(), .k = keys.data(), .v = values.data()};
   const Activations attended = LayOutActivations(result.data(), ActivationForm::kFloat, batch.rows,
                                                  params.heads * params.value_length);
-  STAGECOACH_RETURN_IF_CUDA_ERROR(StoreAndAttend(plan, inputs.table(), in, layout, scratch.data(),
-                                                 attended, device_->compute()));
+  STAGECOACH_RETURN_IF_ERROR(LaunchOp([&] {
+    return StoreAndAttend(plan, inputs.table(), in, layout, scratch.data(), attended,
+                          device_->compute());
+  }));
   return ToHost(result, out);
 }
 
@@ -398,23 +419,31 @@ absl::StatusOr<double> CudaBackend::MeasureReadBandwidth() {
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> data, device_->NewBuffer<float>(kFloats));
   STAGECOACH_RETURN_IF_CUDA_ERROR(
       cudaMemsetAsync(data.data(), 0, data.bytes(), device_->compute()));
-  cudaEvent_t begin = nullptr, end = nullptr;
-  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventCreate(&begin));
-  const Event begin_owner(begin);
-  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventCreate(&end));
-  const Event end_owner(end);
-  float best_ms = 0;
+  double best = 0;
   for (int pass = 0; pass < kPasses; ++pass) {
-    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(begin, device_->compute()));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(ReadAll(data.data(), kFloats, device_->multiprocessors(),
-                                            /*never=*/1, data.data(), device_->compute()));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(end, device_->compute()));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(end));
-    float ms = 0;
-    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventElapsedTime(&ms, begin, end));
-    best_ms = pass == 0 ? ms : std::min(best_ms, ms);
+    STAGECOACH_ASSIGN_OR_RETURN(const double seconds, TimeLaunch(*device_, [&] {
+                                  return ReadAll(data.data(), kFloats, device_->multiprocessors(),
+                                                 /*never=*/1, data.data(), device_->compute());
+                                }));
+    best = pass == 0 ? seconds : std::min(best, seconds);
   }
-  return static_cast<double>(data.bytes()) / (1e-3 * best_ms);
+  return static_cast<double>(data.bytes()) / best;
+}
+
+absl::StatusOr<double> CudaBackend::MeasureTensorPeak(PeakInput input) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  constexpr int kPasses = 6;
+  const int multiprocessors = device_->multiprocessors();
+  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> out, device_->NewBuffer<float>(1));
+  double best = 0;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    STAGECOACH_ASSIGN_OR_RETURN(const double seconds, TimeLaunch(*device_, [&] {
+                                  return RunTensorCores(input, multiprocessors, /*never=*/0.5f,
+                                                        out.data(), device_->compute());
+                                }));
+    best = pass == 0 ? seconds : std::min(best, seconds);
+  }
+  return static_cast<double>(TensorOps(input, multiprocessors)) / best;
 }
 
 }  // namespace
@@ -436,6 +465,14 @@ absl::StatusOr<double> MeasureCudaReadBandwidth(Backend& backend) {
 
 absl::StatusOr<double> MeasureCudaCopyRate(Backend& backend) {
   return static_cast<cuda::CudaBackend&>(backend).MeasureCopyRate();
+}
+
+absl::StatusOr<CudaTensorPeaks> MeasureCudaTensorPeaks(Backend& backend) {
+  auto& own = static_cast<cuda::CudaBackend&>(backend);
+  CudaTensorPeaks peaks;
+  STAGECOACH_ASSIGN_OR_RETURN(peaks.int8, own.MeasureTensorPeak(cuda::PeakInput::kInt8));
+  STAGECOACH_ASSIGN_OR_RETURN(peaks.half, own.MeasureTensorPeak(cuda::PeakInput::kHalf));
+  return peaks;
 }
 
 }  // namespace stagecoach

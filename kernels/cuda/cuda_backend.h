@@ -34,6 +34,14 @@ absl::StatusOr<double> MeasureCudaReadBandwidth(Backend& backend);
 // Likewise, that it copies from pinned memory.
 absl::StatusOr<double> MeasureCudaCopyRate(Backend& backend);
 
+// Multiplications and additions per second that the GPU's tensor cores do by warp-wide mma
+// instructions on fragments in registers, measured in some milliseconds. `backend` as above.
+struct CudaTensorPeaks {
+  double int8 = 0;  // with int32 sums
+  double half = 0;  // with float sums
+};
+absl::StatusOr<CudaTensorPeaks> MeasureCudaTensorPeaks(Backend& backend);
+
 }  // namespace stagecoach
 
 #endif  // STAGECOACH_KERNELS_CUDA_CUDA_BACKEND_H_

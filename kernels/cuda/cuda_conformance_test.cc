@@ -2,6 +2,7 @@
 #include <string>
 #include <vector>
 
+#include "fmt/format.h"
 #include "kernels/conformance.h"
 #include "kernels/cuda/cuda_test.h"
 
@@ -20,6 +21,49 @@ class CudaConformance : public CudaTest {
     printf("%s %zu cases\n", filter.c_str(), results.size());
   }
 };
+
+// Every operation and every type in small shapes, for tools that make kernels a thousand times
+// slower (run_gpu_tests.sh --sanitizers).
+TEST_F(CudaConformance, SmallShapesOfEverything) {
+  std::vector<std::string> names = {"RmsNorm/columns=64,rows=33", "RmsNorm/columns=100,rows=2",
+                                    "Rope/plain", "Rope/part of the head", "SwiGlu/count=512,"};
+  for (const TensorTypeInfo& info : AllTensorTypes()) {
+    const std::string product =
+        fmt::format("MatMul/{}/n=17,k={}/", info.name, info.block_elements == 256 ? 768 : 96);
+    for (const char* rows : {"rows=1", "rows=9", "rows=33"}) names.push_back(product + rows);
+    names.push_back(fmt::format("UnitBuilder/{}/", info.name));
+  }
+  for (const char* heads : {"heads=8,kv=2,key=64,value=64", "heads=4,kv=1,key=128,value=128",
+                            "heads=4,kv=2,key=96,value=64"}) {
+    for (const char* step :
+         {"KV F16/decode at 32", "KV F16/prompts among decodes", "KV F32/chunk over a tile edge"}) {
+      names.push_back(fmt::format("Attention/{}/{}", heads, step));
+    }
+  }
+  names.push_back("Attention/heads=4,kv=4,key=64,value=64/KV F16/copied blocks, layer 1");
+  for (const char* type : {"Q4_K", "Q6_K", "Q8_0", "F16"}) {
+    names.push_back(fmt::format("Model/plain/{}/logits", type));
+  }
+  names.push_back("unequal heads/Q5_K/other chunks");  // graphs, biases, F16 KV
+  for (const std::string& name : names) ExpectAllPass(name);
+}
+
+// A second is far more than any of them takes.
+TEST_F(CudaConformance, OperationsAreTimed) {
+  int timed = 0;
+  TimeConformance(*backend_, {.types = {"Q4_K", "F16"}, .shapes = {{64, 512}}, .rows = {1, 40}},
+                  [&](const TimingResult& result) {
+                    EXPECT_EQ(result.error, "") << result.op << " " << result.shape;
+                    EXPECT_GT(result.seconds, 0) << result.op << " " << result.shape;
+                    EXPECT_LT(result.seconds, 1) << result.op << " " << result.shape;
+                    ++timed;
+                  });
+  EXPECT_EQ(timed, 4 + 6 + 5);
+  const auto peaks = MeasureCudaTensorPeaks(*backend_);
+  ASSERT_TRUE(peaks.ok()) << peaks.status();
+  EXPECT_GT(peaks->half, 1e9);
+  EXPECT_GT(peaks->int8, peaks->half);
+}
 
 TEST_F(CudaConformance, RmsNorm) { ExpectAllPass("RmsNorm/"); }
 TEST_F(CudaConformance, Rope) { ExpectAllPass("Rope/"); }

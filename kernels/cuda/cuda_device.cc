@@ -5,6 +5,7 @@
 
 #include "fmt/format.h"
 #include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/device_check.h"
 #include "kernels/cuda/embed.h"
 #include "model/checked_math.h"
 #include "model/direct_file.h"
@@ -16,36 +17,18 @@ namespace {
 // Left to the driver, to graphs and to the fragmentation of the memory pool.
 constexpr uint64_t kReserveBytes = uint64_t{512} << 20;
 
-absl::Status CheckDriver(int index) {
-  int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error == cudaErrorInsufficientDriver) {
-    int driver = 0, runtime = 0;
-    cudaDriverGetVersion(&driver);
-    cudaRuntimeGetVersion(&runtime);
-    if (driver == 0) return absl::UnavailableError("no NVIDIA driver is installed");
-    return absl::UnavailableError(
-        fmt::format("the NVIDIA driver knows CUDA {}.{}, but {}.{} is needed: update the driver",
-                    driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10));
-  }
-  if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0)) {
-    return absl::UnavailableError("no CUDA GPU is visible");
-  }
-  if (error != cudaSuccess) {
-    return absl::UnavailableError(fmt::format("CUDA does not start: {} ({})",
-                                              cudaGetErrorString(error), cudaGetErrorName(error)));
-  }
-  if (index < 0 || index >= count) {
-    return absl::OutOfRangeError(fmt::format("there is no cuda:{}: {} GPU{} visible", index, count,
-                                             count == 1 ? " is" : "s are"));
-  }
-  return absl::OkStatus();
+DriverState ReadDriverState() {
+  DriverState state;
+  state.error = cudaGetDeviceCount(&state.gpus);
+  cudaDriverGetVersion(&state.driver);
+  cudaRuntimeGetVersion(&state.runtime);
+  return state;
 }
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<CudaDevice>> CudaDevice::Open(int index) {
-  STAGECOACH_RETURN_IF_ERROR(CheckDriver(index));
+  STAGECOACH_RETURN_IF_ERROR(CheckDriver(ReadDriverState(), index));
   std::unique_ptr<CudaDevice> device(new CudaDevice);
   STAGECOACH_RETURN_IF_ERROR(device->Init(index));
   return device;
@@ -61,13 +44,14 @@ absl::Status CudaDevice::Init(int index) {
     uuid_ += fmt::format("{:02x}", static_cast<unsigned char>(byte));
   }
   multiprocessors_ = properties.multiProcessorCount;
-  if (ProbeKernels() != cudaSuccess) {
-    cudaGetLastError();
-    return absl::FailedPreconditionError(fmt::format(
-        "this program has no kernels for cuda:{} ({}, compute capability {}.{}); build it with "
-        "-DSTAGECOACH_CUDA_ARCHITECTURES={}{}",
-        index, name_, properties.major, properties.minor, properties.major, properties.minor));
-  }
+  const bool has_kernels = ProbeKernels() == cudaSuccess;
+  cudaGetLastError();
+  STAGECOACH_RETURN_IF_ERROR(CheckGpu({.name = name_,
+                                       .major = properties.major,
+                                       .minor = properties.minor,
+                                       .shared_bytes = properties.sharedMemPerBlockOptin,
+                                       .has_kernels = has_kernels},
+                                      index, STAGECOACH_CUDA_ARCHITECTURES));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&compute_, cudaStreamNonBlocking));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&copy_, cudaStreamNonBlocking));
   int least = 0, greatest = 0;
