@@ -94,10 +94,12 @@ template <> struct TileOfType<TensorType::kQ5_0> : HasTile<5, -16, Scaling::kFlo
 template <> struct TileOfType<TensorType::kQ5_1> : HasTile<5, 0, Scaling::kFloat32, 0, true> {};
 template <> struct TileOfType<TensorType::kQ8_0> : HasTile<8, -128, Scaling::kFloat32, 0, false> {};
 template <> struct TileOfType<TensorType::kQ2_K> : HasTile<2, 0, Scaling::kInteger16, 0, true> {};
-template <> struct TileOfType<TensorType::kQ3_K> : HasTile<3, -4, Scaling::kInteger16, -32, false> {};
+template <> struct TileOfType<TensorType::kQ3_K>
+    : HasTile<3, -4, Scaling::kInteger16, -32, false> {};
 template <> struct TileOfType<TensorType::kQ4_K> : HasTile<4, 0, Scaling::kInteger32, 0, true> {};
 template <> struct TileOfType<TensorType::kQ5_K> : HasTile<5, 0, Scaling::kInteger32, 0, true> {};
-template <> struct TileOfType<TensorType::kQ6_K> : HasTile<6, -32, Scaling::kInteger16, -128, false> {};
+template <> struct TileOfType<TensorType::kQ6_K>
+    : HasTile<6, -32, Scaling::kInteger16, -128, false> {};
 // clang-format on
 template <TensorType type>
 using TileOf = typename TileOfType<type>::Tile;
