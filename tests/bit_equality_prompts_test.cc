@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "model/test_paths.h"
 #include "tests/stage_chain.h"
 
 namespace stagecoach {
