@@ -181,10 +181,10 @@ int Scheduler::ShareOut(bool over_share, int rows, PromptRows& prompts) {
 }
 
 // One stage works best on large chunks. Several stages work at the same time only if the prompt
-// rows at hand make several chunks: two for each stage, if they do not become too small.
+// rows at hand make several chunks: a stage is idle for as long as its first chunk takes before it.
 int Scheduler::PromptRowLimit() const {
   if (options_.stages == 1 || streaming_) return options_.max_step_tokens;
-  const int64_t chunks = PendingPromptRows() / (2 * options_.stages) / kMinChunkRows;
+  const int64_t chunks = PendingPromptRows() / (kChunksPerStage * options_.stages) / kMinChunkRows;
   return static_cast<int>(
       std::min<int64_t>((chunks + 1) * kMinChunkRows, options_.max_step_tokens));
 }

@@ -124,7 +124,10 @@ TEST(SchedulerTest, CutsAPromptSmallerForMoreStages) {
   EXPECT_EQ(one.Next()->token_ids.size(), 256u);
   Scheduler four(Options(4, 1));
   ASSERT_TRUE(four.Add(MakeRequest(1, 256, 1)).ok());
-  EXPECT_EQ(four.Next()->token_ids.size(), 64u);
+  EXPECT_EQ(four.Next()->token_ids.size(), 32u);
+  Scheduler two(Options(2, 1));
+  ASSERT_TRUE(two.Add(MakeRequest(1, 900, 1)).ok());
+  EXPECT_EQ(two.Next()->token_ids.size(), 128u);
   Scheduler many(Options(32, 1));
   ASSERT_TRUE(many.Add(MakeRequest(1, 256, 1)).ok());
   EXPECT_EQ(many.Next()->token_ids.size(), 32u);
