@@ -22,36 +22,29 @@ __device__ inline uint32_t SharedAddress(const void* shared) {
 }
 // One thread; others may wait on it after a barrier of theirs.
 __device__ inline void InitCopyBarrier(uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
   asm volatile(
       "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
           SharedAddress(barrier))
       : "memory");
-#endif
 }
 // One thread: the phase is complete when copies of so many bytes are.
 __device__ inline void ExpectCopies(uint64_t* barrier, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
       "r"(bytes)
       : "memory");
-#endif
 }
 // bytes: a multiple of 16, as are both addresses. Nobody reads `shared` any more.
 __device__ inline void CopyBulk(void* shared, const void* global, uint32_t bytes,
                                 uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(SharedAddress(shared)),
       "l"(global), "r"(bytes), "r"(SharedAddress(barrier))
       : "memory");
-#endif
 }
 // Returns when the copies of this phase are complete and visible.
 __device__ inline void AwaitCopy(const uint64_t* barrier, uint32_t phase) {
-#if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n\t.reg .pred done;\n"
       "AGAIN_%=:\n\t"
@@ -59,7 +52,6 @@ __device__ inline void AwaitCopy(const uint64_t* barrier, uint32_t phase) {
       "@!done bra AGAIN_%=;\n\t}" ::"r"(SharedAddress(barrier)),
       "r"(phase)
       : "memory");
-#endif
 }
 
 // --- Matrix products of a warp: d[16][8] += a[16][16] * b[16][8], halves into float32. With g =
@@ -80,15 +72,11 @@ __device__ inline void MultiplyAdd(float (&d)[4], uint32_t a0, uint32_t a1, uint
 
 // Returns when the kernel before this one in the stream is complete and its writes are visible.
 __device__ inline void WaitForPreviousKernel() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 // Lets the next kernel in the stream start as soon as every block has called this.
 __device__ inline void LetNextKernelStart() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 // --- Barriers and clusters (compute capability 9.0).
@@ -99,26 +87,20 @@ __device__ inline void NamedBarrier(int id, int threads) {
 }
 __device__ inline uint32_t ClusterRank() {
   uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
   return rank;
 }
 // All threads of all blocks of the cluster; orders their accesses to each other's shared memory.
 __device__ inline void ClusterBarrier() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
-#endif
 }
 // The float at this block's shared address `own`, but in the cluster's block `rank`.
 __device__ inline float LoadFromCluster(const float* own, uint32_t rank) {
   float value = 0;
-#if __CUDA_ARCH__ >= 900
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(own));
   uint32_t remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
-#endif
   return value;
 }
 

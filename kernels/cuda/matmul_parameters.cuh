@@ -37,7 +37,7 @@ struct MatmulParameters {
   int superblocks;  // per row
   int rows;
   const uint8_t* x;  // halves [superblocks * 8][rows][32]
-  int k;
+  int k;             // columns; beyond them activations are zero
   Fusion fusion;
   // What LaunchStream adds.
   int block_units;    // rows of tiles, or pairs of them, of a block,
@@ -84,7 +84,6 @@ __device__ inline void StoreResult(const MatmulParameters& p, int tile_row, int 
 struct DeviceLimits {
   int multiprocessors = 0;
   size_t shared_bytes = 0;  // that a block may have
-  bool clusters = false;
 };
 
 // Chooses a kernel for one type; defined and instantiated for each in quant_matmul_*.cu.

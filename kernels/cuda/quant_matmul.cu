@@ -37,16 +37,14 @@ cudaError_t LaunchSameType(std::span<const MatmulTerm> terms, const Activations&
 }
 
 cudaError_t ReadLimits(DeviceLimits* limits) {
-  int device = 0, shared = 0, major = 0;
+  int device = 0, shared = 0;
   cudaError_t status = cudaGetDevice(&device);
   const auto read = [&](cudaDeviceAttr attribute, int* value) {
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(value, attribute, device);
   };
   read(cudaDevAttrMultiProcessorCount, &limits->multiprocessors);
   read(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared);
-  read(cudaDevAttrComputeCapabilityMajor, &major);
   limits->shared_bytes = static_cast<size_t>(shared);
-  limits->clusters = major >= 9;
   return status;
 }
 

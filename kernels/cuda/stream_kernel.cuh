@@ -1,8 +1,8 @@
 // Products for 1 to 8 rows of activations at the speed of the weights' stream. A block has an even
-// share of the rows of tiles, and its teams take turns at them. The 8 warps of a team take one
-// split of k each, of the same 16 output rows, every tile fetched ahead into a ring of the warp's
-// own, so that no barrier stands in the stream; partial sums meet in shared memory once per 16
-// output rows. The activations of all of k lie in shared memory.
+// share of the rows of tiles, and its teams take turns at them. The warps of a team share the
+// splits of k of the same 16 output rows, every tile fetched ahead into a ring of the warp's own,
+// so that no barrier stands in the stream; partial sums meet in shared memory once per 16 output
+// rows. The activations of all of k lie in shared memory. What Fusion says happens here, too.
 #ifndef STAGECOACH_KERNELS_CUDA_STREAM_KERNEL_CUH_
 #define STAGECOACH_KERNELS_CUDA_STREAM_KERNEL_CUH_
 
@@ -13,7 +13,7 @@
 
 namespace stagecoach::cuda {
 
-// What one team works on at a time: one row of tiles, or (kGated) the same row of gate and of up.
+// What one team works on at a time: one row of tiles, or (gated) the same row of gate and of up.
 __device__ inline int TileRowOf(const MatmulParameters& p, int unit, int part, bool gated) {
   return gated ? p.terms[part].first_tile_row + unit : unit;
 }

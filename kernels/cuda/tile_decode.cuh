@@ -5,8 +5,9 @@
 //   scale = half(d * integer scale), offset = -half(dmin * integer minimum);
 //   of blocks of 32 columns: scale = d, offset = -delta_min
 //
-// (model/block_decode.h), times Tile::kWeightScale. Weights beyond what halves hold are infinite:
-// with scales from 2 on in types of 4 bits, from 65504 on in others.
+// (model/block_decode.h), times Tile::kWeightScale. Weights that halves cannot hold are not finite:
+// with scales from 2 on in types of 4 bits, from 65504 on in others, and with d or dmin from 64 on
+// where integer scales have no sign.
 #ifndef STAGECOACH_KERNELS_CUDA_TILE_DECODE_CUH_
 #define STAGECOACH_KERNELS_CUDA_TILE_DECODE_CUH_
 
@@ -120,7 +121,7 @@ __device__ inline __half2 ScaledBytes(uint2 bytes, int p, __half2 delta) {
   const uint32_t word = p < 2 ? bytes.x : bytes.y;
   const __half2 value =
       AsHalves(__byte_perm(word, kHalves1024, p % 2 == 0 ? 0x7170 : 0x7372));  // 1024 + byte
-  if constexpr (least == 0) {  // exactly the same in one step: 1024 * delta is exact
+  if constexpr (least == 0) {  // the same in one step: 1024 * delta is exact below 64
     return __hfma2(value, delta, minus_1024_deltas);
   } else {
     return __hmul2_rn(__hadd2_rn(value, __float2half2_rn(static_cast<float>(least - 1024))), delta);

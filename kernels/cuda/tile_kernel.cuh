@@ -6,6 +6,7 @@
 #ifndef STAGECOACH_KERNELS_CUDA_TILE_KERNEL_CUH_
 #define STAGECOACH_KERNELS_CUDA_TILE_KERNEL_CUH_
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul_parameters.cuh"
 #include "kernels/cuda/superblock_product.cuh"
 
@@ -25,7 +26,7 @@ struct TileLayout {
   static constexpr int kStageBytes = kWeightBytes + ActivationBlockBytes(kColumns);
   static constexpr int kHalfBytes = 113 * 1024;  // of two blocks on a multiprocessor
   static constexpr int kBlocks = kWarps == 16 || 2 * kStageBytes > kHalfBytes - 64 ? 1 : 2;
-  static constexpr int kMostBytes = kBlocks == 1 ? 227 * 1024 : kHalfBytes;
+  static constexpr int kMostBytes = kBlocks == 1 ? kMostSharedBytes : kHalfBytes;
   static constexpr int kFitting = (kMostBytes - 64) / kStageBytes;
   static constexpr int kStages = kFitting > 4 ? 4 : kFitting;
   static_assert(kStages >= 2);

@@ -64,7 +64,7 @@ cudaError_t LaunchTiles(const MatmulParameters& p, const DeviceLimits& device,
   const int row_blocks = (p.rows + kColumns - 1) / kColumns;
   const int output_blocks = (p.tile_rows * kTileRows + Layout::kBlockRows - 1) / Layout::kBlockRows;
   const int places = device.multiprocessors * Layout::kBlocks;
-  if (device.clusters && row_blocks * output_blocks < places * 3 / 4) {
+  if (row_blocks * output_blocks < places * 3 / 4) {
     return LaunchTileKernel<Tile, kColumns, true>(p, row_blocks, device, stream);
   }
   return LaunchTileKernel<Tile, kColumns, false>(p, row_blocks, device, stream);
