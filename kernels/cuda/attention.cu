@@ -81,6 +81,7 @@ cudaError_t StoreAndAttend(const AttentionPlan& plan, const RowTable& table,
                               .partials = to_scratch ? scratch : nullptr,
                               .kv = kv,
                               .heads = plan.heads,
+                              .groups = HeadGroups::Of(plan.heads, kv.kv_heads),
                               .tiles = plan.tiles,
                               .chunks = plan.chunks,
                               .scale = kLog2E / std::sqrt(static_cast<float>(kv.key_length))};

@@ -10,6 +10,28 @@
 
 namespace stagecoach::cuda {
 
+// How the query heads of a KV head are taken together, up to kQueryTile at a time; precomputed, as
+// divisions take long.
+struct HeadGroups {
+  int group;       // query heads of a KV head
+  int heads;       // of a slice
+  int slices;      // of a KV head
+  int reciprocal;  // m / heads is m * reciprocal >> 16 for m up to kQueryTile
+
+  static HeadGroups Of(int heads, int kv_heads) {
+    HeadGroups result = {.group = heads / kv_heads};
+    result.heads = result.group < kQueryTile ? result.group : kQueryTile;
+    result.slices = (result.group + result.heads - 1) / result.heads;
+    result.reciprocal = 65536 / result.heads + 1;
+    return result;
+  }
+  // head_slice: counts the slices of all KV heads.
+  __device__ int KvHead(int head_slice) const {
+    return slices == 1 ? head_slice : head_slice / slices;
+  }
+  __device__ int Slice(int head_slice) const { return slices == 1 ? 0 : head_slice % slices; }
+};
+
 struct AttentionTask {
   RowTable table;
   AttentionInputs in;
@@ -18,6 +40,7 @@ struct AttentionTask {
   float* partials;  // kScratch: [rows][heads][chunks]{ values [value_length], maximum, sum }
   KvLayout kv;
   int heads;
+  HeadGroups groups;
   int tiles;
   int chunks;
   float scale;  // log2(e) / sqrt(key_length): scores are exponents of 2
@@ -56,6 +79,13 @@ class AttendedHead {
   int row_, column_;
 };
 
+// Of x <= 0, without care for results below 2^-126, which are 0.
+__device__ inline float Exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // The maximum score, and the sum of 2^(score - maximum), over some positions.
 struct Softmax {
   float max;
@@ -70,7 +100,7 @@ struct MergeFactors {
 
 __device__ inline MergeFactors MergeInto(Softmax& state, Softmax part) {
   const float max = fmaxf(state.max, part.max);
-  const MergeFactors factors = {exp2f(state.max - max), exp2f(part.max - max)};
+  const MergeFactors factors = {Exp2(state.max - max), Exp2(part.max - max)};
   state = {max, state.sum * factors.keep + part.sum * factors.add};
   return factors;
 }

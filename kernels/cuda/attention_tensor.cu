@@ -53,60 +53,64 @@ struct QueryTile {
   int first_head;   // of all query heads
   int heads;        // taken together
   int valid_heads;  // of those, beyond the last of the KV head
+  int reciprocal;   // of heads
 
-  __device__ bool Valid(int m) const { return m / heads < rows && m % heads < valid_heads; }
+  __device__ int RowOf(int m) const { return m * reciprocal >> 16; }
+  __device__ int HeadOf(int m) const { return m - RowOf(m) * heads; }
+  __device__ bool Valid(int m) const { return RowOf(m) < rows && HeadOf(m) < valid_heads; }
   // Index of query m among [rows][all heads].
   __device__ size_t Head(int m, int all_heads) const {
-    return static_cast<size_t>(first_row + m / heads) * all_heads + first_head + m % heads;
+    return static_cast<size_t>(first_row + RowOf(m)) * all_heads + first_head + HeadOf(m);
   }
   // -1: sees nothing.
   __device__ int Position(int m, const int32_t* positions) const {
-    return Valid(m) ? positions[first_row + m / heads] : -1;
+    return Valid(m) ? positions[first_row + RowOf(m)] : -1;
   }
 };
 
-__device__ QueryTile MakeTile(const AttentionTask& task, int tile, int head_slice) {
-  const int group = task.heads / task.kv.kv_heads;
-  const int heads = min(group, kQueryTile), slices = CeilDivide(group, heads);
-  const int slice = head_slice % slices;
+// slice: of the KV head's query heads.
+__device__ QueryTile MakeTile(const AttentionTask& task, int tile, int kv_head, int slice) {
+  const HeadGroups& groups = task.groups;
   const uint32_t packed = task.table.tiles[tile];
   return {.first_row = static_cast<int>(packed / (kQueryTile + 1)),
           .rows = static_cast<int>(packed % (kQueryTile + 1)),
-          .first_head = head_slice / slices * group + slice * heads,
-          .heads = heads,
-          .valid_heads = min(heads, group - slice * heads)};
+          .first_head = kv_head * groups.group + slice * groups.heads,
+          .heads = groups.heads,
+          .valid_heads = min(groups.heads, groups.group - slice * groups.heads),
+          .reciprocal = groups.reciprocal};
 }
 
-// Queries as halves; the rows are padded so that eight lanes read different banks.
+// Queries as halves, as operands of products: of products 2p and 2p + 1 along the dims, each lane's
+// four registers.
 template <int kDims>
 struct Queries {
-  static constexpr int kRow = kDims / 8 + 4;  // in 16 bytes
-  uint4 values[kQueryTile * kRow];
+  static constexpr int kPairs = kDims / 32;
+  alignas(16) uint32_t operands[kPairs][2][kWarpLanes][4];
 
-  // By one warp.
-  __device__ void Load(const AttentionTask& task, const QueryTile& tile) {
+  // The share of one of `threads`.
+  __device__ void Load(const AttentionTask& task, const QueryTile& tile, int thread, int threads) {
     constexpr int kVectors = kDims / 8;
-    for (int i = threadIdx.x % kWarpLanes; i < kQueryTile * kVectors; i += kWarpLanes) {
-      const int m = i / kVectors, d = i % kVectors * 8;
-      uint4 packed = make_uint4(0, 0, 0, 0);
-      if (tile.Valid(m)) {
-        const float2* from =
-            reinterpret_cast<const float2*>(task.in.q + tile.Head(m, task.heads) * kDims + d);
-        const size_t row = tile.first_row + m / tile.heads;
-        uint32_t pairs[4];
+    for (int i = thread; i < kQueryTile * kVectors; i += threads) {
+      const int m = i / kVectors, vector = i % kVectors, d = vector * 8;
+      const bool valid = tile.Valid(m);
+      const float2* from = reinterpret_cast<const float2*>(
+          task.in.q + (valid ? tile.Head(m, task.heads) : 0) * kDims + d);
+      const float2* turns =
+          task.in.turns + static_cast<size_t>(tile.first_row + tile.RowOf(m)) * task.in.pairs;
+      uint32_t(*to)[kWarpLanes][4] = operands[vector / 4];
+      const int lane = m % 8 * 4 + vector % 4;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          float2 pair = from[j];
-          if (task.store && d / 2 + j < task.in.pairs) {
-            pair = TurnPair(pair.x, pair.y, task.in.turns[row * task.in.pairs + d / 2 + j]);
-          }
-          pairs[j] = PackHalves(pair.x, pair.y);
+      for (int j = 0; j < 4; ++j) {
+        float2 pair = valid ? from[j] : make_float2(0, 0);
+        if (valid && task.store && d / 2 + j < task.in.pairs) {
+          pair = TurnPair(pair.x, pair.y, turns[d / 2 + j]);
         }
-        packed = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        to[j / 2][lane][j % 2 * 2 + m / 8] = PackHalves(pair.x, pair.y);
       }
-      values[m * kRow + i % kVectors] = packed;
     }
-    __syncwarp();
+  }
+  __device__ uint4 Operand(int pair, int product, int lane) const {
+    return *reinterpret_cast<const uint4*>(operands[pair][product][lane]);
   }
 };
 
@@ -126,13 +130,14 @@ __device__ const uint4* BlockOfTile(const AttentionTask& task, const int32_t* bl
                                         (block * task.kv.kv_heads + kv_head) * bytes_per_head);
 }
 
-// positions: of rows g and g + 8. block(i): the chunk's i-th KV block.
-template <int kDims, typename BlockOf>
+// positions: of rows g and g + 8; only the first counts with kHalves = 1, where no query is in the
+// upper half. block(i): the chunk's i-th KV block.
+template <int kHalves, int kDims, typename BlockOf>
 __device__ ChunkWeights WeighChunk(const AttentionTask& task, const Queries<kDims>& queries,
                                    const int (&positions)[2], int chunk, const BlockOf& block) {
   constexpr int kPairs = kDims / 32;  // of products along the dims
   const int lane = threadIdx.x % kWarpLanes, g = lane / 4, t = lane % 4;
-  float scores[kTilesOfChunk][kGroups][4] = {};
+  float scores[kTilesOfChunk][kGroups][4];
 #pragma unroll
   for (int i = 0; i < kTilesOfChunk; ++i) {
     const uint4* keys = block(i) + t * kKvBlockPositions + g / 2 * 8 + g % 2;
@@ -146,18 +151,22 @@ __device__ ChunkWeights WeighChunk(const AttentionTask& task, const Queries<kDim
     }
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      const uint4 a = queries.values[g * Queries<kDims>::kRow + pair * 4 + t];
-      const uint4 b = queries.values[(g + 8) * Queries<kDims>::kRow + pair * 4 + t];
+      const uint4 a = queries.Operand(pair, 0, lane), b = queries.Operand(pair, 1, lane);
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
-        MultiplyAdd(scores[i][j], a.x, b.x, a.y, b.y, k[pair][j].x, k[pair][j].y);
-        MultiplyAdd(scores[i][j], a.z, b.z, a.w, b.w, k[pair][j].z, k[pair][j].w);
+        float(&sums)[4] = scores[i][j];
+        if (pair == 0) {
+          Multiply(sums, a.x, a.y, a.z, a.w, k[pair][j].x, k[pair][j].y);
+        } else {
+          MultiplyAdd(sums, a.x, a.y, a.z, a.w, k[pair][j].x, k[pair][j].y);
+        }
+        MultiplyAdd(sums, b.x, b.y, b.z, b.w, k[pair][j].z, k[pair][j].w);
       }
     }
   }
-  ChunkWeights result;
+  ChunkWeights result = {};
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
+  for (int row = 0; row < kHalves; ++row) {
     float max = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kTilesOfChunk; ++i) {
@@ -179,8 +188,8 @@ __device__ ChunkWeights WeighChunk(const AttentionTask& task, const Queries<kDim
     for (int i = 0; i < kTilesOfChunk; ++i) {
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
-        const __half2 pair = __floats2half2_rn(exp2f(scores[i][j][2 * row] - base),
-                                               exp2f(scores[i][j][2 * row + 1] - base));
+        const __half2 pair = __floats2half2_rn(Exp2(scores[i][j][2 * row] - base),
+                                               Exp2(scores[i][j][2 * row + 1] - base));
         result.weights[i][j][row] = *reinterpret_cast<const uint32_t*>(&pair);
         const float2 rounded = __half22float2(pair);
         sum += rounded.x + rounded.y;
@@ -230,7 +239,7 @@ __device__ void Walk(const AttentionTask& task, const QueryTile& tile,
     const auto block = [&](int i) {
       return BlockOfTile<kDims>(task, blocks, kv_head, chunk * kTilesOfChunk + i, last_position);
     };
-    const ChunkWeights weights = WeighChunk(task, queries, mine, chunk, block);
+    const ChunkWeights weights = WeighChunk<2>(task, queries, mine, chunk, block);
     MergeFactors factors[2];
     bool seen[2];
 #pragma unroll
@@ -278,7 +287,7 @@ __device__ void Walk(const AttentionTask& task, const QueryTile& tile,
 }
 
 // One warp, one chunk; results of query m to partial(m), [kDims + 2] floats.
-template <int kDims, typename PartialOf>
+template <int kHalves, int kDims, typename PartialOf>
 __device__ void RunChunk(const AttentionTask& task, const QueryTile& tile,
                          const Queries<kDims>& queries, int kv_head, int chunk,
                          const PartialOf& partial) {
@@ -290,13 +299,13 @@ __device__ void RunChunk(const AttentionTask& task, const QueryTile& tile,
   const auto block = [&](int i) {
     return BlockOfTile<kDims>(task, blocks, kv_head, chunk * kTilesOfChunk + i, last_position);
   };
-  const ChunkWeights weights = WeighChunk(task, queries, mine, chunk, block);
+  const ChunkWeights weights = WeighChunk<kHalves>(task, queries, mine, chunk, block);
 #pragma unroll
   for (int half = 0; half < kDims / kHalfDims; ++half) {
     float sums[kHalfSums][4];
     SumValues<kDims>(weights, half, block, sums);
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
+    for (int row = 0; row < kHalves; ++row) {
       if (chunk * kTensorChunkPositions > mine[row]) continue;
       float* out = partial(g + 8 * row);
 #pragma unroll
@@ -320,24 +329,28 @@ __global__ void __launch_bounds__(kThreads) WalkKernel(const __grid_constant__ A
   WaitForPreviousKernel();
   const int warp = threadIdx.x / kWarpLanes, tile_index = blockIdx.x * kTensorWarps + warp;
   if (tile_index >= task.tiles) return;
-  const QueryTile tile = MakeTile(task, tile_index, blockIdx.y);
-  const int slices = gridDim.y / task.kv.kv_heads;
-  queries[warp].Load(task, tile);
-  Walk(task, tile, queries[warp], blockIdx.y / slices);
+  const int kv_head = task.groups.KvHead(blockIdx.y);
+  const QueryTile tile = MakeTile(task, tile_index, kv_head, task.groups.Slice(blockIdx.y));
+  queries[warp].Load(task, tile, threadIdx.x % kWarpLanes, kWarpLanes);
+  __syncwarp();
+  Walk(task, tile, queries[warp], kv_head);
 }
 
 // Grid: x = groups of eight chunks (one if the block merges them), y as above, z = tiles.
-template <int kDims, bool kMergeInBlock>
+// kHalves: of 8 queries, of a tile.
+template <int kDims, bool kMergeInBlock, int kHalves>
 __global__ void __launch_bounds__(kThreads)
     ChunksKernel(const __grid_constant__ AttentionTask task) {
   constexpr int kPartial = kDims + 2;
   __shared__ Queries<kDims> queries;
   LetNextKernelStart();
   WaitForPreviousKernel();
-  const QueryTile tile = MakeTile(task, blockIdx.z, blockIdx.y);
-  const int slices = gridDim.y / task.kv.kv_heads, kv_head = blockIdx.y / slices;
+  const int kv_head = task.groups.KvHead(blockIdx.y);
+  const QueryTile tile = MakeTile(task, blockIdx.z, kv_head, task.groups.Slice(blockIdx.y));
   const int last_position = task.table.positions[tile.first_row + tile.rows - 1];
   const int warp = threadIdx.x / kWarpLanes, chunk = blockIdx.x * kTensorWarps + warp;
+  // Queries by the threads behind those that store: both have to wait for memory.
+  queries.Load(task, tile, (threadIdx.x + kThreads / 2) % kThreads, kThreads);
   // The block that attends to the row's own position puts it there.
   const bool has_last = last_position / kTensorChunkPositions / kTensorWarps == blockIdx.x;
   if (task.store && has_last) {
@@ -345,15 +358,14 @@ __global__ void __launch_bounds__(kThreads)
     StoreHead<uint16_t, kThreads>(task.kv, task.table, row, kv_head, task.in.k, task.in.v,
                                   task.in.turns + row * task.in.pairs, task.in.pairs);
   }
-  if (warp == 0) queries.Load(task, tile);
   __syncthreads();
   const bool needed = chunk * kTensorChunkPositions <= last_position;
   if constexpr (kMergeInBlock) {
     float* const partials = reinterpret_cast<float*>(SharedMemory());  // [query][chunk][kPartial]
     const int queries_here = tile.rows * tile.heads;
     if (needed) {
-      RunChunk(task, tile, queries, kv_head, chunk,
-               [&](int m) { return partials + (m * kTensorWarps + warp) * kPartial; });
+      RunChunk<kHalves>(task, tile, queries, kv_head, chunk,
+                        [&](int m) { return partials + (m * kTensorWarps + warp) * kPartial; });
     }
     __syncthreads();
     for (int i = threadIdx.x; i < queries_here * kDims; i += kThreads) {
@@ -365,34 +377,38 @@ __global__ void __launch_bounds__(kThreads)
     }
   } else {
     if (!needed) return;
-    RunChunk(task, tile, queries, kv_head, chunk, [&](int m) {
+    RunChunk<kHalves>(task, tile, queries, kv_head, chunk, [&](int m) {
       return task.partials + (tile.Head(m, task.heads) * task.chunks + chunk) * kPartial;
     });
   }
 }
 
+template <int kDims, int kHalves>
+cudaError_t LaunchChunks(const AttentionPlan& plan, const AttentionTask& task, int queries,
+                         cudaStream_t stream) {
+  const bool in_block = plan.merge == AttentionPlan::Merge::kBlock;
+  LaunchShape shape = {.threads = kThreads};
+  shape.grid = dim3(in_block ? 1 : CeilDivide(plan.chunks, kTensorWarps),
+                    task.kv.kv_heads * task.groups.slices, plan.tiles);
+  if (!in_block) return LaunchKernel(ChunksKernel<kDims, false, kHalves>, shape, stream, task);
+  shape.shared_bytes = sizeof(float) * queries * kTensorWarps * (kDims + 2);
+  const auto kernel = ChunksKernel<kDims, true, kHalves>;
+  const cudaError_t error = AllowSharedMemory(kernel, 100 << 10);
+  if (error != cudaSuccess) return error;
+  return LaunchKernel(kernel, shape, stream, task);
+}
+
 template <int kDims>
 cudaError_t LaunchDims(const AttentionPlan& plan, const AttentionTask& task, cudaStream_t stream) {
-  const int group = task.heads / task.kv.kv_heads;
-  const unsigned heads = task.kv.kv_heads * CeilDivide(group, std::min(group, kQueryTile));
-  LaunchShape shape = {.threads = kThreads};
-  switch (plan.merge) {
-    case AttentionPlan::Merge::kWalker:
-      shape.grid = dim3(CeilDivide(plan.tiles, kTensorWarps), heads);
-      return LaunchKernel(WalkKernel<kDims>, shape, stream, task);
-    case AttentionPlan::Merge::kScratch:
-      shape.grid = dim3(CeilDivide(plan.chunks, kTensorWarps), heads, plan.tiles);
-      return LaunchKernel(ChunksKernel<kDims, false>, shape, stream, task);
-    case AttentionPlan::Merge::kBlock:
-      break;
+  if (plan.merge == AttentionPlan::Merge::kWalker) {
+    LaunchShape shape = {.threads = kThreads};
+    shape.grid = dim3(CeilDivide(plan.tiles, kTensorWarps), task.kv.kv_heads * task.groups.slices);
+    return LaunchKernel(WalkKernel<kDims>, shape, stream, task);
   }
-  shape.grid = dim3(1, heads, plan.tiles);
   // Of one row if each tile has one, as in decode steps.
-  const int queries = plan.tiles == plan.rows ? std::min(group, kQueryTile) : kQueryTile;
-  shape.shared_bytes = sizeof(float) * queries * kTensorWarps * (kDims + 2);
-  const cudaError_t error = AllowSharedMemory(ChunksKernel<kDims, true>, 100 << 10);
-  if (error != cudaSuccess) return error;
-  return LaunchKernel(ChunksKernel<kDims, true>, shape, stream, task);
+  const int queries = plan.tiles == plan.rows ? task.groups.heads : kQueryTile;
+  return queries <= kQueryTile / 2 ? LaunchChunks<kDims, 1>(plan, task, queries, stream)
+                                   : LaunchChunks<kDims, 2>(plan, task, queries, stream);
 }
 
 }  // namespace

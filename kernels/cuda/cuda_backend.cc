@@ -31,7 +31,7 @@ namespace stagecoach {
 namespace cuda {
 namespace {
 
-constexpr char kKernelRevision[] = "cuda-2";
+constexpr char kKernelRevision[] = "cuda-3";
 
 struct StageWorkspace final : Workspace {
   StageWorkspace(const CudaDevice& device, std::unique_ptr<CudaWorkspace> allocated, bool graphs)

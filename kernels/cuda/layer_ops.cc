@@ -34,21 +34,11 @@ absl::Status Project(const CudaWorkspace& workspace, std::span<const MatmulTerm>
 
 // The products of `terms` with the normed residual stream, and what `fusion` has besides.
 absl::Status ProjectNormed(const CudaWorkspace& ws, std::span<const MatmulTerm> terms,
-                           const float* norm_weight, Fusion fusion, cudaStream_t stream) {
-  const float epsilon = ws.params.norm_epsilon;
-  if (CanFuseNorm(terms, ws.rows)) {
-    fusion.norm_x = ws.residual.data();
-    fusion.norm_weight = norm_weight;
-    fusion.epsilon = epsilon;
-    const Activations shape = {
-        .form = ActivationForm::kHalf, .rows = ws.rows, .k = terms[0].weights.k};
-    STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(terms, shape, stream, fusion));
-    return absl::OkStatus();
-  }
+                           const float* norm_weight, const Fusion& fusion, cudaStream_t stream) {
   return Project(
       ws, terms, ws.rows, stream,
       [&](const Activations& x) {
-        return LaunchRmsNorm(ws.residual.data(), norm_weight, epsilon, x, stream);
+        return LaunchRmsNorm(ws.residual.data(), norm_weight, ws.params.norm_epsilon, x, stream);
       },
       fusion);
 }

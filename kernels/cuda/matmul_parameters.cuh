@@ -37,7 +37,6 @@ struct MatmulParameters {
   int superblocks;  // per row
   int rows;
   const uint8_t* x;  // halves [superblocks * 8][rows][32]
-  int k;             // columns; beyond them activations are zero
   Fusion fusion;
   // What LaunchStream adds.
   int block_units;    // rows of tiles, or pairs of them, of a block,

@@ -1,7 +1,5 @@
 #include "kernels/cuda/quant_matmul.h"
 
-#include <algorithm>
-
 #include "kernels/cuda/float_matmul.cuh"
 #include "kernels/cuda/matmul_parameters.cuh"
 #include "kernels/cuda/stream_layout.cuh"
@@ -28,7 +26,6 @@ cudaError_t LaunchSameType(std::span<const MatmulTerm> terms, const Activations&
   for (const MatmulTerm& term : terms) AddTerm(term, &p);
   p.superblocks = x.PaddedColumns() / kSuperblock;
   p.rows = x.rows;
-  p.k = x.k;
   p.fusion = fusion;
   p.x = reinterpret_cast<const uint8_t*>(x.halves);
   return VisitTileType(terms[0].weights.type, cudaErrorInvalidValue, [&]<TensorType type>() {
@@ -59,13 +56,6 @@ bool Streams(const PackedMatrix& weights, int rows) {
 }
 
 }  // namespace
-
-bool CanFuseNorm(std::span<const MatmulTerm> terms, int rows) {
-  constexpr int kMostRows = 2;  // of more, each block would have too much to read
-  return rows <= kMostRows && std::all_of(terms.begin(), terms.end(), [&](const MatmulTerm& term) {
-           return Streams(term.weights, rows);
-         });
-}
 
 bool CanFuseGate(std::span<const MatmulTerm> terms, int rows) {
   const PackedMatrix& gate = terms[0].weights;

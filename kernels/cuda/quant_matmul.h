@@ -117,20 +117,15 @@ struct MatmulTerm {
 
 inline constexpr int kMaxMatmulTerms = 4;
 
-// For few rows every kernel in a chain costs about as much as its weights, so products can do a
-// neighbour's work along with their own, with the same bits.
+// For few rows every kernel in a chain costs about as much as its weights, so a product of gate and
+// up can do its successor's work along with its own, with the same bits. (Norms are better made
+// once, by a kernel of their own, than by every block for itself.)
 struct Fusion {
-  // The activations are LaunchRmsNorm(norm_x, norm_weight, epsilon), made by each block for itself;
-  // LaunchMatmul's x then has rows and k only. Where CanFuseNorm.
-  const float* norm_x = nullptr;  // [rows][k]
-  const float* norm_weight = nullptr;
-  float epsilon = 0;
   // The two terms are gate and up; all that is stored of them is LaunchSwiGlu(gate, up), in form
   // kHalf, not in the memory of x. Where CanFuseGate.
   Activations gated;
 };
-inline constexpr int kMostFusedRows = 8;  // CanFuse... is false for more
-bool CanFuseNorm(std::span<const MatmulTerm> terms, int rows);
+inline constexpr int kMostFusedRows = 16;  // CanFuseGate is false for more
 bool CanFuseGate(std::span<const MatmulTerm> terms, int rows);
 
 // Matrices that read the same activations (q, k, v; gate, up), in one kernel where their types are

@@ -181,13 +181,9 @@ void RecordLayer(Bench& bench, const ModelShape& shape, const LayerWeights& w, i
   const Activations hidden = bench.Converted(TensorType::kQ4_K, rows, shape.hidden);
   float* residual = bench.x.get();
   float* y = bench.y.get();
-  // As in a layer: normed, and fused where that can be done.
-  const auto project = [&](std::span<const MatmulTerm> terms, Fusion fusion) {
-    if (whole && CanFuseNorm(terms, rows)) {
-      fusion.norm_x = fusion.norm_weight = residual;
-    } else if (whole) {
-      CheckDevice(LaunchRmsNorm(residual, residual, 1e-5f, x, bench.stream));
-    }
+  // As in a layer: normed, and gate and up fused where that can be done.
+  const auto project = [&](std::span<const MatmulTerm> terms, const Fusion& fusion) {
+    if (whole) CheckDevice(LaunchRmsNorm(residual, residual, 1e-5f, x, bench.stream));
     CheckDevice(LaunchMatmul(terms, x, bench.stream, fusion));
   };
   const int qkv = shape.width + 2 * shape.kv_width;

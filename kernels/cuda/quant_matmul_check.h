@@ -25,7 +25,7 @@ bool RunMatmulCheck(const MatmulCheck& check);
 // Conversion of norms and SwiGLU against float64. Prints one line per form.
 bool RunActivationCheck();
 
-// Whether fused norms and gates give the bits of the kernels that they stand for. Prints one line.
+// Whether fused gates give the bits of the kernels that they stand for. Prints one line.
 bool RunFusionCheck(TensorType type, int k);
 
 // All types over shapes that reach every kernel. small: shapes for a slow device.

@@ -1,4 +1,4 @@
-// Products for 1 to 8 rows of activations at the speed of the weights' stream. A block has an even
+// Products for 1 to 16 rows of activations at the speed of the weights' stream. A block has an even
 // share of the rows of tiles, and its teams take turns at them. The warps of a team share the
 // splits of k of the same 16 output rows, every tile fetched ahead into a ring of the warp's own,
 // so that no barrier stands in the stream; partial sums meet in shared memory once per 16 output
@@ -16,32 +16,6 @@ namespace stagecoach::cuda {
 // What one team works on at a time: one row of tiles, or (gated) the same row of gate and of up.
 __device__ inline int TileRowOf(const MatmulParameters& p, int unit, int part, bool gated) {
   return gated ? p.terms[part].first_tile_row + unit : unit;
-}
-
-// Makes the normed activations of all superblocks in shared memory, [superblocks][8][rows][32]
-// halves. Complete after a barrier. squares: [rows][kNormWarps].
-__device__ inline void NormActivations(const MatmulParameters& p, float* squares,
-                                       uint8_t* activations) {
-  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  for (int i = threadIdx.x / 32; i < p.rows * kNormWarps; i += warps) {
-    const float* row = p.fusion.norm_x + static_cast<size_t>(i / kNormWarps) * p.k;
-    const float own = SquaresOfWarp(row, p.k, p.superblocks, i % kNormWarps, lane);
-    if (lane == 0) squares[i] = own;
-  }
-  __syncthreads();
-  for (int row = 0; row < p.rows; ++row) {
-    float own[kNormWarps];
-    for (int i = 0; i < kNormWarps; ++i) own[i] = squares[row * kNormWarps + i];
-    const float factor = NormFactor(own, p.k, p.fusion.epsilon);
-    for (int s = threadIdx.x / 32; s < p.superblocks; s += warps) {
-      float v[kLaneColumns];
-      NormColumns(p.fusion.norm_x + static_cast<size_t>(row) * p.k, p.fusion.norm_weight, factor,
-                  p.k, s, lane, v);
-      const int group = s * kGroups + lane / 4;
-      *reinterpret_cast<uint4*>(activations + (group * p.rows + row) * 64 + lane % 4 * 16) =
-          ToHalfActivations(v);
-    }
-  }
 }
 
 // The walk of one warp over its tiles, ahead of the products, and its ring.
@@ -123,7 +97,7 @@ class TileRing {
   uint32_t phase_ = 0;
 };
 
-// kColumns: 1, 2, 4 or 8, at least p.rows. Any number of blocks, of whole teams.
+// kColumns: 1, 2, 4, 8 or 16, at least p.rows. Any number of blocks, of whole teams.
 template <typename Tile, int kColumns>
 __global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
     StreamKernel(const __grid_constant__ MatmulParameters p) {
@@ -156,16 +130,11 @@ __global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
   if (threadIdx.x == 0) InitCopyBarrier(activation_barrier);
   WaitForPreviousKernel();
   __syncthreads();
-  if (p.fusion.norm_x != nullptr) {
-    NormActivations(p, all_partials, activations);  // partial sums are not yet
-    __syncthreads();
-  } else {
-    if (threadIdx.x == 0) {
-      ExpectCopies(activation_barrier, activation_bytes);
-      CopyBulk(activations, p.x, activation_bytes, activation_barrier);
-    }
-    AwaitCopy(activation_barrier, 0);
+  if (threadIdx.x == 0) {
+    ExpectCopies(activation_barrier, activation_bytes);
+    CopyBulk(activations, p.x, activation_bytes, activation_barrier);
   }
+  AwaitCopy(activation_barrier, 0);
 
   int half = 0, part = 0;
   float gate = 0;
@@ -177,18 +146,19 @@ __global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
     int s = first;
 #pragma unroll 1
     for (int split = first_split; split < first_split + splits; ++split) {
-      float acc[1][4] = {};
+      float acc[1][(kColumns + 7) / 8][4] = {};
 #pragma unroll 1
       for (const int split_end = SplitBegin(split + 1, p.superblocks); s < split_end; ++s) {
         const SuperblockActivations x = {activations + s * ActivationBlockBytes(p.rows), p.rows};
-        AddSuperblock<Tile, kColumns>(ring.Front(), x, lane, acc);
+        const uint8_t* const tiles[] = {ring.Front()};
+        AddSuperblock<Tile, kColumns>(tiles, x, lane, acc);
         ring.Pop();
       }
       float* own = partials + split * kTileRows * kColumns;  // [column][16]
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = 2 * t + i % 2;
-        if (column < kColumns) own[column * kTileRows + g + i / 2 * 8] = acc[0][i];
+      for (int i = 0; i < (kColumns + 7) / 8 * 4; ++i) {
+        const int column = i / 4 * 8 + 2 * t + i % 2;
+        if (column < kColumns) own[column * kTileRows + g + i % 4 / 2 * 8] = acc[0][i / 4][i % 4];
       }
     }
     NamedBarrier(1 + team, p.team_warps * 32);

@@ -13,7 +13,9 @@ inline constexpr int kMaxStreamWarps = 16;  // of a block
 inline constexpr int kStages = 2;           // of a ring, in tiles: more only stood in others' way
 
 // Rows of activations, rounded up to what there is a kernel for.
-constexpr int StreamColumns(int rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : 8; }
+constexpr int StreamColumns(int rows) {
+  return rows <= 2 ? rows : rows <= 4 ? 4 : rows <= 8 ? 8 : 16;
+}
 
 // Shared memory of a block of so many warps, in order: rings, partial sums (twice), activations,
 // copy barriers.

@@ -132,6 +132,7 @@ __device__ inline __half2 ScaledBytes(uint2 bytes, int p, __half2 delta) {
 template <typename Tile>
 class TileScales {
  public:
+  TileScales() = default;
   __device__ TileScales(const uint8_t* tile, int lane) : tile_(tile), g_(lane / 4) {
     if constexpr (!Tile::kFloatScales) {
 #pragma unroll
@@ -192,8 +193,8 @@ class TileScales {
   }
 
  private:
-  const uint8_t* tile_;
-  int g_;
+  const uint8_t* tile_ = nullptr;
+  int g_ = 0;
   uint2 scales_[2] = {}, mins_[2] = {};  // [r]: 8 bytes
   __half2 delta_[2] = {}, minus_min_[2] = {};
 };

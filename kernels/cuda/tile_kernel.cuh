@@ -18,14 +18,16 @@ static_assert(kBlockSplits == 2);
 
 template <typename Tile, int kColumns, bool kSplitK>
 struct TileLayout {
-  // Blocks of 64 columns are large, so that each superblock of activations serves many rows.
-  static constexpr int kWarps = kColumns == 64 && !kSplitK ? 16 : 8;
+  static constexpr int kWarps = 8;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kBlockRows = kWarps * kTileRows;  // output rows of a block
-  static constexpr int kWeightBytes = kWarps * Tile::kBytes;
+  // Blocks of 64 columns are large, so that activations that are read serve many rows.
+  static constexpr int kWarpTiles = kColumns == 64 && !kSplitK ? 2 : 1;
+  static constexpr int kBlockTiles = kWarps * kWarpTiles;
+  static constexpr int kBlockRows = kBlockTiles * kTileRows;  // output rows of a block
+  static constexpr int kWeightBytes = kBlockTiles * Tile::kBytes;
   static constexpr int kStageBytes = kWeightBytes + ActivationBlockBytes(kColumns);
   static constexpr int kHalfBytes = 113 * 1024;  // of two blocks on a multiprocessor
-  static constexpr int kBlocks = kWarps == 16 || 2 * kStageBytes > kHalfBytes - 64 ? 1 : 2;
+  static constexpr int kBlocks = kWarpTiles == 2 || 2 * kStageBytes > kHalfBytes - 64 ? 1 : 2;
   static constexpr int kMostBytes = kBlocks == 1 ? kMostSharedBytes : kHalfBytes;
   static constexpr int kFitting = (kMostBytes - 64) / kStageBytes;
   static constexpr int kStages = kFitting > 4 ? 4 : kFitting;
@@ -69,15 +71,18 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
   using Layout = TileLayout<Tile, kColumns, kSplitK>;
   constexpr int kColumnTiles = kColumns / 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int first_tile_row = static_cast<int>(blockIdx.y) * Layout::kWarps;
-  const int tile_row = first_tile_row + warp;
+  constexpr int kTiles = Layout::kWarpTiles;
+  const int first_tile_row = static_cast<int>(blockIdx.y) * Layout::kBlockTiles;
+  const int tile_row = first_tile_row + warp * kTiles;
   const int first_row = static_cast<int>(blockIdx.x) / (kSplitK ? kCluster : 1) * kColumns;
   const int first_split = kSplitK ? static_cast<int>(ClusterRank()) * kBlockSplits : 0;
   const int end_split = kSplitK ? first_split + kBlockSplits : kSplits;
   const int first = SplitBegin(first_split, p.superblocks);
   const int last = SplitBegin(end_split, p.superblocks);
+  // What there are no weights for becomes anything; nobody stores it.
   const bool has_weights = tile_row < p.tile_rows;
-  const uint8_t* weights = has_weights ? TileRow<Tile>(p, tile_row) : nullptr;
+  const bool fetches = lane < kTiles && tile_row + lane < p.tile_rows;  // the row of its number
+  const uint8_t* weights = fetches ? TileRow<Tile>(p, tile_row + lane) : nullptr;
   uint8_t* shared = SharedMemory();
 
   auto* barriers = reinterpret_cast<uint64_t*>(shared + Layout::kRingBytes);
@@ -85,19 +90,20 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
   __syncthreads();
   // Superblock s is the i-th of this block, in stage i % kStages.
   const auto fetch_weights = [&](int s, int stage) {
-    if (s >= last || !has_weights || lane != 0) return;
-    CopyBulk(shared + stage * Layout::kStageBytes + warp * Tile::kBytes,
+    if (s >= last || !fetches) return;
+    CopyBulk(shared + stage * Layout::kStageBytes + (warp * kTiles + lane) * Tile::kBytes,
              weights + static_cast<size_t>(s) * Tile::kBytes, Tile::kBytes, barriers + stage);
   };
   // Columns beyond the last row get what lies behind it; nobody reads what becomes of them.
   const auto fetch_activations = [&](int s, int stage) {
     if (s >= last || warp != 0) return;
+    uint8_t* to = shared + stage * Layout::kStageBytes + Layout::kWeightBytes;
     if (lane == 0) {
-      const int tiles = min(Layout::kWarps, p.tile_rows - first_tile_row);
+      const int tiles = min(Layout::kBlockTiles, p.tile_rows - first_tile_row);
       ExpectCopies(barriers + stage, tiles * Tile::kBytes + ActivationBlockBytes(kColumns));
     }
     if (lane < kGroups) {
-      CopyBulk(shared + stage * Layout::kStageBytes + Layout::kWeightBytes + lane * kColumns * 64,
+      CopyBulk(to + lane * kColumns * 64,
                p.x + (static_cast<size_t>(s * kGroups + lane) * p.rows + first_row) * 64,
                kColumns * 64, barriers + stage);
     }
@@ -110,8 +116,8 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
 #pragma unroll 1
   for (int i = 0; i < Layout::kStages; ++i) fetch_activations(first + i, i);
 
-  float acc[kColumnTiles][4] = {};     // of the split at hand
-  float totals[kColumnTiles][4] = {};  // of those before it
+  float acc[kTiles][kColumnTiles][4] = {};     // of the split at hand
+  float totals[kTiles][kColumnTiles][4] = {};  // of those before it
   int split_end = SplitBegin(first_split + 1, p.superblocks), split = first_split;
   int stage = 0;
   uint32_t phase = 0;
@@ -120,16 +126,21 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
     AwaitCopy(barriers + stage, phase);
     if (s == split_end) {
 #pragma unroll
-      for (int j = 0; j < kColumnTiles * 4; ++j) {
-        totals[j / 4][j % 4] = __fadd_rn(totals[j / 4][j % 4], acc[j / 4][j % 4]);
-        acc[j / 4][j % 4] = 0;
+      for (int j = 0; j < kTiles * kColumnTiles * 4; ++j) {
+        float& total = totals[j / 4 / kColumnTiles][j / 4 % kColumnTiles][j % 4];
+        float& sum = acc[j / 4 / kColumnTiles][j / 4 % kColumnTiles][j % 4];
+        total = __fadd_rn(total, sum);
+        sum = 0;
       }
       while (split_end <= s) split_end = SplitBegin(++split + 1, p.superblocks);
     }
     if (has_weights) {
       const uint8_t* own = shared + stage * Layout::kStageBytes;
       const SuperblockActivations x = {own + Layout::kWeightBytes, kColumns};
-      AddSuperblock<Tile, kColumns>(own + warp * Tile::kBytes, x, lane, acc);
+      const uint8_t* tiles[kTiles];
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) tiles[n] = own + (warp * kTiles + n) * Tile::kBytes;
+      AddSuperblock<Tile, kColumns>(tiles, x, lane, acc);
     }
     __syncthreads();  // nobody reads the stage any more
     fetch_activations(s + Layout::kStages, stage);
@@ -148,18 +159,19 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
       const int c = j / 4, i = j % 4;
       float* partial = partials + (c * 8 + 2 * t + i % 2) * Layout::kBlockRows + warp * kTileRows +
                        g + i / 2 * 8;
-      partial[0] = totals[c][i];
-      partial[kColumns * Layout::kBlockRows] = acc[c][i];
+      partial[0] = totals[0][c][i];
+      partial[kColumns * Layout::kBlockRows] = acc[0][c][i];
     }
     ClusterBarrier();
     StoreClusterSums<Tile, kColumns>(p, first_tile_row, first_row, partials);
     ClusterBarrier();  // nobody leaves while others read its sums
-  } else if (has_weights) {
+  } else {
 #pragma unroll
-    for (int j = 0; j < kColumnTiles * 4; ++j) {
-      const int c = j / 4, i = j % 4;
-      StoreResult<Tile>(p, tile_row, g + i / 2 * 8, first_row + c * 8 + 2 * t + i % 2,
-                        __fadd_rn(totals[c][i], acc[c][i]));
+    for (int j = 0; j < kTiles * kColumnTiles * 4; ++j) {
+      const int n = j / 4 / kColumnTiles, c = j / 4 % kColumnTiles, i = j % 4;
+      if (tile_row + n >= p.tile_rows) continue;
+      StoreResult<Tile>(p, tile_row + n, g + i / 2 * 8, first_row + c * 8 + 2 * t + i % 2,
+                        __fadd_rn(totals[n][c][i], acc[n][c][i]));
     }
   }
 }

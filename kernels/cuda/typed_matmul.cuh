@@ -82,8 +82,10 @@ cudaError_t LaunchTypedMatmul(const MatmulParameters& p, const DeviceLimits& dev
         return LaunchStream<Tile, 2>(p, device, stream);
       case 4:
         return LaunchStream<Tile, 4>(p, device, stream);
-      default:
+      case 8:
         return LaunchStream<Tile, 8>(p, device, stream);
+      default:
+        return LaunchStream<Tile, 16>(p, device, stream);
     }
   }
   if (p.rows <= 8) return LaunchTiles<Tile, 8>(p, device, stream);
