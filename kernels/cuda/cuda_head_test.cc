@@ -80,6 +80,14 @@ TEST_F(CudaHead, TopOfSmallAndLargeVocabularies) {
   }
 }
 
+// Few enough for run_gpu_tests.sh --sanitizers.
+TEST_F(CudaHead, TopOfSmallVocabularies) {
+  for (const int vocab : {325, 4500}) {
+    Open(vocab);
+    for (const int count : {1, backend_->MaxTopLogits()}) ExpectTop(count);
+  }
+}
+
 TEST_F(CudaHead, NonFiniteRowsShow) {
   Open(5000);
   residual_[3 * params_.d_model] = std::numeric_limits<float>::quiet_NaN();
