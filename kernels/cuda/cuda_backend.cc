@@ -23,6 +23,7 @@
 #include "kernels/cuda/step_runner.h"
 #include "kernels/cuda/tensor_peak.h"
 #include "kernels/cuda/uploader.h"
+#include "kernels/cuda/weight_bounds.h"
 #include "kernels/tensor_check.h"
 #include "model/model_error.h"
 #include "model/status_macros.h"
@@ -64,6 +65,7 @@ class CudaBackend final : public Backend {
   }
 
   absl::Status CheckTensor(TensorRole role, const TensorInfo& tensor) const override;
+  WeightBounds BoundsOf(TensorType type) const override { return BoundsOfTiles(type); }
   uint64_t ResidentBytes(TensorRole role, const TensorInfo& tensor) const override {
     return DeviceBytes(role, tensor);
   }
