@@ -76,4 +76,9 @@ absl::Status Backend::HeadTop(Workspace&, const UnitWeights&, std::span<const in
   return absl::UnimplementedError("this backend gives all logits only");
 }
 
+absl::Status Backend::HeadDraw(Workspace&, const UnitWeights&, std::span<const int32_t>,
+                               std::span<const TokenDraw>, std::span<int32_t>) {
+  return absl::UnimplementedError("this backend draws no tokens");
+}
+
 }  // namespace stagecoach

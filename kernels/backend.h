@@ -192,6 +192,12 @@ class Backend {
   virtual int MaxTopLogits() const { return 0; }
   virtual absl::Status HeadTop(Workspace& workspace, const UnitWeights& head,
                                std::span<const int32_t> rows, int count, std::span<TopLogit> top);
+  // Optional, too: what the rows' draws choose. tokens: [rows.size()]; -1 if a logit of the row is
+  // not finite.
+  virtual bool DrawsTokens() const { return false; }
+  virtual absl::Status HeadDraw(Workspace& workspace, const UnitWeights& head,
+                                std::span<const int32_t> rows, std::span<const TokenDraw> draws,
+                                std::span<int32_t> tokens);
 
   // --- KV between steps, all layers of the cache, ordered with the steps around them.
   // Keys and values of each `from` to its `to`, bit for bit. No `to` occurs twice or as a `from`.

@@ -11,6 +11,7 @@
 #include "gtest/gtest.h"
 #include "kernels/philox.h"
 #include "kernels/portable_math.h"
+#include "kernels/sampling_units.h"
 
 namespace stagecoach {
 namespace {
@@ -290,6 +291,42 @@ std::vector<TopLogit> BestOf(std::span<const float> logits, int count) {
   std::ranges::stable_sort(all, std::greater<>(), &TopLogit::logit);
   all.resize(count);
   return all;
+}
+
+TEST(DrawAmongAll, OnlyWhatNothingElseDecides) {
+  const SamplingParams plain = {.temperature = 0.8f, .seed = 3};
+  const auto draw = DrawAmongAll(plain, 100, 5);
+  ASSERT_TRUE(draw.has_value());
+  EXPECT_EQ(draw->temperature, double{0.8f});
+  EXPECT_EQ(draw->uniform, PhiloxUniform(3, 5));
+  for (const auto& change : std::vector<std::function<void(SamplingParams&)>>{
+           [](SamplingParams& p) { p.temperature = 0; }, [](SamplingParams& p) { p.top_k = 99; },
+           [](SamplingParams& p) { p.top_p = 0.9f; }, [](SamplingParams& p) { p.min_p = 0.1f; },
+           [](SamplingParams& p) { p.logprobs = 1; },
+           [](SamplingParams& p) { p.presence_penalty = 1; },
+           [](SamplingParams& p) {
+             p.logit_bias = {{1, 2}};
+           }}) {
+    SamplingParams params = plain;
+    change(params);
+    EXPECT_FALSE(DrawAmongAll(params, 100, 5).has_value());
+  }
+  SamplingParams off = plain;  // filters that leave everything
+  off.top_k = 100, off.top_p = 1;
+  EXPECT_TRUE(DrawAmongAll(off, 100, 5).has_value());
+}
+
+// Sums may be taken in parts of any size: nothing is rounded in them.
+TEST(SamplingUnits, TheBestTokenHas2To40AndTargetsLieWithinTheTotal) {
+  const double* const powers = portable_math_internal::kPowerTable.data();
+  EXPECT_EQ(SamplingUnits(powers, 3, 3, 0.5), uint64_t{1} << 40);
+  EXPECT_EQ(SamplingUnits(powers, -100, 3, 0.5), 0u);
+  EXPECT_EQ(SamplingUnits(powers, 2, 3, 1), static_cast<uint64_t>(PortableExp(-1) * 0x1p40));
+  EXPECT_EQ(DrawTarget(10, 0), 0u);
+  EXPECT_EQ(DrawTarget(10, 0.95), 9u);
+  for (const uint64_t total : {uint64_t{1}, uint64_t{1} << 53, UINT64_MAX >> 1}) {
+    EXPECT_LT(DrawTarget(total, 1 - 0x1p-53), total);
+  }
 }
 
 TEST(SampleFromTop, ChoosesAsSample) {

@@ -90,6 +90,7 @@ sanitizer_cases() {  # a line each: name, program, its filter
     awk '/^[^ ].*\.$/ { suite = $1 }
          /^  / { n = split($1, part, "/"); print part[n], "cuda_conformance_test", suite $1 }'
   echo TopLogits cuda_head_test '*.TopOfSmallVocabularies'
+  echo Draws cuda_head_test '*.DrawsFromASmallVocabulary'
   echo Residual cuda_residual_test '*'
 }
 

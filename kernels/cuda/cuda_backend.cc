@@ -15,6 +15,7 @@
 #include "kernels/cuda/cuda_weights.h"
 #include "kernels/cuda/cuda_workspace.h"
 #include "kernels/cuda/finite_rows.h"
+#include "kernels/cuda/head_choices.h"
 #include "kernels/cuda/kernel_timer.h"
 #include "kernels/cuda/layer_ops.h"
 #include "kernels/cuda/quant_matmul.h"
@@ -117,6 +118,10 @@ class CudaBackend final : public Backend {
   int MaxTopLogits() const override { return kMostTopLogits; }
   absl::Status HeadTop(Workspace& workspace, const UnitWeights& head, std::span<const int32_t> rows,
                        int count, std::span<TopLogit> top) override;
+  bool DrawsTokens() const override { return true; }
+  absl::Status HeadDraw(Workspace& workspace, const UnitWeights& head,
+                        std::span<const int32_t> rows, std::span<const TokenDraw> draws,
+                        std::span<int32_t> tokens) override;
 
   absl::Status CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) override;
   absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) override;
@@ -248,19 +253,20 @@ absl::Status CudaBackend::Head(Workspace& workspace, const UnitWeights& head,
 absl::Status CudaBackend::HeadTop(Workspace& workspace, const UnitWeights& head,
                                   std::span<const int32_t> rows, int count,
                                   std::span<TopLogit> top) {
-  CudaWorkspace& buffers = *Own(workspace).buffers;
-  return RunHead(Own(workspace), head, rows, [&](size_t first, size_t row_count) -> absl::Status {
-    const size_t keys = row_count * count;
-    STAGECOACH_RETURN_IF_CUDA_ERROR(
-        FindTop(buffers.logits.data(), static_cast<int>(row_count), buffers.params.vocab_size,
-                count, buffers.top_scratch.data(), buffers.top.data(), device_->compute()));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(buffers.top_out.data(), buffers.top.data(),
-                                                    keys * sizeof(TopKey), cudaMemcpyDeviceToHost,
-                                                    device_->compute()));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(device_->compute()));
-    std::transform(buffers.top_out.data(), buffers.top_out.data() + keys,
-                   top.begin() + first * count, FromTopKey);
-    return absl::OkStatus();
+  StageWorkspace& own = Own(workspace);
+  return RunHead(own, head, rows, [&](size_t first, size_t row_count) {
+    return TakeTop(*own.buffers, count, top.subspan(first * count, row_count * count),
+                   device_->compute());
+  });
+}
+
+absl::Status CudaBackend::HeadDraw(Workspace& workspace, const UnitWeights& head,
+                                   std::span<const int32_t> rows, std::span<const TokenDraw> draws,
+                                   std::span<int32_t> tokens) {
+  StageWorkspace& own = Own(workspace);
+  return RunHead(own, head, rows, [&](size_t first, size_t count) {
+    return TakeDraws(*own.buffers, draws.subspan(first, count), tokens.subspan(first, count),
+                     device_->compute());
   });
 }
 

@@ -65,6 +65,31 @@ class CudaHead : public CudaTest {
     }
   }
 
+  void ExpectDraws() {
+    std::vector<int32_t> rows(kRows), tokens(kRows);
+    std::iota(rows.rbegin(), rows.rend(), 0);
+    const size_t vocab = params_.vocab_size;
+    std::vector<float> logits(kRows * vocab);
+    ASSERT_TRUE(backend_->SetResidual(*workspace_, residual_).ok());
+    ASSERT_TRUE(backend_->Head(*workspace_, *head_, rows, logits).ok());
+    for (const float temperature : {1e-3f, 0.8f, 1.0f, 30.0f}) {
+      std::vector<SamplingParams> params;
+      std::vector<TokenDraw> draws;
+      for (int row = 0; row < kRows; ++row) {
+        params.push_back({.temperature = temperature, .seed = static_cast<uint64_t>(row)});
+        draws.push_back(*DrawAmongAll(params.back(), static_cast<int>(vocab), /*position=*/3));
+      }
+      ASSERT_TRUE(backend_->HeadDraw(*workspace_, *head_, rows, draws, tokens).ok());
+      for (int row = 0; row < kRows; ++row) {
+        const auto of_row = std::span(logits).subspan(row * vocab, vocab);
+        const auto sampled = Sample(of_row, params[row], {}, 0, /*position=*/3);
+        const bool finite = AllFinite(of_row);
+        ASSERT_EQ(tokens[row], finite ? sampled.value().token_id : -1)
+            << "row " << row << " of " << vocab << ", temperature " << temperature;
+      }
+    }
+  }
+
   ModelParams params_;
   std::unique_ptr<UnitWeights> head_;
   std::unique_ptr<Workspace> workspace_;
@@ -88,11 +113,26 @@ TEST_F(CudaHead, TopOfSmallVocabularies) {
   }
 }
 
+// Many draws of each row: those of Sample from the logits themselves.
+TEST_F(CudaHead, DrawsAreThoseOfTheHost) {
+  for (const int vocab : {7, 325, 4096, 4097, 128256}) {
+    Open(vocab);
+    ExpectDraws();
+  }
+}
+
+// As TopOfSmallVocabularies.
+TEST_F(CudaHead, DrawsFromASmallVocabulary) {
+  Open(4500);
+  ExpectDraws();
+}
+
 TEST_F(CudaHead, NonFiniteRowsShow) {
   Open(5000);
   residual_[3 * params_.d_model] = std::numeric_limits<float>::quiet_NaN();
   residual_[69 * params_.d_model + 5] = std::numeric_limits<float>::infinity();
   ExpectTop(2);
+  ExpectDraws();
 }
 
 }  // namespace
