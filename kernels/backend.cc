@@ -72,7 +72,7 @@ absl::Status Backend::SetOpTimer(OpTimer*) {
 }
 
 absl::Status Backend::HeadTop(Workspace&, const UnitWeights&, std::span<const int32_t>, int,
-                              std::span<TopLogit>) {
+                              std::span<TopLogit>, std::span<uint64_t>) {
   return absl::UnimplementedError("this backend gives all logits only");
 }
 

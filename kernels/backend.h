@@ -188,10 +188,11 @@ class Backend {
                             std::span<const int32_t> rows, std::span<float> logits) = 0;
   // Optional, for devices from which all logits are dear: the `count` best of each row instead, 1
   // to MaxTopLogits() of them (0: not offered), at most the vocabulary. top: [rows.size()][count],
-  // as SampleFromTop wants them.
+  // as SampleFromTop wants them. totals: empty, or [rows.size()], as SampleFromBest wants them.
   virtual int MaxTopLogits() const { return 0; }
   virtual absl::Status HeadTop(Workspace& workspace, const UnitWeights& head,
-                               std::span<const int32_t> rows, int count, std::span<TopLogit> top);
+                               std::span<const int32_t> rows, int count, std::span<TopLogit> top,
+                               std::span<uint64_t> totals);
   // Optional, too: what the rows' draws choose. tokens: [rows.size()]; -1 if a logit of the row is
   // not finite.
   virtual bool DrawsTokens() const { return false; }

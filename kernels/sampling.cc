@@ -189,6 +189,12 @@ bool OfRawLogits(const SamplingParams& params) {
   return params.logprobs == 0 && params.logit_bias.empty() && !PenaltiesOf(params).any();
 }
 
+// Besides, it is drawn, and top-k takes nothing away.
+bool OfAllTokens(const SamplingParams& params, int vocab) {
+  const bool bounded = params.top_k > 0 && params.top_k < static_cast<uint32_t>(vocab);
+  return OfRawLogits(params) && params.temperature > 0 && !bounded;
+}
+
 // What top-p and min-p leave of the candidates; never empty.
 void FilterCandidates(float best, const SamplingParams& params,
                       std::vector<Candidate>& candidates) {
@@ -261,12 +267,44 @@ int TopLogitsNeeded(const SamplingParams& params, int vocab) {
   return params.top_k < static_cast<uint32_t>(vocab) ? static_cast<int>(params.top_k) : 0;
 }
 
-std::optional<TokenDraw> DrawAmongAll(const SamplingParams& params, int vocab, uint64_t position) {
-  const bool bounded = params.top_k > 0 && params.top_k < static_cast<uint32_t>(vocab);
-  if (!OfRawLogits(params) || !(params.temperature > 0) || bounded || TopPOn(params) ||
-      MinPOn(params)) {
-    return std::nullopt;
+bool BestMayDecide(const SamplingParams& params, int vocab) {
+  return OfAllTokens(params, vocab) && (TopPOn(params) || MinPOn(params));
+}
+
+absl::StatusOr<std::optional<int32_t>> SampleFromBest(std::span<const TopLogit> top, int vocab,
+                                                      uint64_t total, const SamplingParams& params,
+                                                      uint64_t position) {
+  const float best = top.front().logit;
+  if (!std::isfinite(best)) return absl::DataLossError("non-finite logits");
+  thread_local std::vector<Candidate> kept;
+  kept.clear();
+  bool ended = top.size() == static_cast<size_t>(vocab);  // there are no others
+  const bool by_top_p = TopPOn(params);
+  const double threshold = MinPOn(params) ? best + PortableLog(params.min_p) : -double{kInfinity};
+  const auto wanted =
+      by_top_p ? static_cast<uint64_t>(params.top_p * static_cast<double>(total)) : 0;
+  const double* const powers = portable_math_internal::kPowerTable.data();
+  uint64_t sum = 0;
+  for (const TopLogit& entry : top) {
+    if (entry.logit < threshold) {
+      ended = true;
+      break;
+    }
+    kept.push_back({entry.logit, entry.id, 0});
+    if (!by_top_p) continue;
+    sum += SamplingUnits(powers, entry.logit, best, 1);
+    if (sum >= wanted) {
+      ended = true;
+      break;
+    }
   }
+  if (!ended) return std::nullopt;
+  std::ranges::sort(kept, {}, &Candidate::id);  // as Filter leaves them
+  return Draw(kept, best, params.temperature, PhiloxUniform(params.seed, position));
+}
+
+std::optional<TokenDraw> DrawAmongAll(const SamplingParams& params, int vocab, uint64_t position) {
+  if (!OfAllTokens(params, vocab) || TopPOn(params) || MinPOn(params)) return std::nullopt;
   return TokenDraw{.temperature = params.temperature,
                    .uniform = PhiloxUniform(params.seed, position)};
 }

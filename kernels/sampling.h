@@ -74,6 +74,17 @@ int TopLogitsNeeded(const SamplingParams& params, int vocab);
 absl::StatusOr<int32_t> SampleFromTop(std::span<const TopLogit> top, const SamplingParams& params,
                                       uint64_t position);
 
+// Whether the best logits, however few, may decide what Sample chooses: top-p or min-p is on, top-k
+// is not, and nothing needs all of them (bias, penalties, log-probabilities).
+bool BestMayDecide(const SamplingParams& params, int vocab);
+
+// Then: the token that Sample would choose, or nullopt if more than `top` is needed. top: the best
+// logits of `vocab`, as for SampleFromTop. total: the sum of SamplingUnits of all tokens at
+// temperature 1. Errors: as SampleFromTop.
+absl::StatusOr<std::optional<int32_t>> SampleFromBest(std::span<const TopLogit> top, int vocab,
+                                                      uint64_t total, const SamplingParams& params,
+                                                      uint64_t position);
+
 // A draw among all tokens, in the order of their ids (sampling_units.h).
 struct TokenDraw {
   double temperature = 1;  // > 0

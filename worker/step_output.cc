@@ -1,6 +1,7 @@
 #include "worker/step_output.h"
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -35,8 +36,9 @@ StepOutput::StepOutput(Backend* backend, Workspace* workspace, int vocab_size, i
       workspace_(workspace),
       vocab_size_(vocab_size),
       logits_(vocab_size_ * std::min(kHeadRows, max_step_tokens)) {
-  rows_.reserve(max_step_tokens);
-  row_numbers_.reserve(max_step_tokens);
+  rows_.reserve(2 * max_step_tokens);
+  row_numbers_.reserve(2 * max_step_tokens);
+  totals_.reserve(kHeadRows);
   draws_.reserve(kHeadRows);
   drawn_.reserve(kHeadRows);
 }
@@ -100,14 +102,29 @@ absl::Status StepOutput::RunTop(const UnitWeights& head, const v1::StepHeader& s
   const size_t most = std::ranges::max(here, {}, &HeadRow::top_logits).top_logits;
   top_.resize(kHeadRows * most);
   const std::span<TopLogit> top(top_.data(), count * most);
+  totals_.resize(std::ranges::any_of(here, &HeadRow::may_fail) ? count : 0);
   STAGECOACH_RETURN_IF_ERROR(
-      backend_->HeadTop(*workspace_, head, row_numbers, static_cast<int>(most), top));
+      backend_->HeadTop(*workspace_, head, row_numbers, static_cast<int>(most), top, totals_));
   for (size_t i = 0; i < count; ++i) {
-    const SlotState& slot = slots.next(step.rows(here[i].sequence).slot());
-    SetToken(here[i],
-             SampleFromTop(top.subspan(i * most, here[i].top_logits), slot.sampling,
-                           static_cast<uint64_t>(slot.length)),
-             step, slots, result, payload);
+    HeadRow row = rows_[first + i];
+    const SlotState& slot = slots.next(step.rows(row.sequence).slot());
+    const auto best = top.subspan(i * most, row.top_logits);
+    const auto position = static_cast<uint64_t>(slot.length);
+    if (!row.may_fail) {
+      SetToken(row, SampleFromTop(best, slot.sampling, position), step, slots, result, payload);
+      continue;
+    }
+    const absl::StatusOr<std::optional<int32_t>> token =
+        SampleFromBest(best, static_cast<int>(vocab_size_), totals_[i], slot.sampling, position);
+    if (!token.ok()) {
+      SetToken(row, token.status(), step, slots, result, payload);
+    } else if (token->has_value()) {
+      SetToken(row, **token, step, slots, result, payload);
+    } else {
+      row.take = Take::kAll;
+      rows_.push_back(row);
+      row_numbers_.push_back(row_numbers_[first + i]);
+    }
   }
   return absl::OkStatus();
 }
@@ -145,15 +162,24 @@ void StepOutput::SetToken(const HeadRow& row, const absl::StatusOr<int32_t>& tok
 
 StepOutput::HeadRow StepOutput::Choose(const v1::SequenceRows& rows, int sequence, int index,
                                        const KvSlots& slots) const {
-  HeadRow row = {
-      .sequence = sequence, .index = index, .take = Take::kAll, .top_logits = 0, .draw = {}};
+  HeadRow row = {.sequence = sequence,
+                 .index = index,
+                 .take = Take::kAll,
+                 .top_logits = 0,
+                 .may_fail = false,
+                 .draw = {}};
   if (rows.logits() || index < rows.targets_size()) return row;
   const SlotState& slot = slots.next(rows.slot());
   const int vocab = static_cast<int>(vocab_size_);
   const int top = TopLogitsNeeded(slot.sampling, vocab);
-  if (top > 0 && top <= backend_->MaxTopLogits()) {
+  const int most = std::min(backend_->MaxTopLogits(), vocab);
+  if (top > 0 && top <= most) {
     row.take = Take::kTop;
     row.top_logits = top;
+  } else if (most > 0 && BestMayDecide(slot.sampling, vocab)) {
+    row.take = Take::kTop;
+    row.top_logits = most;
+    row.may_fail = true;
   } else if (const auto draw =
                  DrawAmongAll(slot.sampling, vocab, static_cast<uint64_t>(slot.length));
              draw && backend_->DrawsTokens()) {

@@ -39,9 +39,10 @@ class StepOutput {
     int index;     // of the row within the sequence
     Take take;
     int top_logits;  // kTop: how many
+    bool may_fail;   // kTop: those may not suffice (BestMayDecide)
     TokenDraw draw;  // kDraw
   };
-  // Alike ones together.
+  // Alike ones together. Those that the best logits do not decide come again at the end.
   void ListRows(const v1::StepHeader& step, const KvSlots& slots);
   // Of the row, as little as decides what is wanted of it.
   HeadRow Choose(const v1::SequenceRows& rows, int sequence, int index, const KvSlots& slots) const;
@@ -71,6 +72,7 @@ class StepOutput {
   std::vector<int32_t> row_numbers_;  // of rows_, in the activation matrix
   std::vector<float> logits_;         // [kHeadRows][vocab]
   std::vector<TopLogit> top_;         // [kHeadRows][most that one of them wants]
+  std::vector<uint64_t> totals_;      // [kHeadRows]
   std::vector<TokenDraw> draws_;      // [kHeadRows], and what they chose:
   std::vector<int32_t> drawn_;
 };

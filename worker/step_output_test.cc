@@ -45,11 +45,12 @@ class LogitsBackend : public FakeBackend {
     return absl::OkStatus();
   }
   absl::Status HeadTop(Workspace&, const UnitWeights&, std::span<const int32_t> rows, int count,
-                       std::span<TopLogit> top) override {
+                       std::span<TopLogit> top, std::span<uint64_t> totals) override {
     EXPECT_LE(count, most_top_);
     top_rows += static_cast<int>(rows.size());
     for (size_t i = 0; i < rows.size(); ++i) {
       const std::vector<float> logits = Logits(rows[i]);
+      if (!totals.empty()) totals[i] = UnitsUpTo(logits, 1).back();
       std::vector<TopLogit> all;
       for (int id = 0; id < kVocab; ++id) all.push_back({logits[id], id});
       std::ranges::stable_sort(all, std::greater<>(), &TopLogit::logit);
@@ -66,16 +67,19 @@ class LogitsBackend : public FakeBackend {
 
  private:
   static int32_t Draw(const std::vector<float>& logits, const TokenDraw& draw) {
+    const std::vector<uint64_t> upto = UnitsUpTo(logits, draw.temperature);
+    const uint64_t target = DrawTarget(upto.back(), draw.uniform);
+    return static_cast<int32_t>(std::ranges::upper_bound(upto, target) - upto.begin());
+  }
+  static std::vector<uint64_t> UnitsUpTo(const std::vector<float>& logits, double temperature) {
     const float best = std::ranges::max(logits);
     std::vector<uint64_t> upto;
     uint64_t total = 0;
     for (const float logit : logits) {
-      total +=
-          SamplingUnits(portable_math_internal::kPowerTable.data(), logit, best, draw.temperature);
+      total += SamplingUnits(portable_math_internal::kPowerTable.data(), logit, best, temperature);
       upto.push_back(total);
     }
-    const uint64_t target = DrawTarget(total, draw.uniform);
-    return static_cast<int32_t>(std::ranges::upper_bound(upto, target) - upto.begin());
+    return upto;
   }
   static constexpr int bad_token = 7;
   std::vector<float> Logits(int row) const {
@@ -115,7 +119,8 @@ struct Output {
 };
 
 // One row of each sequence; every seventh wants its logits, too.
-Output RunOn(LogitsBackend& backend) {
+Output RunOn(LogitsBackend& backend,
+             const std::function<SamplingParams(int)>& params_of = ParamsOf) {
   KvSlots slots(kSequences, 64, 2 * kSequences, /*keep_history=*/true);
   Workspace workspace;
   const FakeWeights head(std::make_shared<LiveBytes>());
@@ -123,7 +128,7 @@ Output RunOn(LogitsBackend& backend) {
   v1::StepHeader step;
   slots.Begin();
   for (int i = 0; i < kSequences; ++i) {
-    slots.Open(i, {.open = true, .sequence_id = 100u + i, .sampling = ParamsOf(i)});
+    slots.Open(i, {.open = true, .sequence_id = 100u + i, .sampling = params_of(i)});
     const int32_t token = i;
     slots.SetTokens(i, 0, {&token, 1});
     slots.next(i).length = 1;
@@ -162,6 +167,34 @@ TEST(StepOutput, BestLogitsSufficeWhereTheyDo) {
   EXPECT_GT(best.top_rows, kSequences / 4);
   EXPECT_LT(best.top_rows, kSequences / 2);
   for (int i = 4; i < kSequences; i += 10) EXPECT_EQ(got.result.sequences(i).token_id(), 17);
+}
+
+// Where the best 64 of 300 do not reach far enough, all logits are asked for after all.
+TEST(StepOutput, TopPAndMinPFromTheBestLogitsWhereTheySuffice) {
+  const auto params_of = [](int sequence) -> SamplingParams {
+    const auto seed = static_cast<uint64_t>(sequence);
+    switch (sequence % 4) {
+      case 0:
+        return {.temperature = 0.8f, .top_p = 0.6f, .seed = seed};
+      case 1:
+        return {.temperature = 0.8f, .top_p = 0.999f, .seed = seed};
+      case 2:
+        return {.temperature = 1.5f, .top_p = 0.9f, .min_p = 0.3f, .seed = seed};
+      default:
+        return {.temperature = 1.5f, .min_p = 1e-4f, .seed = seed};
+    }
+  };
+  LogitsBackend all(0), best(64);
+  const Output want = RunOn(all, params_of), got = RunOn(best, params_of);
+  for (int i = 0; i < kSequences; ++i) {
+    EXPECT_EQ(got.result.sequences(i).SerializeAsString(),
+              want.result.sequences(i).SerializeAsString())
+        << i;
+  }
+  const int logits_wanted = (kSequences + 6) / 7;
+  EXPECT_EQ(best.top_rows, kSequences - logits_wanted);
+  EXPECT_GT(best.full_rows, logits_wanted + kSequences / 4);
+  EXPECT_LT(best.full_rows, logits_wanted + 3 * kSequences / 4);
 }
 
 TEST(StepOutput, NonFiniteLogitsEndTheirSequenceEitherWay) {

@@ -117,7 +117,7 @@ class CudaBackend final : public Backend {
 
   int MaxTopLogits() const override { return kMostTopLogits; }
   absl::Status HeadTop(Workspace& workspace, const UnitWeights& head, std::span<const int32_t> rows,
-                       int count, std::span<TopLogit> top) override;
+                       int count, std::span<TopLogit> top, std::span<uint64_t> totals) override;
   bool DrawsTokens() const override { return true; }
   absl::Status HeadDraw(Workspace& workspace, const UnitWeights& head,
                         std::span<const int32_t> rows, std::span<const TokenDraw> draws,
@@ -251,12 +251,12 @@ absl::Status CudaBackend::Head(Workspace& workspace, const UnitWeights& head,
 }
 
 absl::Status CudaBackend::HeadTop(Workspace& workspace, const UnitWeights& head,
-                                  std::span<const int32_t> rows, int count,
-                                  std::span<TopLogit> top) {
+                                  std::span<const int32_t> rows, int count, std::span<TopLogit> top,
+                                  std::span<uint64_t> totals) {
   StageWorkspace& own = Own(workspace);
   return RunHead(own, head, rows, [&](size_t first, size_t row_count) {
     return TakeTop(*own.buffers, count, top.subspan(first * count, row_count * count),
-                   device_->compute());
+                   totals.empty() ? totals : totals.subspan(first, row_count), device_->compute());
   });
 }
 

@@ -9,6 +9,7 @@
 
 #include "kernels/cuda/cuda_test.h"
 #include "kernels/random_tensor.h"
+#include "kernels/sampling_units.h"
 
 namespace stagecoach {
 namespace {
@@ -47,13 +48,20 @@ class CudaHead : public CudaTest {
     std::vector<TopLogit> top(size_t{kRows} * count);
     ASSERT_TRUE(backend_->SetResidual(*workspace_, residual_).ok());
     ASSERT_TRUE(backend_->Head(*workspace_, *head_, rows, logits).ok());
-    ASSERT_TRUE(backend_->HeadTop(*workspace_, *head_, rows, count, top).ok());
+    std::vector<uint64_t> totals(kRows);
+    ASSERT_TRUE(backend_->HeadTop(*workspace_, *head_, rows, count, top, totals).ok());
     for (int row = 0; row < kRows; ++row) {
       const auto of_row = std::span(logits).subspan(row * vocab, vocab);
       if (!std::isfinite(std::accumulate(of_row.begin(), of_row.end(), 0.0))) {
         EXPECT_TRUE(std::isnan(top[row * count].logit)) << row;
         continue;
       }
+      const float best = std::ranges::max(of_row);
+      uint64_t total = 0;
+      for (const float logit : of_row) {
+        total += SamplingUnits(portable_math_internal::kPowerTable.data(), logit, best, 1);
+      }
+      EXPECT_EQ(totals[row], total) << row;
       std::vector<int32_t> ids(vocab);
       std::iota(ids.begin(), ids.end(), 0);
       std::ranges::stable_sort(ids, std::greater<>(), [&](int32_t id) { return of_row[id]; });
@@ -99,7 +107,7 @@ class CudaHead : public CudaTest {
 TEST_F(CudaHead, TopOfSmallAndLargeVocabularies) {
   for (const int vocab : {7, 325, 4096, 32000, 300000}) {
     Open(vocab);
-    for (const int count : {1, 5, backend_->MaxTopLogits()}) {
+    for (const int count : {1, 5, 64, backend_->MaxTopLogits()}) {
       if (count <= vocab) ExpectTop(count);
     }
   }
@@ -109,7 +117,7 @@ TEST_F(CudaHead, TopOfSmallAndLargeVocabularies) {
 TEST_F(CudaHead, TopOfSmallVocabularies) {
   for (const int vocab : {325, 4500}) {
     Open(vocab);
-    for (const int count : {1, backend_->MaxTopLogits()}) ExpectTop(count);
+    for (const int count : {1, std::min(vocab, backend_->MaxTopLogits())}) ExpectTop(count);
   }
 }
 

@@ -151,8 +151,9 @@ absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaD
       device.NewBuffer<TopKey>(TopScratchKeys(kHeadRows, params.vocab_size, kMostTopLogits)));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->draws, device.NewBuffer<TokenDraw>(kHeadRows));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->draws_in, device.NewPinnedBuffer<TokenDraw>(kHeadRows));
-  STAGECOACH_ASSIGN_OR_RETURN(workspace->draw_scratch, device.NewBuffer<uint64_t>(DrawScratchSums(
-                                                           kHeadRows, params.vocab_size)));
+  const size_t sums = kHeadRows * static_cast<size_t>(UnitSums(params.vocab_size));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->unit_sums, device.NewBuffer<uint64_t>(sums));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->unit_sums_out, device.NewPinnedBuffer<uint64_t>(sums));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->drawn, device.NewBuffer<int32_t>(kHeadRows));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->drawn_out, device.NewPinnedBuffer<int32_t>(kHeadRows));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->finite, device.NewBuffer<uint8_t>(max_rows));

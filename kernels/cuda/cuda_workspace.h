@@ -97,7 +97,8 @@ struct CudaWorkspace {
   PinnedBuffer<TopKey> top_out;         // [kHeadRows][kMostTopLogits]
   DeviceBuffer<TokenDraw> draws;        // [kHeadRows], likewise those below
   PinnedBuffer<TokenDraw> draws_in;
-  DeviceBuffer<uint64_t> draw_scratch;  // for kHeadRows rows
+  DeviceBuffer<uint64_t> unit_sums;  // [kHeadRows][UnitSums]
+  PinnedBuffer<uint64_t> unit_sums_out;
   DeviceBuffer<int32_t> drawn;
   PinnedBuffer<int32_t> drawn_out;
   DeviceBuffer<uint8_t> finite;      // [max_rows]

@@ -10,9 +10,9 @@
 
 namespace stagecoach::cuda {
 
-// Both wait for the stream. top: [rows][count]; see Backend::HeadTop.
+// Both wait for the stream. top: [rows][count], totals: [rows] or empty; see Backend::HeadTop.
 absl::Status TakeTop(CudaWorkspace& workspace, int count, std::span<TopLogit> top,
-                     cudaStream_t stream);
+                     std::span<uint64_t> totals, cudaStream_t stream);
 // See Backend::HeadDraw; a draw and a token for each row.
 absl::Status TakeDraws(CudaWorkspace& workspace, std::span<const TokenDraw> draws,
                        std::span<int32_t> tokens, cudaStream_t stream);

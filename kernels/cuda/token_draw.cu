@@ -25,8 +25,6 @@ constexpr Powers MakePowers() {
 }
 __device__ const Powers kPowers = MakePowers();
 
-int Runs(int vocab) { return (vocab + kRunTokens - 1) / kRunTokens; }
-
 // All threads; `powers` may be read from then on.
 __device__ void LoadPowers(double* powers) {
   for (int i = threadIdx.x; i < portable_math_internal::kTableSize; i += kThreads) {
@@ -45,7 +43,7 @@ __device__ uint64_t ThreadUnits(const double* powers, const float* logits, int f
 }
 
 // Grid: x = runs of a row, y = rows. sums: [rows][runs].
-__global__ void SumRunsKernel(const float* logits, int vocab, const TopKey* best,
+__global__ void SumRunsKernel(const float* logits, int vocab, const TopKey* best, int stride,
                               const TokenDraw* draws, uint64_t* sums) {
   __shared__ double powers[portable_math_internal::kTableSize];
   __shared__ uint64_t warp_sums[kWarps];
@@ -53,7 +51,7 @@ __global__ void SumRunsKernel(const float* logits, int vocab, const TopKey* best
   LoadPowers(powers);
   WaitForPreviousKernel();
   const size_t row = blockIdx.y;
-  const TopLogit largest = FromTopKey(best[row]);
+  const TopLogit largest = FromTopKey(best[row * stride]);
   const int first = blockIdx.x * kRunTokens + threadIdx.x * kThreadTokens;
   uint64_t sum = ThreadUnits(powers, logits + row * vocab, first, vocab, largest.logit,
                              draws[row].temperature);
@@ -122,18 +120,21 @@ __global__ void PickKernel(const float* logits, int vocab, const TopKey* best,
 
 }  // namespace
 
-size_t DrawScratchSums(int rows, int vocab) { return static_cast<size_t>(rows) * Runs(vocab); }
+int UnitSums(int vocab) { return (vocab + kRunTokens - 1) / kRunTokens; }
+
+cudaError_t SumUnits(const float* logits, int rows, int vocab, const TopKey* best, int stride,
+                     const TokenDraw* draws, uint64_t* sums, cudaStream_t stream) {
+  return LaunchKernel(SumRunsKernel, {.grid = dim3(UnitSums(vocab), rows), .threads = kThreads},
+                      stream, logits, vocab, best, stride, draws, sums);
+}
 
 cudaError_t DrawTokens(const float* logits, int rows, int vocab, const TopKey* best,
-                       const TokenDraw* draws, uint64_t* scratch, int32_t* tokens,
+                       const TokenDraw* draws, uint64_t* sums, int32_t* tokens,
                        cudaStream_t stream) {
-  const int runs = Runs(vocab);
-  const cudaError_t error =
-      LaunchKernel(SumRunsKernel, {.grid = dim3(runs, rows), .threads = kThreads}, stream, logits,
-                   vocab, best, draws, scratch);
+  const cudaError_t error = SumUnits(logits, rows, vocab, best, /*stride=*/1, draws, sums, stream);
   if (error != cudaSuccess) return error;
   return LaunchKernel(PickKernel, {.grid = dim3(rows), .threads = kThreads}, stream, logits, vocab,
-                      best, draws, scratch, runs, tokens);
+                      best, draws, sums, UnitSums(vocab), tokens);
 }
 
 }  // namespace stagecoach::cuda

@@ -5,7 +5,6 @@
 
 #include <cuda_runtime.h>
 
-#include <cstddef>
 #include <cstdint>
 
 #include "kernels/cuda/top_logits.h"
@@ -13,13 +12,19 @@
 
 namespace stagecoach::cuda {
 
-// Sums of scratch that DrawTokens needs.
-size_t DrawScratchSums(int rows, int vocab);
+// The units of a row are added up in so many sums, for runs of ids.
+int UnitSums(int vocab);
+
+// sums[rows][UnitSums], at draws[rows].temperature, of logits[rows][vocab]; meaningless for a row
+// of which a logit is not finite. best: the first of [rows][stride] keys of FindTop. All on the
+// device.
+cudaError_t SumUnits(const float* logits, int rows, int vocab, const TopKey* best, int stride,
+                     const TokenDraw* draws, uint64_t* sums, cudaStream_t stream);
 
 // tokens[rows], by draws[rows] from logits[rows][vocab]; -1 for a row of which a logit is not
-// finite. best[rows]: FindTop with a count of 1. All on the device.
+// finite. best[rows]: FindTop with a count of 1. sums: scratch, as above. All on the device.
 cudaError_t DrawTokens(const float* logits, int rows, int vocab, const TopKey* best,
-                       const TokenDraw* draws, uint64_t* scratch, int32_t* tokens,
+                       const TokenDraw* draws, uint64_t* sums, int32_t* tokens,
                        cudaStream_t stream);
 
 }  // namespace stagecoach::cuda

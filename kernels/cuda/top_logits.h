@@ -12,7 +12,7 @@
 
 namespace stagecoach::cuda {
 
-inline constexpr int kMostTopLogits = 64;
+inline constexpr int kMostTopLogits = 1024;
 
 // A logit and its token as one integer that is the larger the better the token: the float's bits
 // made ordered, then the complement of the id. A logit that is not finite has all ones above.
