@@ -72,8 +72,13 @@ absl::Status Backend::SetOpTimer(OpTimer*) {
 }
 
 absl::Status Backend::HeadTop(Workspace&, const UnitWeights&, std::span<const int32_t>, int,
-                              std::span<TopLogit>) {
+                              std::span<TopLogit>, std::span<uint64_t>) {
   return absl::UnimplementedError("this backend gives all logits only");
+}
+
+absl::Status Backend::HeadDraw(Workspace&, const UnitWeights&, std::span<const int32_t>,
+                               std::span<const TokenDraw>, std::span<int32_t>) {
+  return absl::UnimplementedError("this backend draws no tokens");
 }
 
 }  // namespace stagecoach

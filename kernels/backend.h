@@ -21,6 +21,7 @@
 #include "kernels/host_memory.h"
 #include "kernels/op_timer.h"
 #include "kernels/sampling.h"
+#include "kernels/weight_bounds.h"
 #include "model/model_file.h"
 
 namespace stagecoach {
@@ -50,7 +51,7 @@ inline constexpr int kHeldParts = 2;
 struct TensorPart {
   uint64_t first_row = 0;
   std::span<const std::byte> raw;
-  bool checked = false;  // its block scales are known to be finite
+  bool checked = false;  // its weights are known to be finite and within Backend::BoundsOf
   // What `raw` lies in. Null: `raw` is needed only during the call.
   std::shared_ptr<const HostMemory> memory;
 };
@@ -103,7 +104,8 @@ class UnitBuilder {
   // The parts of one tensor come in the order of its rows, all before another tensor's. The memory
   // of a part may be held on to by backends with own_memory, until kHeldParts further ones have
   // come, or Finish returns, or the builder is destroyed; it is let go only inside of these calls.
-  // Errors: kCorrupt for non-finite block scales, RESOURCE_EXHAUSTED.
+  // Errors: kCorrupt for non-finite block scales, kUnsupported for weights out of bounds,
+  // RESOURCE_EXHAUSTED.
   virtual absl::Status AddPart(TensorRole role, const TensorInfo& tensor,
                                const TensorPart& part) = 0;
   // A whole tensor; `raw` is needed only during the call.
@@ -151,6 +153,8 @@ class Backend {
 
   // Refuses at load what could not run: kUnsupportedType / kBadShape naming the tensor.
   virtual absl::Status CheckTensor(TensorRole role, const TensorInfo& tensor) const = 0;
+  // What weights of that type must keep to.
+  virtual WeightBounds BoundsOf(TensorType) const { return {}; }
   // What the tensor will add to UnitWeights::bytes(); by default its bytes in the file.
   virtual uint64_t ResidentBytes(TensorRole role, const TensorInfo& tensor) const;
   virtual std::unique_ptr<UnitBuilder> NewUnitBuilder(const ModelParams& params,
@@ -184,10 +188,17 @@ class Backend {
                             std::span<const int32_t> rows, std::span<float> logits) = 0;
   // Optional, for devices from which all logits are dear: the `count` best of each row instead, 1
   // to MaxTopLogits() of them (0: not offered), at most the vocabulary. top: [rows.size()][count],
-  // as SampleFromTop wants them.
+  // as SampleFromTop wants them. totals: empty, or [rows.size()], as SampleFromBest wants them.
   virtual int MaxTopLogits() const { return 0; }
   virtual absl::Status HeadTop(Workspace& workspace, const UnitWeights& head,
-                               std::span<const int32_t> rows, int count, std::span<TopLogit> top);
+                               std::span<const int32_t> rows, int count, std::span<TopLogit> top,
+                               std::span<uint64_t> totals);
+  // Optional, too: what the rows' draws choose. tokens: [rows.size()]; -1 if a logit of the row is
+  // not finite.
+  virtual bool DrawsTokens() const { return false; }
+  virtual absl::Status HeadDraw(Workspace& workspace, const UnitWeights& head,
+                                std::span<const int32_t> rows, std::span<const TokenDraw> draws,
+                                std::span<int32_t> tokens);
 
   // --- KV between steps, all layers of the cache, ordered with the steps around them.
   // Keys and values of each `from` to its `to`, bit for bit. No `to` occurs twice or as a `from`.

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "model/half.h"
+
 namespace stagecoach {
 namespace portable_math_internal {
 
@@ -32,8 +34,8 @@ inline constexpr std::array<double, kTableSize> kPowerTable = MakePowerTable();
 
 }  // namespace portable_math_internal
 
-// For x < -708, about the smallest normal result: 0. For x > 709: infinity. NaN stays NaN.
-inline double PortableExp(double x) {
+// PortableExp with its table of powers, kTableSize of them, where the caller has it.
+STAGECOACH_HOST_DEVICE inline double PortableExpFrom(const double* powers, double x) {
   using namespace portable_math_internal;
   if (!(x >= -708)) return x < -708 ? 0 : x;
   if (x > 709) return std::numeric_limits<double>::infinity();
@@ -49,8 +51,13 @@ inline double PortableExp(double x) {
   const auto steps = static_cast<int64_t>(n);
   const double power =
       std::bit_cast<double>(static_cast<uint64_t>((steps >> kTableBits) + 1023) << 52);
-  const double root = kPowerTable[steps & (kTableSize - 1)];
+  const double root = powers[steps & (kTableSize - 1)];
   return (root + root * (r + r2 * tail)) * power;
+}
+
+// For x < -708, about the smallest normal result: 0. For x > 709: infinity. NaN stays NaN.
+inline double PortableExp(double x) {
+  return PortableExpFrom(portable_math_internal::kPowerTable.data(), x);
 }
 
 // For finite x > 0.

@@ -12,6 +12,7 @@
 #include "fmt/format.h"
 #include "kernels/philox.h"
 #include "kernels/portable_math.h"
+#include "kernels/sampling_units.h"
 
 namespace stagecoach {
 namespace {
@@ -19,7 +20,7 @@ namespace {
 struct Candidate {
   float logit;
   int32_t id;
-  double weight;  // exp(logit - best), for the filter or draw under way
+  uint64_t units;  // SamplingUnits, for the filter or draw under way
 };
 
 // The order of preference; total, so every selection below has one answer.
@@ -139,33 +140,30 @@ void SelectBest(std::span<const float> logits, size_t count, std::vector<Candida
   std::sort_heap(out.begin(), out.end(), Better);
 }
 
-// Sets weights to exp((logit - best) / temperature) and returns their sum.
-double SetWeights(std::vector<Candidate>& candidates, float best, double temperature) {
-  double sum = 0;
+// Sets the units and returns their sum.
+uint64_t SetUnits(std::vector<Candidate>& candidates, float best, double temperature) {
+  const double* const powers = portable_math_internal::kPowerTable.data();
+  uint64_t sum = 0;
   for (Candidate& candidate : candidates) {
-    candidate.weight = PortableExp((double{candidate.logit} - best) / temperature);
-    sum += candidate.weight;
+    candidate.units = SamplingUnits(powers, candidate.logit, best, temperature);
+    sum += candidate.units;
   }
   return sum;
 }
 
 // Keeps the smallest set of best tokens that holds at least top_p of the probability, in their old
 // order. Finds the last token of that set by bisection on rank, each step a partition around the
-// middle: linear in the candidates however flat the distribution. Weights are counted in integers,
-// so that sums do not depend on the order of the partitions.
+// middle: linear in the candidates however flat the distribution.
 void KeepTopP(std::vector<Candidate>& candidates, float best, double top_p) {
-  SetWeights(candidates, best, 1);
-  const auto units = [](const Candidate& candidate) {
-    return static_cast<uint64_t>(candidate.weight * 0x1p40);  // 2^23 tokens cannot overflow
-  };
-  const auto sum = [&](auto begin, auto end) {
+  const uint64_t total = SetUnits(candidates, best, 1);
+  const auto sum = [](auto begin, auto end) {
     return std::accumulate(begin, end, uint64_t{0},
-                           [&](uint64_t total, const Candidate& c) { return total + units(c); });
+                           [](uint64_t total, const Candidate& c) { return total + c.units; });
   };
   thread_local std::vector<Candidate> ranked;
   ranked = candidates;
   auto begin = ranked.begin(), end = ranked.end();
-  auto wanted = static_cast<uint64_t>(top_p * static_cast<double>(sum(begin, end)));
+  auto wanted = static_cast<uint64_t>(top_p * static_cast<double>(total));
   ptrdiff_t step = 256;  // usually few tokens hold nearly everything
   while (end - begin > 1) {
     const auto middle = begin + std::min(step, (end - begin) / 2);
@@ -183,11 +181,25 @@ void KeepTopP(std::vector<Candidate>& candidates, float best, double top_p) {
   std::erase_if(candidates, [&](const Candidate& candidate) { return Better(last, candidate); });
 }
 
+bool TopPOn(const SamplingParams& params) { return params.top_p > 0 && params.top_p < 1; }
+bool MinPOn(const SamplingParams& params) { return params.min_p > 0 && params.min_p < 1; }
+
+// The choice is all that is wanted, and no logit is changed before it.
+bool OfRawLogits(const SamplingParams& params) {
+  return params.logprobs == 0 && params.logit_bias.empty() && !PenaltiesOf(params).any();
+}
+
+// Besides, it is drawn, and top-k takes nothing away.
+bool OfAllTokens(const SamplingParams& params, int vocab) {
+  const bool bounded = params.top_k > 0 && params.top_k < static_cast<uint32_t>(vocab);
+  return OfRawLogits(params) && params.temperature > 0 && !bounded;
+}
+
 // What top-p and min-p leave of the candidates; never empty.
 void FilterCandidates(float best, const SamplingParams& params,
                       std::vector<Candidate>& candidates) {
-  if (params.top_p > 0 && params.top_p < 1) KeepTopP(candidates, best, params.top_p);
-  if (params.min_p > 0 && params.min_p < 1) {
+  if (TopPOn(params)) KeepTopP(candidates, best, params.top_p);
+  if (MinPOn(params)) {
     const double threshold = best + PortableLog(params.min_p);
     std::erase_if(candidates, [&](const Candidate& c) { return c.logit < threshold; });
   }
@@ -207,13 +219,13 @@ void Filter(std::span<const float> logits, float best, const SamplingParams& par
 
 // `best`: the largest logit among the candidates.
 int32_t Draw(std::vector<Candidate>& candidates, float best, double temperature, double uniform) {
-  const double target = uniform * SetWeights(candidates, best, temperature);
-  double sum = 0;
+  const uint64_t target = DrawTarget(SetUnits(candidates, best, temperature), uniform);
+  uint64_t sum = 0;
   for (const Candidate& candidate : candidates) {
-    sum += candidate.weight;
+    sum += candidate.units;
     if (sum > target) return candidate.id;
   }
-  return candidates.front().id;  // not reached with parameters in range: uniform < 1
+  return candidates.front().id;  // not reached: the best one has units
 }
 
 }  // namespace
@@ -250,9 +262,51 @@ absl::StatusOr<SampledToken> Sample(std::span<const float> logits, const Samplin
 }
 
 int TopLogitsNeeded(const SamplingParams& params, int vocab) {
-  if (params.logprobs > 0 || !params.logit_bias.empty() || PenaltiesOf(params).any()) return 0;
+  if (!OfRawLogits(params)) return 0;
   if (!(params.temperature > 0)) return 1;
   return params.top_k < static_cast<uint32_t>(vocab) ? static_cast<int>(params.top_k) : 0;
+}
+
+bool BestMayDecide(const SamplingParams& params, int vocab) {
+  return OfAllTokens(params, vocab) && (TopPOn(params) || MinPOn(params));
+}
+
+absl::StatusOr<std::optional<int32_t>> SampleFromBest(std::span<const TopLogit> top, int vocab,
+                                                      uint64_t total, const SamplingParams& params,
+                                                      uint64_t position) {
+  const float best = top.front().logit;
+  if (!std::isfinite(best)) return absl::DataLossError("non-finite logits");
+  thread_local std::vector<Candidate> kept;
+  kept.clear();
+  bool ended = top.size() == static_cast<size_t>(vocab);  // there are no others
+  const bool by_top_p = TopPOn(params);
+  const double threshold = MinPOn(params) ? best + PortableLog(params.min_p) : -double{kInfinity};
+  const auto wanted =
+      by_top_p ? static_cast<uint64_t>(params.top_p * static_cast<double>(total)) : 0;
+  const double* const powers = portable_math_internal::kPowerTable.data();
+  uint64_t sum = 0;
+  for (const TopLogit& entry : top) {
+    if (entry.logit < threshold) {
+      ended = true;
+      break;
+    }
+    kept.push_back({entry.logit, entry.id, 0});
+    if (!by_top_p) continue;
+    sum += SamplingUnits(powers, entry.logit, best, 1);
+    if (sum >= wanted) {
+      ended = true;
+      break;
+    }
+  }
+  if (!ended) return std::nullopt;
+  std::ranges::sort(kept, {}, &Candidate::id);  // as Filter leaves them
+  return Draw(kept, best, params.temperature, PhiloxUniform(params.seed, position));
+}
+
+std::optional<TokenDraw> DrawAmongAll(const SamplingParams& params, int vocab, uint64_t position) {
+  if (!OfAllTokens(params, vocab) || TopPOn(params) || MinPOn(params)) return std::nullopt;
+  return TokenDraw{.temperature = params.temperature,
+                   .uniform = PhiloxUniform(params.seed, position)};
 }
 
 absl::StatusOr<int32_t> SampleFromTop(std::span<const TopLogit> top, const SamplingParams& params,

@@ -4,6 +4,7 @@
 #define STAGECOACH_KERNELS_SAMPLING_H_
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -46,7 +47,8 @@ struct SampledToken {
 // Order: bias, penalties, top-k, top-p, min-p, temperature; each filter sees what the one before it
 // left, renormalised. Then one draw from a Philox generator keyed by (seed, position). A parameter
 // outside its range switches its filter off; temperature 0 takes the best token after penalties.
-// Arithmetic is IEEE double in a fixed order (portable_math.h), so the choice is the same anywhere.
+// Arithmetic is IEEE double in a fixed order (portable_math.h), and draws are of integers
+// (sampling_units.h): the choice is the same anywhere.
 // logits: [vocab], not modified. history: all tokens of the sequence so far, prompt included;
 // the first `prompt_tokens` of them do not count for presence and frequency. position: of the
 // token being chosen. Ties go to the lower id.
@@ -71,6 +73,26 @@ int TopLogitsNeeded(const SamplingParams& params, int vocab);
 // Errors: DATA_LOSS in that case.
 absl::StatusOr<int32_t> SampleFromTop(std::span<const TopLogit> top, const SamplingParams& params,
                                       uint64_t position);
+
+// Whether the best logits, however few, may decide what Sample chooses: top-p or min-p is on, top-k
+// is not, and nothing needs all of them (bias, penalties, log-probabilities).
+bool BestMayDecide(const SamplingParams& params, int vocab);
+
+// Then: the token that Sample would choose, or nullopt if more than `top` is needed. top: the best
+// logits of `vocab`, as for SampleFromTop. total: the sum of SamplingUnits of all tokens at
+// temperature 1. Errors: as SampleFromTop.
+absl::StatusOr<std::optional<int32_t>> SampleFromBest(std::span<const TopLogit> top, int vocab,
+                                                      uint64_t total, const SamplingParams& params,
+                                                      uint64_t position);
+
+// A draw among all tokens, in the order of their ids (sampling_units.h).
+struct TokenDraw {
+  double temperature = 1;  // > 0
+  double uniform = 0;      // in [0, 1)
+};
+// What Sample chooses with these parameters is that; nullopt if it is not (filters, bias,
+// penalties, log-probabilities, greedy).
+std::optional<TokenDraw> DrawAmongAll(const SamplingParams& params, int vocab, uint64_t position);
 
 // log softmax(logits)[token], in float64 with a fixed order. DATA_LOSS as above;
 // INVALID_ARGUMENT if token is not in [0, vocab).

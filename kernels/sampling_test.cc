@@ -11,6 +11,7 @@
 #include "gtest/gtest.h"
 #include "kernels/philox.h"
 #include "kernels/portable_math.h"
+#include "kernels/sampling_units.h"
 
 namespace stagecoach {
 namespace {
@@ -290,6 +291,91 @@ std::vector<TopLogit> BestOf(std::span<const float> logits, int count) {
   std::ranges::stable_sort(all, std::greater<>(), &TopLogit::logit);
   all.resize(count);
   return all;
+}
+
+TEST(SampleFromBest, IsSampleWhereItAnswers) {
+  constexpr int kTokens = 400;
+  const double* const powers = portable_math_internal::kPowerTable.data();
+  int answers = 0, refusals = 0;
+  for (uint64_t seed = 0; seed < 2000; ++seed) {
+    const auto uniform = [&](uint64_t i) { return PhiloxUniform(seed, 1000 + i); };
+    const double spread = 1 + 8 * uniform(kTokens);
+    std::vector<float> logits;
+    for (int id = 0; id < kTokens; ++id) {
+      logits.push_back(std::round(static_cast<float>(spread * uniform(id)) * 16) / 16);  // ties
+    }
+    SamplingParams params = {.temperature = static_cast<float>(0.2 + 2 * uniform(kTokens + 1)),
+                             .seed = seed};
+    if (seed % 3 != 0) params.top_p = static_cast<float>(0.02 + 0.979 * uniform(kTokens + 2));
+    if (seed % 3 != 1) params.min_p = static_cast<float>(0.001 + 0.9 * uniform(kTokens + 3));
+    ASSERT_TRUE(BestMayDecide(params, kTokens));
+    std::vector<TopLogit> top;
+    uint64_t total = 0;
+    const float best = std::ranges::max(logits);
+    for (int id = 0; id < kTokens; ++id) {
+      top.push_back({logits[id], id});
+      total += SamplingUnits(powers, logits[id], best, 1);
+    }
+    std::ranges::stable_sort(top, std::greater<>(), &TopLogit::logit);
+    const int32_t want = Sample(logits, params, {}, 0, 9).value().token_id;
+    EXPECT_EQ(SampleFromBest(top, kTokens, total, params, 9).value(), want) << seed;
+    for (const size_t count : {1, 7, 64, 200}) {
+      const auto token = SampleFromBest(std::span(top).first(count), kTokens, total, params, 9);
+      ASSERT_TRUE(token.ok()) << token.status();
+      ++(token->has_value() ? answers : refusals);
+      if (token->has_value()) {
+        EXPECT_EQ(**token, want) << seed << ", best " << count;
+      }
+    }
+  }
+  EXPECT_GT(answers, 2000);
+  EXPECT_GT(refusals, 1000);
+}
+
+TEST(SampleFromBest, RefusesNonFiniteLogitsAndWhatItIsNotFor) {
+  const std::vector<TopLogit> top = {{std::nanf(""), 3}, {1, 2}};
+  const SamplingParams params = {.temperature = 1, .top_p = 0.5f};
+  EXPECT_EQ(SampleFromBest(top, 10, 1, params, 0).status().code(), absl::StatusCode::kDataLoss);
+  EXPECT_FALSE(BestMayDecide({.temperature = 1}, 10));
+  EXPECT_FALSE(BestMayDecide({.top_p = 0.5f}, 10));
+  EXPECT_FALSE(BestMayDecide({.temperature = 1, .top_k = 9, .top_p = 0.5f}, 10));
+  EXPECT_FALSE(BestMayDecide({.temperature = 1, .top_p = 0.5f, .logprobs = 1}, 10));
+}
+
+TEST(DrawAmongAll, OnlyWhatNothingElseDecides) {
+  const SamplingParams plain = {.temperature = 0.8f, .seed = 3};
+  const auto draw = DrawAmongAll(plain, 100, 5);
+  ASSERT_TRUE(draw.has_value());
+  EXPECT_EQ(draw->temperature, double{0.8f});
+  EXPECT_EQ(draw->uniform, PhiloxUniform(3, 5));
+  for (const auto& change : std::vector<std::function<void(SamplingParams&)>>{
+           [](SamplingParams& p) { p.temperature = 0; }, [](SamplingParams& p) { p.top_k = 99; },
+           [](SamplingParams& p) { p.top_p = 0.9f; }, [](SamplingParams& p) { p.min_p = 0.1f; },
+           [](SamplingParams& p) { p.logprobs = 1; },
+           [](SamplingParams& p) { p.presence_penalty = 1; },
+           [](SamplingParams& p) {
+             p.logit_bias = {{1, 2}};
+           }}) {
+    SamplingParams params = plain;
+    change(params);
+    EXPECT_FALSE(DrawAmongAll(params, 100, 5).has_value());
+  }
+  SamplingParams off = plain;  // filters that leave everything
+  off.top_k = 100, off.top_p = 1;
+  EXPECT_TRUE(DrawAmongAll(off, 100, 5).has_value());
+}
+
+// Sums may be taken in parts of any size: nothing is rounded in them.
+TEST(SamplingUnits, TheBestTokenHas2To40AndTargetsLieWithinTheTotal) {
+  const double* const powers = portable_math_internal::kPowerTable.data();
+  EXPECT_EQ(SamplingUnits(powers, 3, 3, 0.5), uint64_t{1} << 40);
+  EXPECT_EQ(SamplingUnits(powers, -100, 3, 0.5), 0u);
+  EXPECT_EQ(SamplingUnits(powers, 2, 3, 1), static_cast<uint64_t>(PortableExp(-1) * 0x1p40));
+  EXPECT_EQ(DrawTarget(10, 0), 0u);
+  EXPECT_EQ(DrawTarget(10, 0.95), 9u);
+  for (const uint64_t total : {uint64_t{1}, uint64_t{1} << 53, UINT64_MAX >> 1}) {
+    EXPECT_LT(DrawTarget(total, 1 - 0x1p-53), total);
+  }
 }
 
 TEST(SampleFromTop, ChoosesAsSample) {

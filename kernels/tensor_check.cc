@@ -7,22 +7,10 @@
 
 #include "fmt/format.h"
 #include "model/checked_math.h"
-#include "model/dequantize.h"
 #include "model/model_error.h"
 #include "model/status_macros.h"
 
 namespace stagecoach {
-
-namespace {
-
-absl::Status CheckScales(const TensorInfo& tensor, std::span<const std::byte> raw) {
-  const absl::Status finite = FiniteScales(tensor.type, raw);
-  if (finite.ok()) return absl::OkStatus();
-  return MakeModelError(ModelError::kCorrupt,
-                        fmt::format("tensor {}: {}", tensor.name, std::string(finite.message())));
-}
-
-}  // namespace
 
 bool IsVectorRole(TensorRole role) {
   switch (role) {
@@ -82,10 +70,11 @@ absl::Status CheckTensorData(const TensorInfo& tensor, std::span<const std::byte
         fmt::format("tensor {} comes with {} bytes but its shape needs {}", tensor.name, raw.size(),
                     bytes ? fmt::format("{}", *bytes) : "more than 2^64"));
   }
-  return CheckScales(tensor, raw);
+  return CheckWeights(tensor, 0, raw, {});
 }
 
-absl::Status CheckTensorPart(const TensorInfo& tensor, const TensorPart& part) {
+absl::Status CheckTensorPart(const TensorInfo& tensor, const TensorPart& part,
+                             const WeightBounds& bounds) {
   STAGECOACH_ASSIGN_OR_RETURN(const uint64_t row_bytes, RowBytes(tensor.type, tensor.columns()));
   const uint64_t rows = row_bytes == 0 ? 0 : part.raw.size() / row_bytes;
   const bool whole_rows = row_bytes > 0 && part.raw.size() % row_bytes == 0 && rows > 0;
@@ -98,7 +87,7 @@ absl::Status CheckTensorPart(const TensorInfo& tensor, const TensorPart& part) {
                     "rows of {} bytes",
                     tensor.name, part.raw.size(), part.first_row, tensor.rows(), row_bytes));
   }
-  return part.checked ? absl::OkStatus() : CheckScales(tensor, part.raw);
+  return part.checked ? absl::OkStatus() : CheckWeights(tensor, part.first_row, part.raw, bounds);
 }
 
 uint64_t PartRows(const TensorInfo& tensor, const TensorPart& part) {

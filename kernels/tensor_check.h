@@ -23,8 +23,10 @@ absl::Status CheckTensorShape(TensorRole role, const TensorInfo& tensor);
 absl::Status CheckTensorData(const TensorInfo& tensor, std::span<const std::byte> raw);
 
 // The same of a part: that it is whole rows of the tensor, from a multiple of kPartRows on and up
-// to one or to the last row, and holds no such scale (not looked for if it says so itself).
-absl::Status CheckTensorPart(const TensorInfo& tensor, const TensorPart& part);
+// to one or to the last row, and that its weights pass CheckWeights (not looked at if it says so
+// itself).
+absl::Status CheckTensorPart(const TensorInfo& tensor, const TensorPart& part,
+                             const WeightBounds& bounds = {});
 // The part's number of rows; it has been checked.
 uint64_t PartRows(const TensorInfo& tensor, const TensorPart& part);
 

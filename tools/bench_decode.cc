@@ -163,10 +163,9 @@ nlohmann::json Report(const BenchDecodeFlags& flags, const ModelFile& model,
   std::vector<std::vector<std::string>> table = {{"processes", "threads each", "prompt tok/s",
                                                   "decode tok/s", "vs first", "GB/s",
                                                   "of read bandwidth"}};
-  nlohmann::json out = {{"benchmark", "decode"},
-                        {"model", flags.service.model},
-                        {"decode_bytes_per_token", bytes},
-                        {"read_bandwidth", bandwidth}};
+  nlohmann::json out = {{"benchmark", "decode"},           {"model", flags.service.model},
+                        {"device", flags.service.device},  {"transport", flags.service.transport},
+                        {"decode_bytes_per_token", bytes}, {"read_bandwidth", bandwidth}};
   for (const Row& row : rows) {
     const double prompt = Median(row.prompt_rates), decode = Median(row.decode_rates);
     table.push_back({row.workers == 0 ? "1, no links" : fmt::format("1 + {} workers", row.workers),

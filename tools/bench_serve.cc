@@ -234,11 +234,14 @@ absl::Status RunBenchServe(BenchServeFlags& flags) {
       flags.load.shared_prefix > 0 ? fmt::format(" ({} shared)", flags.load.shared_prefix) : "",
       flags.load.tokens,
       flags.service.server.empty()
-          ? fmt::format("; {} workers of {} threads", flags.service.workers, flags.service.threads)
+          ? fmt::format("; {} workers of {} threads on {}, transport {}", flags.service.workers,
+                        flags.service.threads, flags.service.device, flags.service.transport)
           : "");
   nlohmann::json report = {{"benchmark", "serve"},
                            {"model", model.name()},
                            {"workers", flags.service.workers},
+                           {"device", flags.service.device},
+                           {"transport", flags.service.transport},
                            {"threads", flags.service.threads},
                            {"prompt_tokens", flags.load.prompt_tokens},
                            {"shared_prefix", flags.load.shared_prefix},

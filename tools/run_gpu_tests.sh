@@ -3,8 +3,12 @@
 # logs/ (or $OUT/logs). Needs a driver, glibc of Debian 12 or newer, tar and xz or python3.
 #   run_gpu_tests.sh [NAME...]   all, or those whose name contains a NAME
 #   run_gpu_tests.sh --list      the names
-#   run_gpu_tests.sh --sanitizers [TOOL...]   compute-sanitizer's four tools over small shapes of every
-#                                operation and type, at most two minutes each
+#   run_gpu_tests.sh --sanitizers [TOOL...] [CASE...]   compute-sanitizer's four tools, or these, over
+#                                small shapes of every operation and type, or those whose name contains
+#                                a CASE: a process each, of at most SANITIZER_SECONDS (60), as many at
+#                                once as SANITIZER_JOBS (4)
+# Exit code: 0 if nothing failed (what is skipped says so), 1 if something did or had findings or was
+# cut off, 2 if it could not begin.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 logs=${OUT:-$here}/logs
@@ -35,19 +39,30 @@ find_data() {  # beside this script, or in the checkout that it lies in
   exit 2
 }
 
+passed_tests() { sed -n 's/^\[  PASSED  \] \([0-9]*\) test.*/\1/p' "$1"; }
+
+skip_reason() {  # log: the first one, if a test was skipped
+  { grep -m 1 -A 1 ': Skipped$' "$1" || true; } | tail -n 1
+}
+
+report() {  # result name seconds detail
+  printf '%-10s %-34s %4d s  %s\n' "$@"
+}
+
 run() {  # name command...
-  local name=$1 log=$logs/$1.log start=$SECONDS result=ok detail
+  local name=$1 log=$logs/$1.log start=$SECONDS result=ok detail reason
   shift
   "$@" >"$log" 2>&1 || result="FAILED ($?)"
-  if [ "$result" = ok ] && grep -q ': Skipped$' "$log"; then
-    result=SKIPPED
-    detail=$(grep -m 1 -A 1 ': Skipped$' "$log" | tail -n 1)
-  else  # what the program says of itself: gtest's counts and a sanitizer's, or else its last line
-    detail=$(sed -n 's/^\[  \(PASSED\|FAILED\)  \] \([0-9]* test.*\)/\1 \2/p' "$log" | tr '\n' ' ')
-    detail+=$(sed -n 's/^=* \([A-Z]* SUMMARY: .*\)/\1/p' "$log" | tail -n 1)
-    [ -n "$detail" ] || detail=$(tail -n 1 "$log")
+  reason=$(skip_reason "$log")
+  # What the program says of itself: gtest's counts, or else its last line.
+  detail=$(sed -n 's/^\[  \(PASSED\|SKIPPED\|FAILED\)  *\] \([0-9]* test.*\)/\1 \2/p' "$log" |
+    tr -d ',:' | tr '\n' ' ')
+  [ -n "$detail" ] || detail=$(tail -n 1 "$log")
+  if [ -n "$reason" ]; then
+    detail+=": $reason"
+    [ "$result" != ok ] || [ "$(passed_tests "$log")" != 0 ] || result=SKIPPED
   fi
-  printf '%-10s %-24s %4d s  %s\n' "$result" "$name" $((SECONDS - start)) "$detail"
+  report "$result" "$name" $((SECONDS - start)) "$detail"
   case $result in FAILED*) failed=1 ;; esac
 }
 
@@ -68,18 +83,67 @@ run_test() {
   esac
 }
 
-sanitize() {  # [tool...]
-  local sanitizer tool
+tools=(memcheck racecheck initcheck synccheck)
+
+sanitizer_cases() {  # a line each: name, program, its filter
+  "$here/bin/cuda_conformance_test" --gtest_list_tests --gtest_filter='Small/*' |
+    awk '/^[^ ].*\.$/ { suite = $1 }
+         /^  / { n = split($1, part, "/"); print part[n], "cuda_conformance_test", suite $1 }'
+  echo TopLogits cuda_head_test '*.TopOfSmallVocabularies'
+  echo Draws cuda_head_test '*.DrawsFromASmallVocabulary'
+  echo Residual cuda_residual_test '*'
+}
+
+sanitize_case() {  # sanitizer tool name program filter
+  local sanitizer=$1 tool=$2 name=$3 log=$logs/$2.$3.log start=$SECONDS code=0 result detail flags=()
+  # synccheck counts the barriers of copies, thousands at a time.
+  [ "$tool" != synccheck ] || flags=(--num-cuda-barriers 65536)
+  timeout -k 5 "${SANITIZER_SECONDS:-60}" "$sanitizer" --tool "$tool" --error-exitcode 9 "${flags[@]}" \
+    "$here/bin/$4" --gtest_filter="$5" </dev/null >"$log" 2>&1 || code=$?
+  detail=$(sed -n 's/^=* \([A-Z]* SUMMARY: .*\)/\1/p' "$log" | tail -n 1)
+  case $code in
+    0) result=ok ;;
+    9) result=FINDINGS ;;
+    124 | 137) result='TIMED OUT' detail="after: $(tail -n 1 "$log")" ;;
+    *) result="FAILED ($code)" ;;
+  esac
+  if [ "$result" = ok ] && [ "$(passed_tests "$log")" = 0 ] && grep -q ': Skipped$' "$log"; then
+    result=SKIPPED detail=$(skip_reason "$log")
+  elif [ "$result" = ok ] && { [ -z "$detail" ] || ! passed_tests "$log" | grep -q '^[1-9]'; }; then
+    result=FAILED detail="no test ran, or $tool did not: see $log"  # nothing was shown
+  fi
+  report "$result" "$tool $name" $((SECONDS - start)) "${detail:-see $log}"
+  case $result in ok | SKIPPED) ;; *) echo "$tool $name" >>"$logs/sanitizers.failed" ;; esac
+}
+
+sanitize() {  # [tool...] [case...]
+  local sanitizer tool word chosen=() wanted=() name program filter count=0
   sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) || {
     echo "no compute-sanitizer here (it comes with the CUDA toolkit)" >&2
     exit 2
   }
-  [ $# -gt 0 ] || set -- memcheck racecheck initcheck synccheck
-  for tool in "$@"; do  # synccheck counts the barriers of copies, thousands at a time
-    run "$tool" timeout 120 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-      $([ "$tool" = synccheck ] && echo --num-cuda-barriers 65536) \
-      "$here/bin/cuda_conformance_test" --gtest_filter='*SmallShapesOfEverything'
+  for word in "$@"; do
+    case " ${tools[*]} " in *" $word "*) chosen+=("$word") ;; *) wanted+=("$word") ;; esac
   done
+  [ ${#chosen[@]} -gt 0 ] || chosen=("${tools[@]}")
+  : >"$logs/sanitizers.failed"
+  sanitizer_cases >"$logs/sanitizers.cases"
+  for tool in "${chosen[@]}"; do
+    while read -r name program filter; do
+      for word in "${wanted[@]:-}"; do
+        [[ $name == *"$word"* ]] || continue
+        while [ "$(jobs -rp | wc -l)" -ge "${SANITIZER_JOBS:-4}" ]; do sleep 0.1; done
+        sanitize_case "$sanitizer" "$tool" "$name" "$program" "$filter" &
+        count=$((count + 1))
+        break
+      done
+    done <"$logs/sanitizers.cases"
+  done
+  wait
+  [ "$count" -gt 0 ] || { echo "no case has a name like ${wanted[*]}" >&2; exit 2; }
+  printf '%d runs, %d without a clean end; logs in %s\n' \
+    "$count" "$(wc -l <"$logs/sanitizers.failed")" "$logs"
+  [ ! -s "$logs/sanitizers.failed" ] || failed=1
 }
 
 if [ "${1:-}" = --list ]; then

@@ -57,6 +57,7 @@ class FakeBackend : public Backend {
   // builders then hold on to parts as long as they may.
   bool own_memory = false;
   uint64_t direct_limit = UINT64_MAX;
+  WeightBounds bounds;  // of all types
 
   // Names of the units whose loading was begun, in that order.
   std::vector<std::string> loads() const {
@@ -84,6 +85,7 @@ class FakeBackend : public Backend {
   absl::Status CheckTensor(TensorRole, const TensorInfo&) const override {
     return absl::OkStatus();
   }
+  WeightBounds BoundsOf(TensorType) const override { return bounds; }
   std::unique_ptr<UnitBuilder> NewUnitBuilder(const ModelParams&, const Unit& unit) override {
     absl::MutexLock lock(&mu_);
     loads_.push_back(UnitName(unit));

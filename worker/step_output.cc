@@ -1,6 +1,7 @@
 #include "worker/step_output.h"
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -35,8 +36,11 @@ StepOutput::StepOutput(Backend* backend, Workspace* workspace, int vocab_size, i
       workspace_(workspace),
       vocab_size_(vocab_size),
       logits_(vocab_size_ * std::min(kHeadRows, max_step_tokens)) {
-  rows_.reserve(max_step_tokens);
-  row_numbers_.reserve(max_step_tokens);
+  rows_.reserve(2 * max_step_tokens);
+  row_numbers_.reserve(2 * max_step_tokens);
+  totals_.reserve(kHeadRows);
+  draws_.reserve(kHeadRows);
+  drawn_.reserve(kHeadRows);
 }
 
 absl::Status StepOutput::Run(const UnitWeights& head, const v1::StepHeader& step, KvSlots& slots,
@@ -55,12 +59,16 @@ absl::Status StepOutput::Run(const UnitWeights& head, const v1::StepHeader& step
   }
   payload.reserve(logits_rows * vocab_size_);
   ListRows(step, slots);
-  const size_t full = full_rows_;
   for (size_t first = 0, count; first < rows_.size(); first += count) {
-    const bool is_full = first < full;
-    count = std::min<size_t>(kHeadRows, (is_full ? full : rows_.size()) - first);
-    STAGECOACH_RETURN_IF_ERROR(is_full ? RunFull(head, step, first, count, slots, result, payload)
-                                       : RunTop(head, step, first, count, slots, result, payload));
+    const Take take = rows_[first].take;
+    count = 1;
+    while (count < kHeadRows && first + count < rows_.size() && rows_[first + count].take == take) {
+      ++count;
+    }
+    const auto run = take == Take::kAll   ? &StepOutput::RunFull
+                     : take == Take::kTop ? &StepOutput::RunTop
+                                          : &StepOutput::RunDraw;
+    STAGECOACH_RETURN_IF_ERROR((this->*run)(head, step, first, count, slots, result, payload));
   }
   return absl::OkStatus();
 }
@@ -94,51 +102,110 @@ absl::Status StepOutput::RunTop(const UnitWeights& head, const v1::StepHeader& s
   const size_t most = std::ranges::max(here, {}, &HeadRow::top_logits).top_logits;
   top_.resize(kHeadRows * most);
   const std::span<TopLogit> top(top_.data(), count * most);
+  totals_.resize(std::ranges::any_of(here, &HeadRow::may_fail) ? count : 0);
   STAGECOACH_RETURN_IF_ERROR(
-      backend_->HeadTop(*workspace_, head, row_numbers, static_cast<int>(most), top));
+      backend_->HeadTop(*workspace_, head, row_numbers, static_cast<int>(most), top, totals_));
   for (size_t i = 0; i < count; ++i) {
-    const v1::SequenceRows& rows = step.rows(here[i].sequence);
-    v1::SequenceResult& sequence = *result.mutable_sequences(here[i].sequence);
-    SlotState& slot = slots.next(rows.slot());
-    const absl::StatusOr<int32_t> token =
-        SampleFromTop(top.subspan(i * most, here[i].top_logits), slot.sampling,
-                      static_cast<uint64_t>(slot.length));
-    if (token.ok()) {
-      sequence.set_sampled(true);
-      sequence.set_token_id(*token);
+    HeadRow row = rows_[first + i];
+    const SlotState& slot = slots.next(step.rows(row.sequence).slot());
+    const auto best = top.subspan(i * most, row.top_logits);
+    const auto position = static_cast<uint64_t>(slot.length);
+    if (!row.may_fail) {
+      SetToken(row, SampleFromTop(best, slot.sampling, position), step, slots, result, payload);
       continue;
     }
-    slot.Poison(KvBlocksFor(slot.length) * kKvBlockPositions);  // its KV is finite
-    Fail(token.status(), vocab_size_, sequence, payload);
+    const absl::StatusOr<std::optional<int32_t>> token =
+        SampleFromBest(best, static_cast<int>(vocab_size_), totals_[i], slot.sampling, position);
+    if (!token.ok()) {
+      SetToken(row, token.status(), step, slots, result, payload);
+    } else if (token->has_value()) {
+      SetToken(row, **token, step, slots, result, payload);
+    } else {
+      row.take = Take::kAll;
+      rows_.push_back(row);
+      row_numbers_.push_back(row_numbers_[first + i]);
+    }
   }
   return absl::OkStatus();
 }
 
-int StepOutput::TopLogits(const v1::SequenceRows& rows, int index, const KvSlots& slots) const {
-  if (rows.logits() || index < rows.targets_size()) return 0;
-  const int needed =
-      TopLogitsNeeded(slots.next(rows.slot()).sampling, static_cast<int>(vocab_size_));
-  return needed <= backend_->MaxTopLogits() ? needed : 0;
+absl::Status StepOutput::RunDraw(const UnitWeights& head, const v1::StepHeader& step, size_t first,
+                                 size_t count, KvSlots& slots, v1::StepResult& result,
+                                 std::vector<float>& payload) {
+  const auto row_numbers = std::span<const int32_t>(row_numbers_).subspan(first, count);
+  draws_.clear();
+  for (size_t i = first; i < first + count; ++i) draws_.push_back(rows_[i].draw);
+  drawn_.resize(count);
+  STAGECOACH_RETURN_IF_ERROR(backend_->HeadDraw(*workspace_, head, row_numbers, draws_, drawn_));
+  for (size_t i = 0; i < count; ++i) {
+    absl::StatusOr<int32_t> token = drawn_[i];
+    if (drawn_[i] < 0) token = absl::DataLossError("non-finite logits");
+    SetToken(rows_[first + i], token, step, slots, result, payload);
+  }
+  return absl::OkStatus();
+}
+
+void StepOutput::SetToken(const HeadRow& row, const absl::StatusOr<int32_t>& token,
+                          const v1::StepHeader& step, KvSlots& slots, v1::StepResult& result,
+                          std::vector<float>& payload) {
+  v1::SequenceResult& sequence = *result.mutable_sequences(row.sequence);
+  if (sequence.status_code() != 0) return;  // for another of its rows
+  if (token.ok()) {
+    sequence.set_sampled(true);
+    sequence.set_token_id(*token);
+    return;
+  }
+  SlotState& slot = slots.next(step.rows(row.sequence).slot());
+  slot.Poison(KvBlocksFor(slot.length) * kKvBlockPositions);  // its KV is finite
+  Fail(token.status(), vocab_size_, sequence, payload);
+}
+
+StepOutput::HeadRow StepOutput::Choose(const v1::SequenceRows& rows, int sequence, int index,
+                                       const KvSlots& slots) const {
+  HeadRow row = {.sequence = sequence,
+                 .index = index,
+                 .take = Take::kAll,
+                 .top_logits = 0,
+                 .may_fail = false,
+                 .draw = {}};
+  if (rows.logits() || index < rows.targets_size()) return row;
+  const SlotState& slot = slots.next(rows.slot());
+  const int vocab = static_cast<int>(vocab_size_);
+  const int top = TopLogitsNeeded(slot.sampling, vocab);
+  const int most = std::min(backend_->MaxTopLogits(), vocab);
+  if (top > 0 && top <= most) {
+    row.take = Take::kTop;
+    row.top_logits = top;
+  } else if (most > 0 && BestMayDecide(slot.sampling, vocab)) {
+    row.take = Take::kTop;
+    row.top_logits = most;
+    row.may_fail = true;
+  } else if (const auto draw =
+                 DrawAmongAll(slot.sampling, vocab, static_cast<uint64_t>(slot.length));
+             draw && backend_->DrawsTokens()) {
+    row.take = Take::kDraw;
+    row.draw = *draw;
+  }
+  return row;
 }
 
 void StepOutput::ListRows(const v1::StepHeader& step, const KvSlots& slots) {
   rows_.clear();
   row_numbers_.clear();
-  for (const bool full : {true, false}) {
+  for (const Take take : {Take::kAll, Take::kTop, Take::kDraw}) {
     int first_row = 0;
     for (int sequence = 0; sequence < step.rows_size(); ++sequence) {
       const v1::SequenceRows& rows = step.rows(sequence);
       const int count = static_cast<int>(rows.row_count());
       for (int index = 0; index < count && !slots.next(rows.slot()).poisoned(); ++index) {
         if (!Wanted(rows, index)) continue;
-        const int top_logits = TopLogits(rows, index, slots);
-        if ((top_logits == 0) != full) continue;
-        rows_.push_back({sequence, index, top_logits});
+        const HeadRow row = Choose(rows, sequence, index, slots);
+        if (row.take != take) continue;
+        rows_.push_back(row);
         row_numbers_.push_back(first_row + index);
       }
       first_row += count;
     }
-    if (full) full_rows_ = rows_.size();
   }
 }
 

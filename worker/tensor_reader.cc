@@ -30,6 +30,13 @@ constexpr uint64_t kMostReadBytes = kPartBytes + 2 * kDirectAlignment;
 
 }  // namespace
 
+std::map<TensorType, WeightBounds> BoundsOfTypes(const Backend& backend) {
+  std::map<TensorType, WeightBounds> bounds;
+  for (const TensorTypeInfo& info : AllTensorTypes())
+    bounds[info.type] = backend.BoundsOf(info.type);
+  return bounds;
+}
+
 absl::Status NameTensor(const absl::Status& status, const TensorInfo& tensor) {
   const std::string where = fmt::format("tensor '{}' ({} bytes at offset {}): ", tensor.name,
                                         tensor.bytes, tensor.offset);
@@ -197,7 +204,8 @@ class TensorReader::State : public std::enable_shared_from_this<State> {
                    .from_file = !from_tier};
     if (from_tier) return absl::OkStatus();
     part.result.hash = HashTensorBytes(raw);
-    part.result.scales = CheckTensorPart(*what.tensor, {.first_row = what.first_row, .raw = raw});
+    part.result.scales = CheckTensorPart(*what.tensor, {.first_row = what.first_row, .raw = raw},
+                                         context_->bounds.at(what.tensor->type));
     return absl::OkStatus();
   }
 

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <list>
+#include <map>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -65,6 +66,8 @@ class OpenReads {
   std::list<OpenRead> reads_ ABSL_GUARDED_BY(mu_);
 };
 
+std::map<TensorType, WeightBounds> BoundsOfTypes(const Backend& backend);
+
 // What the reads of all loads share.
 struct ReadContext {
   ReadContext(Backend* backend, std::shared_ptr<const ModelFile> model, HostTier* host,
@@ -75,6 +78,7 @@ struct ReadContext {
         options(options),
         slots(LoadSlots(backend->info(), options)),
         one_size(backend->info().own_memory),
+        bounds(BoundsOfTypes(*backend)),
         buffers(/*keep=*/one_size) {}
 
   const std::shared_ptr<const ModelFile> model;
@@ -82,7 +86,8 @@ struct ReadContext {
   HostAllocator* const allocator;
   const LoadOptions options;
   const int slots;
-  const bool one_size;  // buffers are alike, and kept
+  const bool one_size;                              // buffers are alike, and kept
+  const std::map<TensorType, WeightBounds> bounds;  // the backend's
 
   HostBufferPool buffers;
   OpenReads open_reads;

@@ -223,6 +223,17 @@ TEST_F(UnitLoaderTest, WhatIsReadAgainIsCheckedAgainPartByPart) {
   EXPECT_TRUE(Load(fresh, Layer(0)).ok()) << "what was refused is not remembered";
 }
 
+TEST_F(UnitLoaderTest, WeightsThatTheBackendCannotHoldAreRefusedWhileTheyAreRead) {
+  backend_.bounds = {.weight = 1e-3f};
+  UnitLoader loader(&backend_, model_, &allocator_, kSmallParts);
+  const absl::Status refused = Load(loader, Layer(0)).status();
+  EXPECT_EQ(GetModelError(refused), ModelError::kUnsupported) << refused;
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("tensor blk.0."));
+  backend_.bounds = {.weight = 100};
+  UnitLoader other(&backend_, model_, &allocator_, kSmallParts);
+  EXPECT_TRUE(Load(other, Layer(0)).ok());
+}
+
 // Parts read and not wanted any more must not keep each other alive.
 TEST_F(UnitLoaderTest, ACancelledLoadLeavesNothing) {
   backend_.own_memory = true;

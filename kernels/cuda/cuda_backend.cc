@@ -15,6 +15,7 @@
 #include "kernels/cuda/cuda_weights.h"
 #include "kernels/cuda/cuda_workspace.h"
 #include "kernels/cuda/finite_rows.h"
+#include "kernels/cuda/head_choices.h"
 #include "kernels/cuda/kernel_timer.h"
 #include "kernels/cuda/layer_ops.h"
 #include "kernels/cuda/quant_matmul.h"
@@ -23,6 +24,7 @@
 #include "kernels/cuda/step_runner.h"
 #include "kernels/cuda/tensor_peak.h"
 #include "kernels/cuda/uploader.h"
+#include "kernels/cuda/weight_bounds.h"
 #include "kernels/tensor_check.h"
 #include "model/model_error.h"
 #include "model/status_macros.h"
@@ -64,6 +66,7 @@ class CudaBackend final : public Backend {
   }
 
   absl::Status CheckTensor(TensorRole role, const TensorInfo& tensor) const override;
+  WeightBounds BoundsOf(TensorType type) const override { return BoundsOfTiles(type); }
   uint64_t ResidentBytes(TensorRole role, const TensorInfo& tensor) const override {
     return DeviceBytes(role, tensor);
   }
@@ -114,7 +117,11 @@ class CudaBackend final : public Backend {
 
   int MaxTopLogits() const override { return kMostTopLogits; }
   absl::Status HeadTop(Workspace& workspace, const UnitWeights& head, std::span<const int32_t> rows,
-                       int count, std::span<TopLogit> top) override;
+                       int count, std::span<TopLogit> top, std::span<uint64_t> totals) override;
+  bool DrawsTokens() const override { return true; }
+  absl::Status HeadDraw(Workspace& workspace, const UnitWeights& head,
+                        std::span<const int32_t> rows, std::span<const TokenDraw> draws,
+                        std::span<int32_t> tokens) override;
 
   absl::Status CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) override;
   absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) override;
@@ -244,21 +251,22 @@ absl::Status CudaBackend::Head(Workspace& workspace, const UnitWeights& head,
 }
 
 absl::Status CudaBackend::HeadTop(Workspace& workspace, const UnitWeights& head,
-                                  std::span<const int32_t> rows, int count,
-                                  std::span<TopLogit> top) {
-  CudaWorkspace& buffers = *Own(workspace).buffers;
-  return RunHead(Own(workspace), head, rows, [&](size_t first, size_t row_count) -> absl::Status {
-    const size_t keys = row_count * count;
-    STAGECOACH_RETURN_IF_CUDA_ERROR(
-        FindTop(buffers.logits.data(), static_cast<int>(row_count), buffers.params.vocab_size,
-                count, buffers.top_scratch.data(), buffers.top.data(), device_->compute()));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(buffers.top_out.data(), buffers.top.data(),
-                                                    keys * sizeof(TopKey), cudaMemcpyDeviceToHost,
-                                                    device_->compute()));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(device_->compute()));
-    std::transform(buffers.top_out.data(), buffers.top_out.data() + keys,
-                   top.begin() + first * count, FromTopKey);
-    return absl::OkStatus();
+                                  std::span<const int32_t> rows, int count, std::span<TopLogit> top,
+                                  std::span<uint64_t> totals) {
+  StageWorkspace& own = Own(workspace);
+  return RunHead(own, head, rows, [&](size_t first, size_t row_count) {
+    return TakeTop(*own.buffers, count, top.subspan(first * count, row_count * count),
+                   totals.empty() ? totals : totals.subspan(first, row_count), device_->compute());
+  });
+}
+
+absl::Status CudaBackend::HeadDraw(Workspace& workspace, const UnitWeights& head,
+                                   std::span<const int32_t> rows, std::span<const TokenDraw> draws,
+                                   std::span<int32_t> tokens) {
+  StageWorkspace& own = Own(workspace);
+  return RunHead(own, head, rows, [&](size_t first, size_t count) {
+    return TakeDraws(*own.buffers, draws.subspan(first, count), tokens.subspan(first, count),
+                     device_->compute());
   });
 }
 

@@ -174,7 +174,7 @@ absl::Status Bench::Run(const Step& step) {
                                  std::span(residual_).first(tokens.size() * params_.d_model));
   }
   return backend_->HeadTop(*workspace_, *head_, last_rows, /*count=*/1,
-                           std::span(top_).first(last_rows.size()));
+                           std::span(top_).first(last_rows.size()), {});
 }
 
 absl::StatusOr<double> Bench::MedianSeconds(const Step& step) {

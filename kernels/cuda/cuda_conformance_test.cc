@@ -1,4 +1,5 @@
 // The CUDA backend against the float64 reference, and its numerics contract, case by case.
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -22,31 +23,53 @@ class CudaConformance : public CudaTest {
   }
 };
 
-// Every operation and every type in small shapes, for tools that make kernels a thousand times
-// slower (run_gpu_tests.sh --sanitizers).
-TEST_F(CudaConformance, SmallShapesOfEverything) {
-  std::vector<std::string> names = {"RmsNorm/columns=64,rows=33", "RmsNorm/columns=100,rows=2",
-                                    "Rope/plain", "Rope/part of the head", "SwiGlu/count=512,"};
+// Conformance cases in small shapes, together every operation and every type: few at a time, for
+// tools that make kernels a hundred times slower (run_gpu_tests.sh --sanitizers).
+struct SmallCases {
+  std::string name;
+  std::vector<std::string> filters;
+};
+
+void PrintTo(const SmallCases& cases, std::ostream* out) { *out << cases.name; }
+
+std::vector<SmallCases> AllSmallCases() {
+  std::vector<SmallCases> all = {{"Elementwise",
+                                  {"RmsNorm/columns=64,rows=33", "RmsNorm/columns=100,rows=2",
+                                   "Rope/plain", "Rope/part of the head", "SwiGlu/count=512,"}}};
   for (const TensorTypeInfo& info : AllTensorTypes()) {
     const std::string product =
         fmt::format("MatMul/{}/n=17,k={}/", info.name, info.block_elements == 256 ? 768 : 96);
-    for (const char* rows : {"rows=1", "rows=9", "rows=33"}) names.push_back(product + rows);
-    names.push_back(fmt::format("UnitBuilder/{}/", info.name));
+    all.push_back({fmt::format("MatMul_{}", info.name),
+                   {product + "rows=1", product + "rows=9", product + "rows=33",
+                    fmt::format("UnitBuilder/{}/", info.name)}});
   }
   for (const char* heads : {"heads=8,kv=2,key=64,value=64", "heads=4,kv=1,key=128,value=128",
                             "heads=4,kv=2,key=96,value=64"}) {
+    SmallCases cases = {"Attention_" + std::string(heads), {}};
+    std::erase_if(cases.name, [](char c) { return c == '=' || c == ','; });
     for (const char* step :
          {"KV F16/decode at 32", "KV F16/prompts among decodes", "KV F32/chunk over a tile edge"}) {
-      names.push_back(fmt::format("Attention/{}/{}", heads, step));
+      cases.filters.push_back(fmt::format("Attention/{}/{}", heads, step));
     }
+    all.push_back(cases);
   }
-  names.push_back("Attention/heads=4,kv=4,key=64,value=64/KV F16/copied blocks, layer 1");
+  all.push_back(
+      {"KvCopies", {"Attention/heads=4,kv=4,key=64,value=64/KV F16/copied blocks, layer 1"}});
   for (const char* type : {"Q4_K", "Q6_K", "Q8_0", "F16"}) {
-    names.push_back(fmt::format("Model/plain/{}/logits", type));
+    all.push_back({fmt::format("Model_{}", type), {fmt::format("Model/plain/{}/logits", type)}});
   }
-  names.push_back("unequal heads/Q5_K/other chunks");  // graphs, biases, F16 KV
-  for (const std::string& name : names) ExpectAllPass(name);
+  all.push_back({"Graphs_Q5_K", {"unequal heads/Q5_K/other chunks"}});  // biases, F16 KV
+  return all;
 }
+
+class CudaSmallShapes : public CudaConformance, public testing::WithParamInterface<SmallCases> {};
+
+TEST_P(CudaSmallShapes, Pass) {
+  for (const std::string& filter : GetParam().filters) ExpectAllPass(filter);
+}
+
+INSTANTIATE_TEST_SUITE_P(Small, CudaSmallShapes, testing::ValuesIn(AllSmallCases()),
+                         [](const auto& test) { return test.param.name; });
 
 // A second is far more than any of them takes.
 TEST_F(CudaConformance, OperationsAreTimed) {

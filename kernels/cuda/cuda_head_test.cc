@@ -9,6 +9,7 @@
 
 #include "kernels/cuda/cuda_test.h"
 #include "kernels/random_tensor.h"
+#include "kernels/sampling_units.h"
 
 namespace stagecoach {
 namespace {
@@ -47,13 +48,20 @@ class CudaHead : public CudaTest {
     std::vector<TopLogit> top(size_t{kRows} * count);
     ASSERT_TRUE(backend_->SetResidual(*workspace_, residual_).ok());
     ASSERT_TRUE(backend_->Head(*workspace_, *head_, rows, logits).ok());
-    ASSERT_TRUE(backend_->HeadTop(*workspace_, *head_, rows, count, top).ok());
+    std::vector<uint64_t> totals(kRows);
+    ASSERT_TRUE(backend_->HeadTop(*workspace_, *head_, rows, count, top, totals).ok());
     for (int row = 0; row < kRows; ++row) {
       const auto of_row = std::span(logits).subspan(row * vocab, vocab);
       if (!std::isfinite(std::accumulate(of_row.begin(), of_row.end(), 0.0))) {
         EXPECT_TRUE(std::isnan(top[row * count].logit)) << row;
         continue;
       }
+      const float best = std::ranges::max(of_row);
+      uint64_t total = 0;
+      for (const float logit : of_row) {
+        total += SamplingUnits(portable_math_internal::kPowerTable.data(), logit, best, 1);
+      }
+      EXPECT_EQ(totals[row], total) << row;
       std::vector<int32_t> ids(vocab);
       std::iota(ids.begin(), ids.end(), 0);
       std::ranges::stable_sort(ids, std::greater<>(), [&](int32_t id) { return of_row[id]; });
@@ -61,6 +69,31 @@ class CudaHead : public CudaTest {
         const TopLogit& entry = top[row * count + i];
         ASSERT_EQ(entry.id, ids[i]) << "row " << row << ", place " << i;
         ASSERT_EQ(entry.logit, of_row[ids[i]]) << "row " << row << ", place " << i;
+      }
+    }
+  }
+
+  void ExpectDraws() {
+    std::vector<int32_t> rows(kRows), tokens(kRows);
+    std::iota(rows.rbegin(), rows.rend(), 0);
+    const size_t vocab = params_.vocab_size;
+    std::vector<float> logits(kRows * vocab);
+    ASSERT_TRUE(backend_->SetResidual(*workspace_, residual_).ok());
+    ASSERT_TRUE(backend_->Head(*workspace_, *head_, rows, logits).ok());
+    for (const float temperature : {1e-3f, 0.8f, 1.0f, 30.0f}) {
+      std::vector<SamplingParams> params;
+      std::vector<TokenDraw> draws;
+      for (int row = 0; row < kRows; ++row) {
+        params.push_back({.temperature = temperature, .seed = static_cast<uint64_t>(row)});
+        draws.push_back(*DrawAmongAll(params.back(), static_cast<int>(vocab), /*position=*/3));
+      }
+      ASSERT_TRUE(backend_->HeadDraw(*workspace_, *head_, rows, draws, tokens).ok());
+      for (int row = 0; row < kRows; ++row) {
+        const auto of_row = std::span(logits).subspan(row * vocab, vocab);
+        const auto sampled = Sample(of_row, params[row], {}, 0, /*position=*/3);
+        const bool finite = AllFinite(of_row);
+        ASSERT_EQ(tokens[row], finite ? sampled.value().token_id : -1)
+            << "row " << row << " of " << vocab << ", temperature " << temperature;
       }
     }
   }
@@ -74,10 +107,32 @@ class CudaHead : public CudaTest {
 TEST_F(CudaHead, TopOfSmallAndLargeVocabularies) {
   for (const int vocab : {7, 325, 4096, 32000, 300000}) {
     Open(vocab);
-    for (const int count : {1, 5, backend_->MaxTopLogits()}) {
+    for (const int count : {1, 5, 64, backend_->MaxTopLogits()}) {
       if (count <= vocab) ExpectTop(count);
     }
   }
+}
+
+// Few enough for run_gpu_tests.sh --sanitizers.
+TEST_F(CudaHead, TopOfSmallVocabularies) {
+  for (const int vocab : {325, 4500}) {
+    Open(vocab);
+    for (const int count : {1, std::min(vocab, backend_->MaxTopLogits())}) ExpectTop(count);
+  }
+}
+
+// Many draws of each row: those of Sample from the logits themselves.
+TEST_F(CudaHead, DrawsAreThoseOfTheHost) {
+  for (const int vocab : {7, 325, 4096, 4097, 128256}) {
+    Open(vocab);
+    ExpectDraws();
+  }
+}
+
+// As TopOfSmallVocabularies.
+TEST_F(CudaHead, DrawsFromASmallVocabulary) {
+  Open(4500);
+  ExpectDraws();
 }
 
 TEST_F(CudaHead, NonFiniteRowsShow) {
@@ -85,6 +140,7 @@ TEST_F(CudaHead, NonFiniteRowsShow) {
   residual_[3 * params_.d_model] = std::numeric_limits<float>::quiet_NaN();
   residual_[69 * params_.d_model + 5] = std::numeric_limits<float>::infinity();
   ExpectTop(2);
+  ExpectDraws();
 }
 
 }  // namespace

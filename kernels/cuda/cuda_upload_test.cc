@@ -7,7 +7,9 @@
 
 #include "kernels/cuda/cuda_test.h"
 #include "kernels/random_tensor.h"
+#include "model/block_decode.h"
 #include "model/direct_file.h"
+#include "model/model_error.h"
 
 namespace stagecoach {
 namespace {
@@ -108,6 +110,20 @@ TEST_F(CudaUpload, WeightsFollowEachOtherAndAreCounted) {
     EXPECT_EQ(backend_->uploads().bytes - before, bytes);
   }
   EXPECT_GT(backend_->uploads().busy_seconds, 0);
+}
+
+// Weights that would be infinite in the registers of a product.
+TEST_F(CudaUpload, RefusesScalesThatHalvesCannotHold) {
+  RandomTensor& output = unit_.tensors.back();
+  ASSERT_TRUE(BuildUnit(*backend_, params_, unit_).ok());
+  BlockQ4_K block;
+  std::byte* const last = output.raw.data() + output.raw.size() - sizeof(block);
+  memcpy(&block, last, sizeof(block));
+  block.d = FloatToHalf(1);
+  block.scales[0] = 63;
+  memcpy(last, &block, sizeof(block));
+  const absl::Status refused = BuildUnit(*backend_, params_, unit_).status();
+  EXPECT_EQ(GetModelError(refused), ModelError::kUnsupported) << refused;
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "kernels/cuda/cuda_weights.h"
 
 #include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/weight_bounds.h"
 #include "kernels/tensor_check.h"
 #include "model/dequantize.h"
 #include "model/status_macros.h"
@@ -52,7 +53,7 @@ CudaUnitBuilder::~CudaUnitBuilder() { LetGo(0).IgnoreError(); }
 absl::Status CudaUnitBuilder::AddPart(TensorRole role, const TensorInfo& tensor,
                                       const TensorPart& part) {
   STAGECOACH_RETURN_IF_ERROR(CheckTensorShape(role, tensor));
-  STAGECOACH_RETURN_IF_ERROR(CheckTensorPart(tensor, part));
+  STAGECOACH_RETURN_IF_ERROR(CheckTensorPart(tensor, part, BoundsOfTiles(tensor.type)));
   STAGECOACH_RETURN_IF_ERROR(device_.MakeCurrent());
   if (part.first_row == 0) STAGECOACH_RETURN_IF_ERROR(Allocate(role, tensor));
   const bool pinned = part.memory != nullptr && part.memory->direct() && !IsVectorRole(role);

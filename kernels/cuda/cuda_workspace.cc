@@ -149,6 +149,13 @@ absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaD
   STAGECOACH_ASSIGN_OR_RETURN(
       workspace->top_scratch,
       device.NewBuffer<TopKey>(TopScratchKeys(kHeadRows, params.vocab_size, kMostTopLogits)));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->draws, device.NewBuffer<TokenDraw>(kHeadRows));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->draws_in, device.NewPinnedBuffer<TokenDraw>(kHeadRows));
+  const size_t sums = kHeadRows * static_cast<size_t>(UnitSums(params.vocab_size));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->unit_sums, device.NewBuffer<uint64_t>(sums));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->unit_sums_out, device.NewPinnedBuffer<uint64_t>(sums));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->drawn, device.NewBuffer<int32_t>(kHeadRows));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->drawn_out, device.NewPinnedBuffer<int32_t>(kHeadRows));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->finite, device.NewBuffer<uint8_t>(max_rows));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->finite_out, device.NewPinnedBuffer<uint8_t>(max_rows));
   const size_t residuals = static_cast<size_t>(max_rows) * params.d_model;

@@ -13,6 +13,7 @@
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/cuda_device.h"
 #include "kernels/cuda/rope.h"
+#include "kernels/cuda/token_draw.h"
 #include "kernels/cuda/top_logits.h"
 #include "model/model_file.h"
 
@@ -94,11 +95,17 @@ struct CudaWorkspace {
   DeviceBuffer<TopKey> top_scratch;     // for kMostTopLogits of kHeadRows rows
   DeviceBuffer<TopKey> top;             // [kHeadRows][kMostTopLogits]
   PinnedBuffer<TopKey> top_out;         // [kHeadRows][kMostTopLogits]
-  DeviceBuffer<uint8_t> finite;         // [max_rows]
-  PinnedBuffer<uint8_t> finite_out;     // [max_rows]
-  PinnedBuffer<float> residual_in;      // [max_rows][d_model]
-  PinnedBuffer<float> out;              // [max_rows][d_model] or [kHeadRows][vocab]
-  Event residual_sent;                  // the device has taken residual_in
+  DeviceBuffer<TokenDraw> draws;        // [kHeadRows], likewise those below
+  PinnedBuffer<TokenDraw> draws_in;
+  DeviceBuffer<uint64_t> unit_sums;  // [kHeadRows][UnitSums]
+  PinnedBuffer<uint64_t> unit_sums_out;
+  DeviceBuffer<int32_t> drawn;
+  PinnedBuffer<int32_t> drawn_out;
+  DeviceBuffer<uint8_t> finite;      // [max_rows]
+  PinnedBuffer<uint8_t> finite_out;  // [max_rows]
+  PinnedBuffer<float> residual_in;   // [max_rows][d_model]
+  PinnedBuffer<float> out;           // [max_rows][d_model] or [kHeadRows][vocab]
+  Event residual_sent;               // the device has taken residual_in
 
   int rows = 0;        // of the step under way
   AttentionPlan plan;  // of the step under way

@@ -1,12 +1,10 @@
 #include "kernels/cuda/top_logits.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "kernels/cuda/device_ops.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/warp.cuh"
-#include "model/half.h"
 
 namespace stagecoach::cuda {
 namespace {
@@ -15,14 +13,13 @@ constexpr int kThreads = 256;
 constexpr int kRunKeys = 4096;  // that a block sorts
 static_assert(kMostTopLogits * 2 <= kRunKeys, "every pass must shrink the list");
 
-constexpr uint32_t kSign = 0x80000000u;
 constexpr uint32_t kExponent = 0x7f800000u;
 
 int Runs(int size) { return (size + kRunKeys - 1) / kRunKeys; }
 
 __device__ TopKey MakeKey(float logit, int id) {
   const uint32_t bits = FloatToBits(logit + 0.0f);  // -0 is no less than 0
-  uint32_t ordered = bits & kSign ? ~bits : bits | kSign;
+  uint32_t ordered = bits & kTopKeySign ? ~bits : bits | kTopKeySign;
   if ((bits & kExponent) == kExponent) ordered = 0xffffffffu;
   return static_cast<TopKey>(ordered) << 32 | (0xffffffffu - static_cast<uint32_t>(id));
 }
@@ -98,13 +95,6 @@ cudaError_t LaunchRuns(const From* from, int size, int rows, int count, TopKey* 
 }
 
 }  // namespace
-
-TopLogit FromTopKey(TopKey key) {
-  const uint32_t ordered = static_cast<uint32_t>(key >> 32);
-  const auto id = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
-  if (ordered == 0xffffffffu) return {std::numeric_limits<float>::quiet_NaN(), id};
-  return {FloatFromBits(ordered & kSign ? ordered & ~kSign : ~ordered), id};
-}
 
 size_t TopScratchKeys(int rows, int vocab, int count) {
   return 2 * static_cast<size_t>(rows) * Runs(vocab) * count;

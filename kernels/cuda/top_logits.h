@@ -8,15 +8,22 @@
 #include <cstdint>
 
 #include "kernels/sampling.h"
+#include "model/half.h"
 
 namespace stagecoach::cuda {
 
-inline constexpr int kMostTopLogits = 64;
+inline constexpr int kMostTopLogits = 1024;
 
 // A logit and its token as one integer that is the larger the better the token: the float's bits
 // made ordered, then the complement of the id. A logit that is not finite has all ones above.
 using TopKey = uint64_t;
-TopLogit FromTopKey(TopKey key);
+inline constexpr uint32_t kTopKeySign = 0x80000000u;
+STAGECOACH_HOST_DEVICE inline TopLogit FromTopKey(TopKey key) {
+  const uint32_t ordered = static_cast<uint32_t>(key >> 32);
+  const auto id = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
+  if (ordered == 0xffffffffu) return {FloatFromBits(0x7fc00000u), id};  // NaN
+  return {FloatFromBits(ordered & kTopKeySign ? ordered & ~kTopKeySign : ~ordered), id};
+}
 
 // Keys of scratch that FindTop needs.
 size_t TopScratchKeys(int rows, int vocab, int count);

@@ -50,7 +50,8 @@ class Mailbox : public LinkHandler {
     const auto ready = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return full_ || closed_; };
     absl::MutexLock lock(&mu_);
     if (!mu_.AwaitWithTimeout(absl::Condition(&ready), timeout)) {
-      return absl::DeadlineExceededError("a frame did not come back");
+      return absl::DeadlineExceededError(
+          fmt::format("no frame came over the link within {}", absl::FormatDuration(timeout)));
     }
     if (!full_) return absl::UnavailableError("the link closed");
     full_ = false;
@@ -96,20 +97,20 @@ class Listener {
   std::string address_;
 };
 
-// Sends every frame that reaches it onwards, from a thread of its own as a stage does.
-absl::Status EchoLoop(Mailbox& in, LinkSender& out, int count) {
-  for (int i = 0; i < count; ++i) {
+// Sends every frame that reaches it onwards until its link closes, from a thread of its own as a
+// stage does.
+void EchoLoop(Mailbox& in, LinkSender& out) {
+  for (;;) {
     absl::StatusOr<Frame> frame = in.Take(kRoundTripTimeout);
-    if (!frame.ok()) return frame.status();
-    if (absl::Status sent = out.Send(*std::move(frame)); !sent.ok()) return sent;
+    if (!frame.ok() || !out.Send(*std::move(frame)).ok()) return;
   }
-  return absl::OkStatus();
 }
 
 absl::StatusOr<std::vector<double>> RoundTrips(Mailbox& back, LinkSender& out, const Frame& frame,
-                                               int count) {
+                                               int count, absl::Duration limit) {
   std::vector<double> micros;
-  for (int i = 0; i < count; ++i) {
+  const absl::Time end = absl::Now() + limit;
+  for (int i = 0; i < count && (i == 0 || absl::Now() < end); ++i) {
     const absl::Time start = absl::Now();
     if (absl::Status sent = out.Send(frame); !sent.ok()) return sent;
     if (auto echoed = back.Take(kRoundTripTimeout); !echoed.ok()) return echoed.status();
@@ -118,7 +119,9 @@ absl::StatusOr<std::vector<double>> RoundTrips(Mailbox& back, LinkSender& out, c
   return micros;
 }
 
-HopLatency Summarise(std::vector<double> round_trips) {
+}  // namespace
+
+HopLatency SummariseHop(std::vector<double> round_trips) {
   std::sort(round_trips.begin(), round_trips.end());
   const size_t n = round_trips.size();
   const auto one_way = [&](double q) {
@@ -127,9 +130,8 @@ HopLatency Summarise(std::vector<double> round_trips) {
   return {one_way(0.5), one_way(0.9), one_way(0.99), one_way(1.0), static_cast<int>(n)};
 }
 
-}  // namespace
-
-absl::StatusOr<HopLatency> MeasureHop(HopTransport transport, size_t bytes, int count) {
+absl::StatusOr<HopLatency> MeasureHop(HopTransport transport, size_t bytes, int count,
+                                      absl::Duration limit) {
   if (count < 1) return absl::InvalidArgumentError("count must be at least 1");
   const size_t max_message_bytes = bytes + kHeaderAllowance;
   Mailbox there, back;
@@ -153,13 +155,13 @@ absl::StatusOr<HopLatency> MeasureHop(HopTransport transport, size_t bytes, int 
   frame.header.mutable_step()->set_step(1);
   frame.header.mutable_step()->set_d_model(static_cast<uint32_t>(bytes / sizeof(float)));
   frame.payload = Payload(std::vector<float>(bytes / sizeof(float), 1.0f));
-  std::thread echo([&] { EchoLoop(there, **home, kWarmUp + count).IgnoreError(); });
-  auto times = RoundTrips(back, **out, frame, kWarmUp);
-  if (times.ok()) times = RoundTrips(back, **out, frame, count);
-  if (!times.ok()) (*out)->Close();  // the echo thread sees its link close
+  std::thread echo([&] { EchoLoop(there, **home); });
+  auto times = RoundTrips(back, **out, frame, kWarmUp, limit);
+  if (times.ok()) times = RoundTrips(back, **out, frame, count, limit);
+  (*out)->Close();  // the echo thread sees its link close
   echo.join();
   if (!times.ok()) return times.status();
-  return Summarise(*std::move(times));
+  return SummariseHop(*std::move(times));
 }
 
 }  // namespace stagecoach

@@ -3,8 +3,10 @@
 #define STAGECOACH_WORKER_LINK_HOP_BENCH_H_
 
 #include <cstddef>
+#include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 
 namespace stagecoach {
 
@@ -19,9 +21,14 @@ struct HopLatency {
 
 enum class HopTransport { kInProcess, kGrpc };
 
-// Sends `count` frames with `bytes` of payload (rounded down to whole float32), one at a time,
-// after a short warm-up. Errors: those of the links; INVALID_ARGUMENT for count < 1.
-absl::StatusOr<HopLatency> MeasureHop(HopTransport transport, size_t bytes, int count);
+// Of round trips in microseconds; at least one.
+HopLatency SummariseHop(std::vector<double> round_trips);
+
+// Sends `count` frames with `bytes` of payload (rounded down to whole float32), or as many as
+// `limit` allows but one at least, one at a time, after a short warm-up. Errors: those of the
+// links; INVALID_ARGUMENT for count < 1.
+absl::StatusOr<HopLatency> MeasureHop(HopTransport transport, size_t bytes, int count,
+                                      absl::Duration limit = absl::InfiniteDuration());
 
 }  // namespace stagecoach
 

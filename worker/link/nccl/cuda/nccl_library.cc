@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <nccl.h>
 
+#include <cstdlib>
 #include <cstring>
 
 #include "fmt/format.h"
@@ -94,6 +95,7 @@ absl::Status Find(void* library, const char* name, Function* function) {
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<NcclApi>> LoadNcclLibrary() {
+  setenv("NCCL_NVLS_ENABLE", "0", 0);  // memory for multicast: pairs that send and receive use none
   void* const library = dlopen(kLibrary, RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
     return absl::UnavailableError(fmt::format(

@@ -9,8 +9,9 @@
 
 namespace stagecoach {
 
-// Stays loaded. Errors: UNAVAILABLE if it is not found or lacks a function; FAILED_PRECONDITION if
-// it is too old.
+// Stays loaded. Sets NCCL_NVLS_ENABLE=0 in this process's environment if it is not set: call it
+// before threads that read the environment. Errors: UNAVAILABLE if it is not found or lacks a
+// function; FAILED_PRECONDITION if it is too old.
 absl::StatusOr<std::shared_ptr<NcclApi>> LoadNcclLibrary();
 
 }  // namespace stagecoach

@@ -1,0 +1,20 @@
+// Which quantised weights the products of tile_decode.cuh can hold as halves.
+#ifndef STAGECOACH_KERNELS_CUDA_WEIGHT_BOUNDS_H_
+#define STAGECOACH_KERNELS_CUDA_WEIGHT_BOUNDS_H_
+
+#include "kernels/weight_bounds.h"
+
+namespace stagecoach::cuda {
+
+// One scale times 2^15 is a half in types of 4 bits.
+inline constexpr float kScaleBound4Bits = 2;
+// The largest half: of scales, minimums and weights of all types.
+inline constexpr float kLargestHalf = 65504;
+// 1024 deltas are a half where integer scales have no sign.
+inline constexpr float kDeltaBoundUnsigned = 64;
+
+WeightBounds BoundsOfTiles(TensorType type);  // none for float types
+
+}  // namespace stagecoach::cuda
+
+#endif  // STAGECOACH_KERNELS_CUDA_WEIGHT_BOUNDS_H_
