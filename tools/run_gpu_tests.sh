@@ -97,7 +97,7 @@ sanitizer_cases() {  # a line each: name, program, its filter
 sanitize_case() {  # sanitizer tool name program filter
   local sanitizer=$1 tool=$2 name=$3 log=$logs/$2.$3.log start=$SECONDS code=0 result detail flags=()
   # synccheck counts the barriers of copies, thousands at a time.
-  [ "$tool" != synccheck ] || flags=(--num-cuda-barriers 65536)
+  [ "$tool" != synccheck ] || flags=(--num-cuda-barriers 16384)
   timeout -k 5 "${SANITIZER_SECONDS:-60}" "$sanitizer" --tool "$tool" --error-exitcode 9 "${flags[@]}" \
     "$here/bin/$4" --gtest_filter="$5" </dev/null >"$log" 2>&1 || code=$?
   detail=$(sed -n 's/^=* \([A-Z]* SUMMARY: .*\)/\1/p' "$log" | tail -n 1)
