@@ -61,9 +61,9 @@ void ClientShares::Update() {
     const Level& level = levels.at(client.priority);
     const double others = level.clients - 1;
     client.over = client.rows * others > kMaxExcess * (level.rows - client.rows);
-    if (client.steps < kMemory && others > 0) {
-      const double live = std::max(1.0, (level.live - client.live) / others);
-      client.over |= client.live > kMaxExcess * live;
+    const int others_live = level.live - client.live;
+    if (client.steps < kMemory && others_live > 0) {
+      client.over |= client.live > kMaxExcess * std::max(1.0, others_live / others);
     }
     any_over_ |= client.over;
     awaited_ |= client.live == 0 && !client.over && client.steps_away < kAwaited;

@@ -32,7 +32,7 @@ class ClientShares {
   bool awaited() const { return awaited_; }
   // Whether the client has had more than kMaxExcess times what the other clients that are present,
   // with requests of at least the same priority, had on average, or has come lately with so many
-  // times more requests (more than one). False if there are no others.
+  // times more requests than they have now. False if there are no others.
   bool Over(const std::string& client) const;
 
  private:

@@ -84,6 +84,10 @@ TEST(ClientSharesTest, WhoComesWithManyRequestsIsOverBeforeItHadMuch) {
   shares.Begin("a", 0);
   shares.Update();
   EXPECT_TRUE(shares.Over("a"));
+  shares.End("b");  // who has none does not mind
+  shares.Update();
+  EXPECT_FALSE(shares.Over("a"));
+  shares.Begin("b", 0);
   RunSteps(shares, 100, 10, 10);  // now it is known what it takes
   EXPECT_FALSE(shares.Over("a"));
 }
