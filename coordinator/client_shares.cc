@@ -1,5 +1,6 @@
 #include "coordinator/client_shares.h"
 
+#include <algorithm>
 #include <cassert>
 #include <functional>
 #include <map>
@@ -27,6 +28,7 @@ void ClientShares::EndStep() {
   for (auto it = clients_.begin(); it != clients_.end();) {
     Client& client = it->second;
     ++client.steps_away;
+    ++client.steps;
     client.rows *= 1 - 1 / kMemory;
     const bool forgotten = client.live == 0 && client.rows < 1;
     if (forgotten) --away_;
@@ -38,23 +40,31 @@ void ClientShares::Update() {
   struct Level {
     int clients = 0;
     double rows = 0;
+    int live = 0;
   };
   std::map<int, Level, std::greater<>> levels;  // of this priority or higher
   for (const auto& [name, client] : clients_) {
     Level& level = levels[client.priority];
     ++level.clients;
     level.rows += client.rows;
+    level.live += client.live;
   }
   Level sum;
   for (auto& [priority, level] : levels) {
     sum.clients += level.clients;
     sum.rows += level.rows;
+    sum.live += level.live;
     level = sum;
   }
   any_over_ = awaited_ = false;
   for (auto& [name, client] : clients_) {
     const Level& level = levels.at(client.priority);
-    client.over = client.rows * (level.clients - 1) > kMaxExcess * (level.rows - client.rows);
+    const double others = level.clients - 1;
+    client.over = client.rows * others > kMaxExcess * (level.rows - client.rows);
+    const int others_live = level.live - client.live;
+    if (client.steps < kMemory && others_live > 0) {
+      client.over |= client.live > kMaxExcess * std::max(1.0, others_live / others);
+    }
     any_over_ |= client.over;
     awaited_ |= client.live == 0 && !client.over && client.steps_away < kAwaited;
   }

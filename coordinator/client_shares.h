@@ -2,7 +2,8 @@
 //
 // A client is present from its first request until it has nothing live and what it had has been
 // forgotten: one that sends its requests one after the other stays. What is remembered fades from
-// step to step, so that a share is about the last kMemory steps or so.
+// step to step, so that a share is about the last kMemory steps or so. Of one that came within them
+// little can be remembered: the number of its requests counts too.
 #ifndef STAGECOACH_COORDINATOR_CLIENT_SHARES_H_
 #define STAGECOACH_COORDINATOR_CLIENT_SHARES_H_
 
@@ -15,7 +16,7 @@ namespace stagecoach {
 class ClientShares {
  public:
   static constexpr double kMemory = 32;    // steps
-  static constexpr int kAwaited = 2;       // steps
+  static constexpr int kAwaited = 3;       // steps
   static constexpr double kMaxExcess = 2;  // times what the others had on average
 
   void Begin(const std::string& client, int priority);  // a request of it is live
@@ -30,7 +31,8 @@ class ClientShares {
   // Whether one within its share has just ended its last request: it may be back any moment.
   bool awaited() const { return awaited_; }
   // Whether the client has had more than kMaxExcess times what the other clients that are present,
-  // with requests of at least the same priority, had on average. False if there are none.
+  // with requests of at least the same priority, had on average, or has come lately with so many
+  // times more requests than they have now. False if there are no others.
   bool Over(const std::string& client) const;
 
  private:
@@ -39,6 +41,7 @@ class ClientShares {
     int priority = 0;  // of the latest one
     double rows = 0;
     int steps_away = 0;
+    int steps = 0;  // since it came
     bool over = false;
   };
 

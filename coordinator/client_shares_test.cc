@@ -73,6 +73,25 @@ TEST(ClientSharesTest, StaysForAWhileAfterItsLastRequest) {
   EXPECT_FALSE(shares.Over("a"));
 }
 
+TEST(ClientSharesTest, WhoComesWithManyRequestsIsOverBeforeItHadMuch) {
+  ClientShares shares;
+  shares.Begin("b", 0);
+  RunSteps(shares, 100, 0, 10);
+  shares.Begin("a", 0);
+  shares.Begin("a", 0);
+  shares.Update();
+  EXPECT_FALSE(shares.Over("a"));
+  shares.Begin("a", 0);
+  shares.Update();
+  EXPECT_TRUE(shares.Over("a"));
+  shares.End("b");  // who has none does not mind
+  shares.Update();
+  EXPECT_FALSE(shares.Over("a"));
+  shares.Begin("b", 0);
+  RunSteps(shares, 100, 10, 10);  // now it is known what it takes
+  EXPECT_FALSE(shares.Over("a"));
+}
+
 TEST(ClientSharesTest, LowerPrioritiesHaveNoClaimOnHigherOnes) {
   ClientShares shares;
   shares.Begin("a", 1);

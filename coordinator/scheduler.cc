@@ -250,7 +250,7 @@ void Scheduler::Reset(const absl::Status& reason) {
   for (RequestId id : ids) EndRequest(id, reason);
   in_flight_.clear();
   decode_steps_in_flight_ = 0;
-  steps_ = last_prompt_step_ = 0;
+  steps_ = last_prompt_step_ = last_decode_step_ = decoding_from_ = 0;
   shares_ = {};
   slots_ = SlotPool(options_.max_slots);
   pool_.Reset();

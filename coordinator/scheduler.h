@@ -26,9 +26,10 @@
 // by priority, then by client in turns. A client that has nothing running and finds no room takes
 // it from one that runs several. A client that has had more than its share lately (ClientShares)
 // gets kCrowdedRows rows of a step, kRationedRows while a prompt of another waits, and none beyond
-// one step for each stage, so that whoever comes waits for little. Beside it clients within their
-// share are not held back, but their prompts are not mixed: the first is the first to get its
-// token; and slots are kept for those that may be back any moment.
+// one step for each stage, so that whoever comes waits for little. Beside it the prompts of clients
+// within their share are not mixed: the first is the first to get its token, and who gets it soon
+// after another begins to decode kApartSteps later, so that they do not meet again when they come
+// back; slots are kept for those that may be back any moment.
 #ifndef STAGECOACH_COORDINATOR_SCHEDULER_H_
 #define STAGECOACH_COORDINATOR_SCHEDULER_H_
 
@@ -65,6 +66,10 @@ inline constexpr int kMinChunkRows = 32;
 // Steps that hold less than twice as many rows are not shared out so.
 inline constexpr int kCrowdedRows = 16;
 inline constexpr int kRationedRows = 2;
+// Meanwhile sequences of the other clients begin to decode so many steps apart, but none is held
+// back for more than kMaxHeldSteps.
+inline constexpr int kApartSteps = 6;
+inline constexpr int kMaxHeldSteps = 16;
 // Tokens of sequences opened by one step whose KV is there already: bounds the header of a frame.
 inline constexpr int kMaxCachedTokens = 1 << 16;
 inline constexpr int kTokensPerLogitBias = 3;  // a bias takes as much of a header as so many tokens
@@ -252,6 +257,7 @@ class Scheduler {
     int told_blocks = 0;         // of them, known to the stages
     std::vector<PrefixId> runs;  // of its leading blocks: what they were published as
     bool publishes = true;       // false after a collision
+    uint64_t held_until = 0;     // its next row does not go before this step
     uint64_t step = 0;           // the latest one with rows of it
     // While in joining_:
     SequenceId leader = 0;  // computes the beginning of its prompt
@@ -301,9 +307,11 @@ class Scheduler {
   int OverShareRows() const;
   const FairEntry* FirstPrompt(bool over_share) const;
   void AddDecodeRows(Step& step, int& over_share_rows);
+  bool PromptGoesFirst() const;
   void AddReady(bool over_share, int rows, Step& step);
   void AddPromptRows(Step& step, int over_share_rows);
   int ShareOut(bool over_share, int rows, PromptRows& prompts);
+  void MoveApart(Sequence& sequence);
   void AddRows(Sequence& sequence, int count, Step& step);
   void OpenSequence(Sequence& sequence, StepRows& rows);
   int DecodeRowLimit() const;
@@ -329,6 +337,8 @@ class Scheduler {
   FairQueue prompts_;                // prompt rows to send
   SequenceId unfinished_ = 0;        // its prompt has had its turn but for little
   uint64_t last_prompt_step_ = 0;    // with prompt rows of clients within their share
+  uint64_t last_decode_step_ = 0;    // with decode rows
+  uint64_t decoding_from_ = 0;       // the step in which the latest of those prompts goes on
   std::deque<SequenceId> ready_;     // a sampled token to send
   std::vector<Step::Copy> copies_;   // for the next step; each references `from`
   std::set<std::pair<absl::Duration, RequestId>> deadlines_;  // finite ones

@@ -263,9 +263,9 @@ class Simulation {
       Choice& choice = expected.choices[slot->choice];
       if (expected.ended || choice.ended || !choice.decoding) continue;
       if (slot->tokens.size() + 1 != choice.tokens.size()) continue;  // not answered yet
-      // At most everybody else goes first, with prompts taking every other step.
+      // At most everybody else goes first, with prompts taking every other step, once it may go.
       Check(++choice.passed_over <=
-                2 * options.max_slots + 2 * options.max_in_flight + options.stages,
+                kMaxHeldSteps + 2 * options.max_slots + 2 * options.max_in_flight + options.stages,
             "a sequence is not decoded");
     }
   }

@@ -7,8 +7,10 @@
 namespace stagecoach {
 namespace {
 
-// Prompts shorter than two such chunks are not cut in half.
+// Prompts shorter than two such chunks are not cut in half. Nor are those of so many rows on one
+// stage, where there is nobody to work on the other half meanwhile.
 constexpr int kMinHalfRows = 8;
+constexpr int kMaxWholeRows = 64;
 
 int CeilDivide(int a, int b) { return (a + b - 1) / b; }
 
@@ -25,6 +27,10 @@ std::optional<Step> Scheduler::Next() {
   int over_share_rows = OverShareRows();
   AddDecodeRows(step, over_share_rows);
   AddPromptRows(step, over_share_rows);
+  if (step.rows.empty() && in_flight_.empty()) {
+    for (SequenceId id : ready_) sequences_.at(id).held_until = 0;  // for nothing else would go
+    AddDecodeRows(step, over_share_rows);
+  }
   if (step.rows.empty()) return std::nullopt;
   shares_.EndStep();
   step.number = ++steps_;
@@ -32,7 +38,10 @@ std::optional<Step> Scheduler::Next() {
   step.clear = pool_.TakeDirty();
   step.copies = std::exchange(copies_, {});
   for (const Step::Copy& copy : step.copies) pool_.Release(copy.from, false);
-  if (step.decode_rows > 0) ++decode_steps_in_flight_;
+  if (step.decode_rows > 0) {
+    ++decode_steps_in_flight_;
+    last_decode_step_ = steps_;
+  }
   in_flight_.push_back(step);
   return step;
 }
@@ -79,6 +88,7 @@ const FairEntry* Scheduler::FirstPrompt(bool over_share) const {
 // over their share leave some of their rows to their prompts.
 void Scheduler::AddDecodeRows(Step& step, int& over_share_rows) {
   if (decode_steps_in_flight_ >= options_.stages) return;
+  if (PromptGoesFirst()) return;
   const int limit = DecodeRowLimit();
   const int rationed = std::min(over_share_rows, kRationedRows);
   AddReady(/*over_share=*/false, std::min(limit, options_.max_step_tokens - rationed), step);
@@ -90,11 +100,22 @@ void Scheduler::AddDecodeRows(Step& step, int& over_share_rows) {
   over_share_rows -= step.decode_rows - before;
 }
 
+// Whether a short prompt of a client within its share has the step to itself: at most twice in a
+// row, and only on one stage, as several would have nothing to do meanwhile.
+bool Scheduler::PromptGoesFirst() const {
+  if (options_.stages > 1 || !Crowded() || last_decode_step_ + 1 < steps_) return false;
+  const FairEntry* front = FirstPrompt(/*over_share=*/false);
+  return front != nullptr && sequences_.at(front->order).pending() <= kMaxWholeRows;
+}
+
 // Up to `rows` rows of sequences whose clients are over their share, or of the others.
 void Scheduler::AddReady(bool over_share, int rows, Step& step) {
+  const bool crowded = Crowded();
   while (rows > 0) {
     const auto ready = std::find_if(ready_.begin(), ready_.end(), [&](SequenceId id) {
-      return OverShare(sequences_.at(id).entry.client) == over_share;
+      const Sequence& sequence = sequences_.at(id);
+      const bool held = crowded && sequence.held_until > steps_ + 1;
+      return !held && OverShare(sequence.entry.client) == over_share;
     });
     if (ready == ready_.end()) return;
     Sequence& sequence = sequences_.at(*ready);
@@ -138,8 +159,7 @@ void Scheduler::AddPromptRows(Step& step, int over_share_rows) {
 
 // Gives up to `rows` rows to prompts of clients that are over their share, or of the others, in
 // turns of a block's size; those of one sequence then go together. While shares are looked at, the
-// others' prompts go one by one, each in two steps at least: sequences that decode go on in
-// between, so that the requests of clients which send alike move apart.
+// others' prompts go one by one.
 int Scheduler::ShareOut(bool over_share, int rows, PromptRows& prompts) {
   const bool mixed = over_share || !Crowded();
   int given_out = 0;
@@ -153,7 +173,8 @@ int Scheduler::ShareOut(bool over_share, int rows, PromptRows& prompts) {
     if (added && !mixed && given_out >= kMinHalfRows) break;
     const int given = added ? 0 : share->second;
     const int pending = sequence.pending();
-    const bool halve = !mixed && !sequence.opened && pending >= 2 * kMinHalfRows;
+    const int whole = options_.stages == 1 ? kMaxWholeRows : 2 * kMinHalfRows - 1;
+    const bool halve = !mixed && !sequence.opened && pending > whole;
     const int most = halve ? CeilDivide(pending, 2) : pending;
     int count = std::min({most - given, rows - given_out, kKvBlockPositions});
     if (count == 0) break;  // the other half in the next step
@@ -175,9 +196,20 @@ int Scheduler::ShareOut(bool over_share, int rows, PromptRows& prompts) {
     prompts_.Serve(front, count);
     const int left = pending - share->second;
     if (left == 0) prompts_.Erase(front);
-    if (!mixed) unfinished_ = left <= kKvBlockPositions ? sequence.id : 0;
+    if (mixed) continue;
+    unfinished_ = left <= kKvBlockPositions ? sequence.id : 0;
+    if (left == 0) MoveApart(sequence);
   }
   return given_out;
+}
+
+// The prompt ends with the step that is being made. Clients that send alike would meet again and
+// again, each waiting for the other's prompt: so it is some steps after the one before that this
+// sequence goes on, and later ends.
+void Scheduler::MoveApart(Sequence& sequence) {
+  const uint64_t next = steps_ + 2;
+  decoding_from_ = std::max(next, std::min(decoding_from_ + kApartSteps, next + kMaxHeldSteps));
+  sequence.held_until = decoding_from_;
 }
 
 // One stage works best on large chunks. Several stages work at the same time only if the prompt
