@@ -62,9 +62,15 @@ def closure(path):
     return frozenset(files), frozenset(names)
 
 
+def vector_flags(path):
+    """Of files for one instruction set."""
+    if "avx512" in path:
+        return ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+    return ["-mavx2", "-mfma", "-mf16c"] if "avx2" in path else []
+
+
 def language(path):
-    args = ["-x", "c++"] if path.endswith(".h") else []
-    return args + (["-mavx2", "-mfma", "-mf16c"] if "avx2" in path else [])
+    return (["-x", "c++"] if path.endswith(".h") else []) + vector_flags(path)
 
 
 def own_header(path, headers):
@@ -127,7 +133,7 @@ def check(sources):
     verdicts = {path: verdict_of(path, base) for path in [*first, *sorted(rest)]}
     todo = [path for path, verdict in verdicts.items() if not os.path.exists(verdict)]
     # A header must not be given what only the source file behind it includes.
-    wanted = {path: heavy(first.get(path) or path) for path in todo if "avx2" not in path}
+    wanted = {path: heavy(first.get(path) or path) for path in todo if not vector_flags(path)}
     chosen = sets_to_precompile(wanted)
     findings = []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, \

@@ -29,11 +29,6 @@ constexpr int kMaxThreads = 1024;
 // What is read and written to empty the caches: as much as they hold, within bounds.
 constexpr size_t kLeastFlushBytes = size_t{64} << 20, kMostFlushBytes = size_t{512} << 20;
 
-const CpuKernels* ChooseKernels(const std::string& isa) {
-  const CpuKernels* avx2 = isa == "portable" ? nullptr : Avx2Kernels();
-  return avx2 != nullptr ? avx2 : &PortableKernels();
-}
-
 int ChooseThreads(int wanted) {
   if (wanted > 0) return std::min(wanted, kMaxThreads);
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
@@ -55,7 +50,7 @@ uint64_t MemoryBytes() {
 class CpuBackend : public Backend {
  public:
   explicit CpuBackend(const CpuOptions& options)
-      : kernels_(ChooseKernels(options.isa)), pool_(ChooseThreads(options.threads)) {}
+      : kernels_(&KernelsFor(options.isa)), pool_(ChooseThreads(options.threads)) {}
 
   BackendInfo info() const override {
     return {"cpu", "cpu-1",

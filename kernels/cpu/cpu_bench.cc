@@ -192,10 +192,8 @@ absl::Status Run(const CpuOptions& options, const std::vector<std::string>& type
   for (const std::string& model : models) {
     STAGECOACH_RETURN_IF_ERROR(BenchModel(*backend, model, kv_type, bandwidth));
   }
-  const CpuKernels* kernels = options.isa == "portable" ? nullptr : Avx2Kernels();
-  if (kernels == nullptr) kernels = &PortableKernels();
   ThreadPool pool(options.threads);
-  const LayerOps ops(kernels, &pool);
+  const LayerOps ops(&KernelsFor(options.isa), &pool);
   for (const TensorTypeInfo& info : AllTensorTypes()) {
     const bool wanted = types.empty()
                             ? models.empty()
@@ -217,7 +215,7 @@ int main(int argc, char** argv) {
                                                               {"q8_0", stagecoach::KvType::kQ8_0}};
   CLI::App app("Speed of the CPU backend");
   app.add_option("--threads", options.threads)->capture_default_str();
-  app.add_option("--isa", options.isa, "auto, portable or avx2")->capture_default_str();
+  app.add_option("--isa", options.isa, "auto, portable, avx2 or avx512")->capture_default_str();
   app.add_option("--types", types, "Weight types; default: all if no model is given")
       ->delimiter(',');
   app.add_option("--model", models, "GGUF files to run");

@@ -39,7 +39,8 @@ TEST_P(CpuConformance, UnitBuilder) { ExpectAllPass("UnitBuilder/"); }
 
 // An isa that this machine lacks runs as the best it has.
 INSTANTIATE_TEST_SUITE_P(Variants, CpuConformance,
-                         testing::Values(Variant{"portable", 1}, Variant{"avx2", 3}),
+                         testing::Values(Variant{"portable", 1}, Variant{"avx2", 3},
+                                         Variant{"avx512", 2}),
                          [](const auto& test) { return std::string(test.param.isa); });
 
 }  // namespace

@@ -37,6 +37,7 @@ TEST_P(CpuGolden, AccuracyAndBits) {
   EXPECT_TRUE(SameBits(Logits(model.name, {.threads = 3}, 7), whole)) << "3 threads, chunks of 7";
   EXPECT_TRUE(SameBits(Logits(model.name, {.threads = 2, .isa = "portable"}, 33), whole))
       << "portable";
+  EXPECT_TRUE(SameBits(Logits(model.name, {.threads = 1, .isa = "avx2"}, 20), whole)) << "AVX2";
 }
 
 INSTANTIATE_TEST_SUITE_P(EveryType, CpuGolden, testing::ValuesIn(kGoldenModels),

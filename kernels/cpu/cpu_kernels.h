@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "model/tensor_type.h"
 
@@ -99,6 +100,9 @@ struct CpuKernels {
 const CpuKernels& PortableKernels();
 // nullptr if this machine or build cannot run them.
 const CpuKernels* Avx2Kernels();
+const CpuKernels* Avx512Kernels();
+// isa: portable, avx2 or avx512; if the machine lacks it, or for anything else, the best it has.
+const CpuKernels& KernelsFor(std::string_view isa);
 
 }  // namespace stagecoach::cpu
 

@@ -1,9 +1,12 @@
-// The kernel tables against each other and against themselves, bit by bit: portable and AVX2, a row
-// alone and among others, a panel alone and among others.
+// The kernel tables against each other and against themselves, bit by bit: portable and vector
+// units, a row alone and among others, a panel alone and among others.
 #include "kernels/cpu/cpu_kernels.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -11,6 +14,7 @@
 #include "kernels/compare.h"
 #include "kernels/cpu/cpu_workspace.h"
 #include "kernels/cpu/pack.h"
+#include "kernels/cpu/records.h"
 #include "model/half.h"
 #include "model/random_blocks.h"
 
@@ -29,10 +33,23 @@ std::vector<float> RandomFloats(size_t count, uint64_t seed) {
   return values;
 }
 
-const CpuKernels* Fast() { return Avx2Kernels(); }
+// The tables for vector units that this machine and build have.
+std::vector<const CpuKernels*> VectorKernels() {
+  std::vector<const CpuKernels*> tables;
+  for (const CpuKernels* table : {Avx2Kernels(), Avx512Kernels()}) {
+    if (table != nullptr) tables.push_back(table);
+  }
+  return tables;
+}
+// All of them.
+std::vector<const CpuKernels*> AllKernels() {
+  std::vector<const CpuKernels*> tables = VectorKernels();
+  tables.push_back(&PortableKernels());
+  return tables;
+}
 
-#define STAGECOACH_NEEDS_AVX2() \
-  if (Fast() == nullptr) GTEST_SKIP() << "this machine or build has no AVX2"
+#define STAGECOACH_NEEDS_VECTORS() \
+  if (VectorKernels().empty()) GTEST_SKIP() << "this machine or build has no AVX2"
 
 struct Quantized {
   QuantBuffer buffer;
@@ -54,7 +71,7 @@ Quantized QuantizeRows(const CpuKernels& kernels, std::vector<float> x, int rows
 
 class MatmulTest : public testing::TestWithParam<TensorType> {
  protected:
-  static constexpr int kOutputs = 27, kRows = 70;  // a part of a panel, more than a slab of rows
+  static constexpr int kOutputs = 35, kRows = 70;  // an odd panel in part, more than a slab
   int columns() const { return GetTensorTypeInfo(GetParam()).block_elements == 1 ? 77 : 768; }
   PackedMatrix Matrix() const {
     FastRandom random(3);
@@ -70,51 +87,57 @@ class MatmulTest : public testing::TestWithParam<TensorType> {
   }
 };
 
-TEST_P(MatmulTest, PortableAndAvx2HaveTheSameBits) {
-  STAGECOACH_NEEDS_AVX2();
+TEST_P(MatmulTest, AllTablesHaveTheSameBits) {
+  STAGECOACH_NEEDS_VECTORS();
   const PackedMatrix w = Matrix();
-  for (const int rows : {1, 2, 3, 4, 5, kRows}) {
+  for (const int rows : {1, 2, 3, 4, 5, 9, kRows}) {
     const std::vector<float> x = RandomFloats(static_cast<size_t>(rows) * columns(), rows);
     const Quantized portable = QuantizeRows(PortableKernels(), x, rows, columns());
-    const Quantized fast = QuantizeRows(*Fast(), x, rows, columns());
     for (const bool accumulate : {false, true}) {
-      EXPECT_TRUE(SameBits(Multiply(PortableKernels(), w, portable, accumulate),
-                           Multiply(*Fast(), w, fast, accumulate)))
-          << rows << " rows";
+      const std::vector<float> expected = Multiply(PortableKernels(), w, portable, accumulate);
+      for (const CpuKernels* fast : VectorKernels()) {
+        const Quantized quantized = QuantizeRows(*fast, x, rows, columns());
+        EXPECT_TRUE(SameBits(expected, Multiply(*fast, w, quantized, accumulate)))
+            << fast->name << ", " << rows << " rows";
+      }
     }
   }
 }
 
 TEST_P(MatmulTest, CompanyDoesNotMatter) {
-  const CpuKernels& kernels = Fast() != nullptr ? *Fast() : PortableKernels();
   const PackedMatrix w = Matrix();
   const std::vector<float> x = RandomFloats(static_cast<size_t>(kRows) * columns(), 9);
-  const std::vector<float> all = Multiply(kernels, w, QuantizeRows(kernels, x, kRows, columns()));
-  for (const int row : {0, 1, 2, 31, 63, 64, 66, 69}) {
-    const std::vector<float> alone(x.begin() + row * columns(), x.begin() + (row + 1) * columns());
-    const Quantized q = QuantizeRows(kernels, alone, 1, columns());
-    EXPECT_TRUE(SameBits(Multiply(kernels, w, q), std::span(all).subspan(row * kOutputs, kOutputs)))
-        << "row " << row;
-    std::vector<float> by_panel(kOutputs);
-    for (int panel = 0; panel < w.view().panels(); ++panel) {
-      kernels.matmul(w.view(), panel, panel + 1, q.view(), false, by_panel.data(), kOutputs);
+  for (const CpuKernels* kernels : AllKernels()) {
+    const std::vector<float> all =
+        Multiply(*kernels, w, QuantizeRows(*kernels, x, kRows, columns()));
+    for (const int row : {0, 1, 2, 31, 63, 64, 66, 69}) {
+      const std::span<const float> together = std::span(all).subspan(row * kOutputs, kOutputs);
+      const auto at = x.begin() + row * columns();
+      const Quantized q = QuantizeRows(*kernels, {at, at + columns()}, 1, columns());
+      EXPECT_TRUE(SameBits(Multiply(*kernels, w, q), together)) << kernels->name << ", row " << row;
+      std::vector<float> by_panel(kOutputs);
+      for (int panel = 0; panel < w.view().panels(); ++panel) {
+        kernels->matmul(w.view(), panel, panel + 1, q.view(), false, by_panel.data(), kOutputs);
+      }
+      EXPECT_TRUE(SameBits(by_panel, together)) << kernels->name << ", row " << row;
     }
-    EXPECT_TRUE(SameBits(by_panel, std::span(all).subspan(row * kOutputs, kOutputs)));
   }
 }
 
 TEST_P(MatmulTest, NanStaysInItsRow) {
-  const CpuKernels& kernels = Fast() != nullptr ? *Fast() : PortableKernels();
   const PackedMatrix w = Matrix();
-  for (const float bad : {kNan, std::numeric_limits<float>::infinity()}) {
-    std::vector<float> x = RandomFloats(static_cast<size_t>(3) * columns(), 4);
-    const std::vector<float> good = Multiply(kernels, w, QuantizeRows(kernels, x, 3, columns()));
-    x[columns() + 5] = bad;
-    const std::vector<float> y = Multiply(kernels, w, QuantizeRows(kernels, x, 3, columns()));
-    for (int i = 0; i < kOutputs; ++i) {
-      EXPECT_EQ(y[i], good[i]);
-      EXPECT_FALSE(std::isfinite(y[kOutputs + i])) << i;
-      EXPECT_EQ(y[2 * kOutputs + i], good[2 * kOutputs + i]);
+  for (const CpuKernels* kernels : AllKernels()) {
+    for (const float bad : {kNan, std::numeric_limits<float>::infinity()}) {
+      std::vector<float> x = RandomFloats(static_cast<size_t>(3) * columns(), 4);
+      const std::vector<float> good =
+          Multiply(*kernels, w, QuantizeRows(*kernels, x, 3, columns()));
+      x[columns() + 5] = bad;
+      const std::vector<float> y = Multiply(*kernels, w, QuantizeRows(*kernels, x, 3, columns()));
+      for (int i = 0; i < kOutputs; ++i) {
+        EXPECT_EQ(y[i], good[i]);
+        EXPECT_FALSE(std::isfinite(y[kOutputs + i])) << kernels->name << " " << i;
+        EXPECT_EQ(y[2 * kOutputs + i], good[2 * kOutputs + i]);
+      }
     }
   }
 }
@@ -128,6 +151,40 @@ INSTANTIATE_TEST_SUITE_P(EveryType, MatmulTest, testing::ValuesIn(AllTypes()),
                          [](const auto& test) {
                            return std::string(GetTensorTypeInfo(test.param).name);
                          });
+
+// The tables keep the scaled sums of a half in different types. Those of Q6_K get the largest: just
+// below 2^24, up to where a float is exact, and twice that over both halves.
+TEST(CpuKernels, LargestSumsHaveTheSameBits) {
+  STAGECOACH_NEEDS_VECTORS();
+  constexpr int kPanels = 3, kColumns = 256;
+  FastRandom random(6);
+  std::vector<RecordQ6_K> records(kPanels);
+  for (RecordQ6_K& record : records) {
+    std::fill_n(record.d, kPanelRows, uint16_t{0x3c00});  // 1
+    std::memset(record.scales, 0x80, sizeof(record.scales));
+    std::memset(record.pairs, 0xff, sizeof(record.pairs));
+    std::memset(record.nibbles, 0xff, sizeof(record.nibbles));
+    // A few of the lowest bits differ, so that sums over both halves are odd.
+    for (int i = 0; i < 40; ++i) record.nibbles[i % 8][random.Next() % 128] &= 0xee;
+    for (int i = 0; i < 8; ++i) record.scales[2 * i + 1][random.Next() % kPanelRows] = 0x81;
+  }
+  const MatrixView w = {.type = TensorType::kQ6_K,
+                        .rows = kPanels * kPanelRows,
+                        .columns = kColumns,
+                        .data = reinterpret_cast<const uint8_t*>(records.data()),
+                        .panel_bytes = sizeof(RecordQ6_K)};
+  for (const int rows : {1, 12}) {
+    const std::vector<float> alike(static_cast<size_t>(rows) * kColumns, -127.0f);
+    const Quantized x = QuantizeRows(PortableKernels(), alike, rows, kColumns);
+    ASSERT_EQ(x.buffer.quants[0], -127);
+    std::vector<float> expected(static_cast<size_t>(rows) * w.rows), y = expected;
+    PortableKernels().matmul(w, 0, kPanels, x.view(), false, expected.data(), w.rows);
+    for (const CpuKernels* fast : VectorKernels()) {
+      fast->matmul(w, 0, kPanels, x.view(), false, y.data(), w.rows);
+      EXPECT_TRUE(SameBits(expected, y)) << fast->name << ", " << rows << " rows";
+    }
+  }
+}
 
 TEST(CpuKernels, QuantizeKeepsValuesWithinHalfAStep) {
   const std::vector<float> x = RandomFloats(96, 1);
@@ -155,27 +212,31 @@ TEST(CpuKernels, QuantizeZeros) {
 }
 
 TEST(CpuKernels, ElementwiseBits) {
-  STAGECOACH_NEEDS_AVX2();
+  STAGECOACH_NEEDS_VECTORS();
   for (const int n : {1, 7, 8, 16, 100, 256, 1003}) {
     std::vector<float> x = RandomFloats(n, n), w = RandomFloats(n, n + 1);
     x[0] = 200;  // beyond where e^x is clamped
     std::vector<float> a(n), b(n);
     PortableKernels().rms_norm(x.data(), n, w.data(), 1e-5f, a.data());
-    Fast()->rms_norm(x.data(), n, w.data(), 1e-5f, b.data());
-    EXPECT_TRUE(SameBits(a, b)) << "norm of " << n;
+    for (const CpuKernels* fast : VectorKernels()) {
+      fast->rms_norm(x.data(), n, w.data(), 1e-5f, b.data());
+      EXPECT_TRUE(SameBits(a, b)) << fast->name << ", norm of " << n;
+    }
     for (float& value : x) value *= 12;
     PortableKernels().swiglu(x.data(), w.data(), n, a.data());
-    Fast()->swiglu(x.data(), w.data(), n, b.data());
-    EXPECT_TRUE(SameBits(a, b)) << "SwiGlu of " << n;
+    for (const CpuKernels* fast : VectorKernels()) {
+      fast->swiglu(x.data(), w.data(), n, b.data());
+      EXPECT_TRUE(SameBits(a, b)) << fast->name << ", SwiGlu of " << n;
+    }
     for (int i = 0; i < n; ++i) {
       const double exact = x[i] / (1.0 + std::exp(-static_cast<double>(x[i]))) * w[i];
-      EXPECT_NEAR(b[i], exact, 1e-6 * std::abs(exact) + 1e-30) << x[i];
+      EXPECT_NEAR(a[i], exact, 1e-6 * std::abs(exact) + 1e-30) << x[i];
     }
   }
 }
 
 TEST(CpuKernels, HalvesOfEveryKind) {
-  STAGECOACH_NEEDS_AVX2();
+  STAGECOACH_NEEDS_VECTORS();
   std::vector<float> x;
   for (uint64_t bits = 0; bits < uint64_t{1} << 32; bits += 65521) {
     if (!std::isnan(FloatFromBits(static_cast<uint32_t>(bits)))) {
@@ -185,8 +246,10 @@ TEST(CpuKernels, HalvesOfEveryKind) {
   const int count = static_cast<int>(x.size());
   std::vector<uint16_t> a(count), b(count);
   PortableKernels().to_half(x.data(), count, a.data());
-  Fast()->to_half(x.data(), count, b.data());
-  EXPECT_EQ(a, b);
+  for (const CpuKernels* fast : VectorKernels()) {
+    fast->to_half(x.data(), count, b.data());
+    EXPECT_EQ(a, b) << fast->name;
+  }
 }
 
 }  // namespace

@@ -17,17 +17,34 @@
 
 namespace stagecoach::cpu {
 
-// Writes the 8 outputs of a panel, or as many as the matrix has.
-template <class S>
-inline void StorePanel(typename S::Floats value, int outputs, bool accumulate, float* y) {
-  if (outputs == kPanelRows) {
-    S::Store(accumulate ? S::Add(S::Load(y), value) : value, y);
-    return;
+// The panels of one vector of S, from `panel` on: S::kPanels of them, or the last one alone, whose
+// rows the lanes of the second then repeat.
+template <class S, class Record>
+struct Strip {
+  Strip(const MatrixView& w, int panel, int last_panel)
+      : records(
+            reinterpret_cast<const Record*>(w.data + static_cast<size_t>(panel) * w.panel_bytes)) {
+    const int panels = panel + S::kPanels <= last_panel ? S::kPanels : 1;
+    pitch = panels == 2 ? static_cast<ptrdiff_t>(w.panel_bytes) : 0;
+    const int left = w.rows - panel * kPanelRows;
+    outputs = left < panels * kPanelRows ? left : panels * kPanelRows;
   }
-  float buffer[kPanelRows];
-  S::Store(value, buffer);
-  for (int i = 0; i < outputs; ++i) y[i] = accumulate ? y[i] + buffer[i] : buffer[i];
-}
+
+  // Writes the outputs.
+  void Store(typename S::Floats value, bool accumulate, float* y) const {
+    if (outputs == S::kLanes) {
+      S::Store(accumulate ? S::Add(S::Load(y), value) : value, y);
+      return;
+    }
+    float buffer[S::kLanes];
+    S::Store(value, buffer);
+    for (int i = 0; i < outputs; ++i) y[i] = accumulate ? y[i] + buffer[i] : buffer[i];
+  }
+
+  const Record* records;
+  ptrdiff_t pitch;
+  int outputs;
+};
 
 inline constexpr int kTileRows = 4;
 
@@ -38,9 +55,10 @@ class QuantMatmul {
                   bool accumulate, float* y, ptrdiff_t y_stride) {
     if (x.rows <= kDirectRows) {
       // Each panel for all rows, from memory the first time and from the cache after that.
-      for (int panel = first_panel; panel < last_panel; ++panel) {
+      for (int panel = first_panel; panel < last_panel; panel += S::kPanels) {
+        const Strip<S, Record> strip(w, panel, last_panel);
         for (int row = 0; row < x.rows; row += kTileRows) {
-          RunDirect(w, panel, x, row, accumulate, y, y_stride);
+          RunDirect(strip, x, row, accumulate, y + panel * kPanelRows, y_stride);
         }
       }
       return;
@@ -54,7 +72,6 @@ class QuantMatmul {
  private:
   using U = Unpack<S, Record>;
   using Bytes = typename S::Bytes;
-  using Words = typename S::Words;
   using Ints = typename S::Ints;
   using Floats = typename S::Floats;
 
@@ -63,7 +80,7 @@ class QuantMatmul {
   static constexpr int kSlabRows = 64;
   // Up to here unpacking again for every tile of rows costs less than storing what was unpacked.
   // Signed quants need no unpacking.
-  static constexpr int kDirectRows = U::kSigned ? kSlabRows : 8;
+  static constexpr int kDirectRows = U::kSigned ? kSlabRows : S::kByteDots ? kTileRows : 8;
   // How far ahead of its use a weight is fetched. A record is read in several strands at once,
   // which the processor's own prefetching follows badly.
   static constexpr size_t kPrefetchBytes = 4096;
@@ -74,72 +91,148 @@ class QuantMatmul {
     GroupScales<S> scales;
   };
 
-  // Integer part of one group for kPanels panels and kRows rows. groups: of the panels, `pitch`
-  // apart; quants: of the group, rows `stride` apart.
-  template <int kPanels, int kRows>
+  static void UnpackGroup(const Record& record, int group, ptrdiff_t pitch, UnpackedGroup* out) {
+    Prefetch(record, group, 0);
+    if constexpr (S::kPanels == 2) Prefetch(record, group, pitch);
+    U::Weights(record, group, pitch, out->weights);
+    U::Scales(record, group, pitch, &out->scales);
+  }
+  // Fetches what lies kPrefetchBytes behind a group.
+  static void Prefetch(const Record& record, int group, ptrdiff_t pitch) {
+    constexpr size_t kGroupBytes = sizeof(Record) / Record::kGroups;
+    const uint8_t* ahead =
+        reinterpret_cast<const uint8_t*>(&record) + pitch + group * kGroupBytes + kPrefetchBytes;
+    for (size_t i = 0; i < kGroupBytes; i += 64) __builtin_prefetch(ahead + i);
+  }
+
+  // sum_h scale[h] * dot[h] of one group for kStrips strips and kRows rows, rounded to float.
+  // groups: of the strips, `pitch` apart; quants: of the group, rows `stride` apart.
+  template <int kStrips, int kRows>
   static void Dot(const UnpackedGroup* groups, ptrdiff_t pitch, const int8_t* quants,
-                  ptrdiff_t stride, Ints (*sums)[kRows]) {
-    if constexpr (U::kSigned) {
+                  ptrdiff_t stride, Floats (*sums)[kRows]) {
+    if constexpr (S::kByteDots) {
+      DotBytes<kStrips, kRows>(groups, pitch, quants, stride, sums);
+    } else {
+      Ints ints[kStrips][kRows];
+      if constexpr (U::kSigned) {
+        DotSigned<kStrips, kRows>(groups, pitch, quants, stride, ints);
+      } else {
+        DotUnsigned<kStrips, kRows>(groups, pitch, quants, stride, ints);
+      }
       STAGECOACH_UNROLL
-      for (int j = 0; j < 8; ++j) {
+      for (int p = 0; p < kStrips; ++p) {
         STAGECOACH_UNROLL
-        for (int p = 0; p < kPanels; ++p) {
-          const Bytes w = groups[p * pitch].weights[j];
-          const Bytes magnitude = S::Abs(w);
+        for (int t = 0; t < kRows; ++t) sums[p][t] = S::ToFloats(ints[p][t]);
+      }
+    }
+  }
+
+  // With products of bytes that are added to integers at once. The scaled sum of a half fits a
+  // float, and so does the sum over both before it is rounded: the same bits as in integers.
+  template <int kStrips, int kRows>
+  static void DotBytes(const UnpackedGroup* groups, ptrdiff_t pitch, const int8_t* quants,
+                       ptrdiff_t stride, Floats (*sums)[kRows]) {
+    constexpr int kCount = 8 / U::kHalves;
+    STAGECOACH_UNROLL
+    for (int h = 0; h < U::kHalves; ++h) {
+      Ints dot[kStrips][kRows];
+      STAGECOACH_UNROLL
+      for (int p = 0; p < kStrips; ++p) {
+        STAGECOACH_UNROLL
+        for (int t = 0; t < kRows; ++t) dot[p][t] = S::ZeroInts();
+      }
+      STAGECOACH_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        const int j = h * kCount + i;
+        STAGECOACH_UNROLL
+        for (int t = 0; t < kRows; ++t) {
+          const Bytes x = S::Broadcast4(quants + t * stride + 4 * j);
           STAGECOACH_UNROLL
-          for (int t = 0; t < kRows; ++t) {
-            const Bytes x = S::Sign(S::Broadcast4(quants + t * stride + 4 * j), w);
-            const Ints product = S::MulAddWords(S::MulAddBytes(magnitude, x), S::OneWords());
-            sums[p][t] = j == 0 ? product : S::Add(sums[p][t], product);
+          for (int p = 0; p < kStrips; ++p) {
+            const Bytes w = groups[p * pitch].weights[j];
+            dot[p][t] = U::kSigned ? S::AddSignedDot(dot[p][t], w, x) : S::AddDot(dot[p][t], w, x);
           }
         }
       }
-    } else {
       STAGECOACH_UNROLL
-      for (int c = 0; c < 8 / U::kChain; ++c) {
-        Words dot[kPanels][kRows] = {};
+      for (int p = 0; p < kStrips; ++p) {
         STAGECOACH_UNROLL
-        for (int i = 0; i < U::kChain; ++i) {
-          const int j = c * U::kChain + i;
-          STAGECOACH_UNROLL
-          for (int t = 0; t < kRows; ++t) {
-            const Bytes x = S::Broadcast4(quants + t * stride + 4 * j);
-            STAGECOACH_UNROLL
-            for (int p = 0; p < kPanels; ++p) {
-              const Words product = S::MulAddBytes(groups[p * pitch].weights[j], x);
-              dot[p][t] = i == 0 ? product : S::Add(dot[p][t], product);
-            }
-          }
-        }
-        STAGECOACH_UNROLL
-        for (int p = 0; p < kPanels; ++p) {
-          const Words scale = U::kUnitScale
-                                  ? S::OneWords()
-                                  : groups[p * pitch].scales.scale[c * U::kChain * U::kHalves / 8];
-          STAGECOACH_UNROLL
-          for (int t = 0; t < kRows; ++t) {
-            const Ints product = S::MulAddWords(dot[p][t], scale);
-            sums[p][t] = c == 0 ? product : S::Add(sums[p][t], product);
-          }
+        for (int t = 0; t < kRows; ++t) {
+          Floats sum = S::ToFloats(dot[p][t]);
+          if constexpr (!U::kUnitScale) sum = S::Mul(sum, groups[p * pitch].scales.scale[h]);
+          sums[p][t] = h == 0 ? sum : S::Add(sums[p][t], sum);
         }
       }
     }
   }
 
-  // Adds one group to the sums of kPanels panels and kRows rows.
-  template <int kPanels, int kRows>
+  // With products of neighbouring bytes, added in 16 bits.
+  template <int kStrips, int kRows>
+  static void DotUnsigned(const UnpackedGroup* groups, ptrdiff_t pitch, const int8_t* quants,
+                          ptrdiff_t stride, Ints (*sums)[kRows]) {
+    using Words = typename S::Words;
+    STAGECOACH_UNROLL
+    for (int c = 0; c < 8 / U::kChain; ++c) {
+      Words dot[kStrips][kRows] = {};
+      STAGECOACH_UNROLL
+      for (int i = 0; i < U::kChain; ++i) {
+        const int j = c * U::kChain + i;
+        STAGECOACH_UNROLL
+        for (int t = 0; t < kRows; ++t) {
+          const Bytes x = S::Broadcast4(quants + t * stride + 4 * j);
+          STAGECOACH_UNROLL
+          for (int p = 0; p < kStrips; ++p) {
+            const Words product = S::MulAddBytes(groups[p * pitch].weights[j], x);
+            dot[p][t] = i == 0 ? product : S::Add(dot[p][t], product);
+          }
+        }
+      }
+      STAGECOACH_UNROLL
+      for (int p = 0; p < kStrips; ++p) {
+        const Words scale = U::kUnitScale
+                                ? S::OneWords()
+                                : groups[p * pitch].scales.scale[c * U::kChain * U::kHalves / 8];
+        STAGECOACH_UNROLL
+        for (int t = 0; t < kRows; ++t) {
+          const Ints product = S::MulAddWords(dot[p][t], scale);
+          sums[p][t] = c == 0 ? product : S::Add(sums[p][t], product);
+        }
+      }
+    }
+  }
+  template <int kStrips, int kRows>
+  static void DotSigned(const UnpackedGroup* groups, ptrdiff_t pitch, const int8_t* quants,
+                        ptrdiff_t stride, Ints (*sums)[kRows]) {
+    STAGECOACH_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      STAGECOACH_UNROLL
+      for (int p = 0; p < kStrips; ++p) {
+        const Bytes w = groups[p * pitch].weights[j];
+        const Bytes magnitude = S::Abs(w);
+        STAGECOACH_UNROLL
+        for (int t = 0; t < kRows; ++t) {
+          const Bytes x = S::Sign(S::Broadcast4(quants + t * stride + 4 * j), w);
+          const Ints product = S::MulAddWords(S::MulAddBytes(magnitude, x), S::OneWords());
+          sums[p][t] = j == 0 ? product : S::Add(sums[p][t], product);
+        }
+      }
+    }
+  }
+
+  // Adds one group to the sums of kStrips strips and kRows rows.
+  template <int kStrips, int kRows>
   static void AddGroup(const UnpackedGroup* groups, ptrdiff_t pitch, const int8_t* quants,
                        ptrdiff_t stride, const ActivationScale* scales, ptrdiff_t scale_stride,
                        Floats (*acc)[kRows]) {
-    Ints sums[kPanels][kRows] = {};
-    Dot<kPanels, kRows>(groups, pitch, quants, stride, sums);
+    Floats sums[kStrips][kRows];
+    Dot<kStrips, kRows>(groups, pitch, quants, stride, sums);
     STAGECOACH_UNROLL
-    for (int p = 0; p < kPanels; ++p) {
+    for (int p = 0; p < kStrips; ++p) {
       const GroupScales<S>& s = groups[p * pitch].scales;
       STAGECOACH_UNROLL
       for (int t = 0; t < kRows; ++t) {
         const ActivationScale& x = scales[t * scale_stride];
-        Floats value = S::Mul(S::ToFloats(sums[p][t]), S::Mul(s.delta, S::Set(x.scale)));
+        Floats value = S::Mul(sums[p][t], S::Mul(s.delta, S::Set(x.scale)));
         if constexpr (U::kMin) {
           if constexpr (U::kHalves == 1) {
             value = S::Sub(value, S::Mul(s.min[0], S::Set(x.sum)));
@@ -153,29 +246,13 @@ class QuantMatmul {
     }
   }
 
-  // Fetches what lies kPrefetchBytes behind a group.
-  static void Prefetch(const Record& record, int group) {
-    constexpr size_t kGroupBytes = sizeof(Record) / Record::kGroups;
-    const uint8_t* ahead =
-        reinterpret_cast<const uint8_t*>(&record) + group * kGroupBytes + kPrefetchBytes;
-    for (size_t i = 0; i < kGroupBytes; i += 64) __builtin_prefetch(ahead + i);
-  }
-
-  static const Record* Panel(const MatrixView& w, int panel) {
-    return reinterpret_cast<const Record*>(w.data + static_cast<size_t>(panel) * w.panel_bytes);
-  }
-  static int Outputs(const MatrixView& w, int panel) {
-    const int left = w.rows - panel * kPanelRows;
-    return left < kPanelRows ? left : kPanelRows;
-  }
-
-  // kRows rows of one panel: weights go from memory to registers.
+  // kRows rows of one strip: weights go from memory to registers.
   template <int kRows>
-  static void RunFew(const MatrixView& w, int panel, const ActivationView& x, int first_row,
+  static void RunFew(const Strip<S, Record>& strip, const ActivationView& x, int first_row,
                      bool accumulate, float* y, ptrdiff_t y_stride) {
     const ptrdiff_t blocks = x.columns / kActivationBlock;
-    const int records = w.columns / (kActivationBlock * Record::kGroups);
-    const Record* record = Panel(w, panel);
+    const int records = x.columns / (kActivationBlock * Record::kGroups);
+    const Record* record = strip.records;
     const int8_t* quants = x.quants + static_cast<ptrdiff_t>(first_row) * x.columns;
     const ActivationScale* scales = x.scales + first_row * blocks;
     Floats acc[1][kRows];
@@ -183,10 +260,8 @@ class QuantMatmul {
     for (int t = 0; t < kRows; ++t) acc[0][t] = S::Set(0);
     for (int i = 0; i < records; ++i, ++record) {
       for (int g = 0; g < Record::kGroups; ++g) {
-        Prefetch(*record, g);
         UnpackedGroup group;
-        U::Weights(*record, g, group.weights);
-        U::Scales(*record, g, &group.scales);
+        UnpackGroup(*record, g, strip.pitch, &group);
         AddGroup<1, kRows>(&group, 0, quants, x.columns, scales, blocks, acc);
         quants += kActivationBlock;
         ++scales;
@@ -194,50 +269,49 @@ class QuantMatmul {
     }
     STAGECOACH_UNROLL
     for (int t = 0; t < kRows; ++t) {
-      StorePanel<S>(acc[0][t], Outputs(w, panel), accumulate,
-                    y + (first_row + t) * y_stride + panel * kPanelRows);
+      strip.Store(acc[0][t], accumulate, y + (first_row + t) * y_stride);
     }
   }
 
   // The kTileRows rows from first_row on, or as many as there are.
-  static void RunDirect(const MatrixView& w, int panel, const ActivationView& x, int first_row,
+  static void RunDirect(const Strip<S, Record>& strip, const ActivationView& x, int first_row,
                         bool accumulate, float* y, ptrdiff_t y_stride) {
     switch (x.rows - first_row) {
       case 1:
-        return RunFew<1>(w, panel, x, first_row, accumulate, y, y_stride);
+        return RunFew<1>(strip, x, first_row, accumulate, y, y_stride);
       case 2:
-        return RunFew<2>(w, panel, x, first_row, accumulate, y, y_stride);
+        return RunFew<2>(strip, x, first_row, accumulate, y, y_stride);
       case 3:
-        return RunFew<3>(w, panel, x, first_row, accumulate, y, y_stride);
+        return RunFew<3>(strip, x, first_row, accumulate, y, y_stride);
       default:
-        return RunFew<kTileRows>(w, panel, x, first_row, accumulate, y, y_stride);
+        return RunFew<kTileRows>(strip, x, first_row, accumulate, y, y_stride);
     }
   }
 
-  // acc: [kPanels][kSlabRows], from the tile's first row on.
-  template <int kPanels, int kRows>
+  // acc: [kStrips][kSlabRows], from the tile's first row on.
+  template <int kStrips, int kRows>
   static void RunTile(const UnpackedGroup* groups, int count, const int8_t* quants,
                       ptrdiff_t stride, const ActivationScale* scales, ptrdiff_t scale_stride,
                       Floats (*acc)[kSlabRows]) {
-    Floats local[kPanels][kRows];
+    Floats local[kStrips][kRows];
     STAGECOACH_UNROLL
-    for (int p = 0; p < kPanels; ++p) {
+    for (int p = 0; p < kStrips; ++p) {
       STAGECOACH_UNROLL
       for (int t = 0; t < kRows; ++t) local[p][t] = acc[p][t];
     }
     for (int g = 0; g < count; ++g) {
-      AddGroup<kPanels, kRows>(groups + g, kChunkGroups, quants + g * kActivationBlock, stride,
+      AddGroup<kStrips, kRows>(groups + g, kChunkGroups, quants + g * kActivationBlock, stride,
                                scales + g, scale_stride, local);
     }
     STAGECOACH_UNROLL
-    for (int p = 0; p < kPanels; ++p) {
+    for (int p = 0; p < kStrips; ++p) {
       STAGECOACH_UNROLL
       for (int t = 0; t < kRows; ++t) acc[p][t] = local[p][t];
     }
   }
 
-  // groups: [kPanels][kChunkGroups], `count` of them used.
-  template <int kPanels>
+  // groups: [kStrips][kChunkGroups], `count` of them used.
+  template <int kStrips>
   static void RunChunk(const UnpackedGroup* groups, int count, const ActivationView& x,
                        int first_row, int rows, int first_group, Floats (*acc)[kSlabRows]) {
     const ptrdiff_t blocks = x.columns / kActivationBlock;
@@ -248,16 +322,16 @@ class QuantMatmul {
       const auto at = reinterpret_cast<Floats(*)[kSlabRows]>(&acc[0][t]);
       switch (rows - t) {
         case 1:
-          RunTile<kPanels, 1>(groups, count, quants, x.columns, scales, blocks, at);
+          RunTile<kStrips, 1>(groups, count, quants, x.columns, scales, blocks, at);
           break;
         case 2:
-          RunTile<kPanels, 2>(groups, count, quants, x.columns, scales, blocks, at);
+          RunTile<kStrips, 2>(groups, count, quants, x.columns, scales, blocks, at);
           break;
         case 3:
-          RunTile<kPanels, 3>(groups, count, quants, x.columns, scales, blocks, at);
+          RunTile<kStrips, 3>(groups, count, quants, x.columns, scales, blocks, at);
           break;
         default:
-          RunTile<kPanels, kTileRows>(groups, count, quants, x.columns, scales, blocks, at);
+          RunTile<kStrips, kTileRows>(groups, count, quants, x.columns, scales, blocks, at);
           break;
       }
       quants += kTileRows * static_cast<ptrdiff_t>(x.columns);
@@ -265,46 +339,46 @@ class QuantMatmul {
     }
   }
 
-  // Panels that share the loads of activations: as many as leave their sums in registers.
-  static constexpr int kSlabPanels = U::kSigned || U::kChain < 8 ? 1 : 2;
+  // Strips that share the loads of activations: as many as leave their sums in registers.
+  static constexpr int kSlabStrips = S::kByteDots ? 2 : U::kSigned || U::kChain < 8 ? 1 : 2;
 
   static void RunSlab(const MatrixView& w, int first_panel, int last_panel, const ActivationView& x,
                       int first_row, int rows, bool accumulate, float* y, ptrdiff_t y_stride) {
+    constexpr int kAtOnce = kSlabStrips * S::kPanels;
     int panel = first_panel;
-    for (; panel + kSlabPanels <= last_panel; panel += kSlabPanels) {
-      RunPanels<kSlabPanels>(w, panel, x, first_row, rows, accumulate, y, y_stride);
+    for (; panel + kAtOnce <= last_panel; panel += kAtOnce) {
+      RunStrips<kSlabStrips>(w, panel, last_panel, x, first_row, rows, accumulate, y, y_stride);
     }
-    for (; panel < last_panel; ++panel) {
-      RunPanels<1>(w, panel, x, first_row, rows, accumulate, y, y_stride);
+    for (; panel < last_panel; panel += S::kPanels) {
+      RunStrips<1>(w, panel, last_panel, x, first_row, rows, accumulate, y, y_stride);
     }
   }
 
-  template <int kPanels>
-  static void RunPanels(const MatrixView& w, int panel, const ActivationView& x, int first_row,
-                        int rows, bool accumulate, float* y, ptrdiff_t y_stride) {
+  template <int kStrips>
+  static void RunStrips(const MatrixView& w, int panel, int last_panel, const ActivationView& x,
+                        int first_row, int rows, bool accumulate, float* y, ptrdiff_t y_stride) {
     const int groups = w.columns / kActivationBlock;
-    UnpackedGroup unpacked[kPanels][kChunkGroups];
-    Floats acc[kPanels][kSlabRows];
-    for (int p = 0; p < kPanels; ++p) {
+    UnpackedGroup unpacked[kStrips][kChunkGroups];
+    Floats acc[kStrips][kSlabRows];
+    for (int p = 0; p < kStrips; ++p) {
       for (int t = 0; t < rows; ++t) acc[p][t] = S::Set(0);
     }
     for (int first = 0; first < groups; first += kChunkGroups) {
       const int count = groups - first < kChunkGroups ? groups - first : kChunkGroups;
-      for (int p = 0; p < kPanels; ++p) {
-        const Record* records = Panel(w, panel + p);
+      for (int p = 0; p < kStrips; ++p) {
+        const Strip<S, Record> strip(w, panel + p * S::kPanels, last_panel);
         for (int i = 0; i < count; ++i) {
-          const Record& record = records[(first + i) / Record::kGroups];
-          Prefetch(record, (first + i) % Record::kGroups);
-          U::Weights(record, (first + i) % Record::kGroups, unpacked[p][i].weights);
-          U::Scales(record, (first + i) % Record::kGroups, &unpacked[p][i].scales);
+          UnpackGroup(strip.records[(first + i) / Record::kGroups], (first + i) % Record::kGroups,
+                      strip.pitch, &unpacked[p][i]);
         }
       }
-      RunChunk<kPanels>(unpacked[0], count, x, first_row, rows, first, acc);
+      RunChunk<kStrips>(unpacked[0], count, x, first_row, rows, first, acc);
     }
-    for (int p = 0; p < kPanels; ++p) {
+    for (int p = 0; p < kStrips; ++p) {
+      const int first = panel + p * S::kPanels;
+      const Strip<S, Record> strip(w, first, last_panel);
       for (int t = 0; t < rows; ++t) {
-        StorePanel<S>(acc[p][t], Outputs(w, panel + p), accumulate,
-                      y + (first_row + t) * y_stride + (panel + p) * kPanelRows);
+        strip.Store(acc[p][t], accumulate, y + (first_row + t) * y_stride + first * kPanelRows);
       }
     }
   }
@@ -315,19 +389,14 @@ class FloatMatmul {
  public:
   static void Run(const MatrixView& w, int first_panel, int last_panel, const ActivationView& x,
                   bool accumulate, float* y, ptrdiff_t y_stride) {
-    for (int panel = first_panel; panel < last_panel; ++panel) {
-      const Record* records =
-          reinterpret_cast<const Record*>(w.data + static_cast<size_t>(panel) * w.panel_bytes);
-      const int left = w.rows - panel * kPanelRows;
-      const int outputs = left < kPanelRows ? left : kPanelRows;
+    for (int panel = first_panel; panel < last_panel; panel += S::kPanels) {
+      const Strip<S, Record> strip(w, panel, last_panel);
       int t = 0;
       for (; t + 2 <= x.rows; t += 2) {
-        RunTile<2>(records, x, t, outputs, accumulate, y + t * y_stride + panel * kPanelRows,
-                   y_stride);
+        RunTile<2>(strip, x, t, accumulate, y + t * y_stride + panel * kPanelRows, y_stride);
       }
       if (t < x.rows) {
-        RunTile<1>(records, x, t, outputs, accumulate, y + t * y_stride + panel * kPanelRows,
-                   y_stride);
+        RunTile<1>(strip, x, t, accumulate, y + t * y_stride + panel * kPanelRows, y_stride);
       }
     }
   }
@@ -336,7 +405,7 @@ class FloatMatmul {
   using Floats = typename S::Floats;
 
   template <int kRows>
-  static void RunTile(const Record* records, const ActivationView& x, int row, int outputs,
+  static void RunTile(const Strip<S, Record>& strip, const ActivationView& x, int row,
                       bool accumulate, float* y, ptrdiff_t y_stride) {
     const float* values = x.values + static_cast<ptrdiff_t>(row) * x.columns;
     Floats acc[kRows][4];
@@ -349,7 +418,7 @@ class FloatMatmul {
     for (; k + 4 <= x.columns; k += 4) {
       STAGECOACH_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const Floats w = LoadColumn<S>(records[k + i]);
+        const Floats w = LoadColumn<S>(strip.records[k + i], strip.pitch);
         STAGECOACH_UNROLL
         for (int t = 0; t < kRows; ++t) {
           const Floats product = S::Mul(w, S::Set(values[t * x.columns + k + i]));
@@ -358,7 +427,7 @@ class FloatMatmul {
       }
     }
     for (; k < x.columns; ++k) {
-      const Floats w = LoadColumn<S>(records[k]);
+      const Floats w = LoadColumn<S>(strip.records[k], strip.pitch);
       for (int t = 0; t < kRows; ++t) {
         acc[t][k % 4] = S::Add(acc[t][k % 4], S::Mul(w, S::Set(values[t * x.columns + k])));
       }
@@ -366,7 +435,7 @@ class FloatMatmul {
     STAGECOACH_UNROLL
     for (int t = 0; t < kRows; ++t) {
       const Floats sum = S::Add(S::Add(acc[t][0], acc[t][2]), S::Add(acc[t][1], acc[t][3]));
-      StorePanel<S>(sum, outputs, accumulate, y + t * y_stride);
+      strip.Store(sum, accumulate, y + t * y_stride);
     }
   }
 };

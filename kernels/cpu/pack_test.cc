@@ -27,8 +27,8 @@ std::vector<float> UnpackPanel(const uint8_t* panel, int columns) {
       const Record& record = records[group / Record::kGroups];
       S::Bytes weights[8];
       GroupScales<S> scales;
-      U::Weights(record, group % Record::kGroups, weights);
-      U::Scales(record, group % Record::kGroups, &scales);
+      U::Weights(record, group % Record::kGroups, 0, weights);
+      U::Scales(record, group % Record::kGroups, 0, &scales);
       for (int row = 0; row < kPanelRows; ++row) {
         for (int k = 0; k < kActivationBlock; ++k) {
           const int half = U::kHalves == 2 ? k / 16 : 0;
@@ -43,7 +43,7 @@ std::vector<float> UnpackPanel(const uint8_t* panel, int columns) {
     }
   } else {
     for (int k = 0; k < columns; ++k) {
-      const S::Floats column = LoadColumn<S>(records[k]);
+      const S::Floats column = LoadColumn<S>(records[k], 0);
       for (int row = 0; row < kPanelRows; ++row) out[row * columns + k] = column.v[row];
     }
   }

@@ -24,8 +24,11 @@ struct Avx2Simd {
   struct Floats {
     __m256 v;
   };
+  using Scales = Words;  // of one half of a group
+  static constexpr int kPanels = 1, kLanes = 8;
+  static constexpr bool kByteDots = false;  // no AddDot
 
-  static Bytes LoadBytes(const uint8_t* p) {
+  static Bytes LoadBytes(const uint8_t* p, ptrdiff_t = 0) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
   }
   static Bytes Broadcast4(const int8_t* p) {
@@ -57,14 +60,16 @@ struct Avx2Simd {
   }
   static Ints MulAddWords(Words a, Words b) { return {_mm256_madd_epi16(a.v, b.v)}; }
   static Ints Add(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
-  static Words ScaleWordsUnsigned(const uint8_t* p) { return {SpreadLow(Broadcast8(p))}; }
-  static Words ScaleWordsSigned(const uint8_t* p) {
+  static Scales ScalesUnsigned(const uint8_t* p, ptrdiff_t = 0) {
+    return {SpreadLow(Broadcast8(p))};
+  }
+  static Scales ScalesSigned(const uint8_t* p, ptrdiff_t = 0) {
     const __m256i high = _mm256_shuffle_epi8(
         Broadcast8(p), _mm256_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3, -1,
                                         4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7));
     return {_mm256_srai_epi16(high, 8)};
   }
-  static Words ScaleWordsLowNibble(const uint8_t* p) {
+  static Scales ScalesLowNibble(const uint8_t* p, ptrdiff_t = 0) {
     return {SpreadLow(_mm256_and_si256(Broadcast8(p), _mm256_set1_epi8(15)))};
   }
   static Words OneWords() { return {_mm256_set1_epi16(1)}; }
@@ -78,7 +83,7 @@ struct Avx2Simd {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), b.v);
   }
 
-  static Floats Load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Floats Load(const float* p, ptrdiff_t = 0) { return {_mm256_loadu_ps(p)}; }
   static void Store(Floats f, float* p) { _mm256_storeu_ps(p, f.v); }
   static Floats Set(float x) { return {_mm256_set1_ps(x)}; }
   static Floats Add(Floats a, Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -93,19 +98,19 @@ struct Avx2Simd {
     return {
         _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(a.v, _mm256_set1_epi32(127)), 23))};
   }
-  static Floats FloatsFromUnsigned(const uint8_t* p) {
+  static Floats FloatsFromUnsigned(const uint8_t* p, ptrdiff_t = 0) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(Load8(p)))};
   }
-  static Floats FloatsFromSigned(const uint8_t* p) {
+  static Floats FloatsFromSigned(const uint8_t* p, ptrdiff_t = 0) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(Load8(p)))};
   }
-  static Floats FloatsFromHighNibble(const uint8_t* p) {
+  static Floats FloatsFromHighNibble(const uint8_t* p, ptrdiff_t = 0) {
     return {_mm256_cvtepi32_ps(_mm256_srli_epi32(_mm256_cvtepu8_epi32(Load8(p)), 4))};
   }
-  static Floats LoadHalf(const uint16_t* p) {
+  static Floats LoadHalf(const uint16_t* p, ptrdiff_t = 0) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
-  static Floats LoadBrain(const uint16_t* p) {
+  static Floats LoadBrain(const uint16_t* p, ptrdiff_t = 0) {
     const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16))};
   }

@@ -1,4 +1,6 @@
 // The vector operations of the kernels in plain C++. Same results, bit for bit, as simd_avx2.h.
+// What loads from packed weights has a last parameter for S::kPanels == 2: how many bytes behind p
+// the second panel lies.
 #ifndef STAGECOACH_KERNELS_CPU_SIMD_PORTABLE_H_
 #define STAGECOACH_KERNELS_CPU_SIMD_PORTABLE_H_
 
@@ -22,9 +24,12 @@ struct PortableSimd {
   struct Floats {
     float v[8];
   };
+  using Scales = Words;  // of one half of a group
+  static constexpr int kPanels = 1, kLanes = 8;
+  static constexpr bool kByteDots = false;  // no AddDot
 
   // --- Bytes: lane r = bytes 4r .. 4r + 3.
-  static Bytes LoadBytes(const uint8_t* p) {
+  static Bytes LoadBytes(const uint8_t* p, ptrdiff_t = 0) {
     Bytes b;
     std::memcpy(b.v, p, 32);
     return b;
@@ -86,17 +91,17 @@ struct PortableSimd {
     return a;
   }
   // 8 bytes to 8 lanes of two equal words.
-  static Words ScaleWordsUnsigned(const uint8_t* p) {
+  static Scales ScalesUnsigned(const uint8_t* p, ptrdiff_t = 0) {
     Words w;
     for (int i = 0; i < 16; ++i) w.v[i] = p[i / 2];
     return w;
   }
-  static Words ScaleWordsSigned(const uint8_t* p) {
+  static Scales ScalesSigned(const uint8_t* p, ptrdiff_t = 0) {
     Words w;
     for (int i = 0; i < 16; ++i) w.v[i] = static_cast<int8_t>(p[i / 2]);
     return w;
   }
-  static Words ScaleWordsLowNibble(const uint8_t* p) {
+  static Scales ScalesLowNibble(const uint8_t* p, ptrdiff_t = 0) {
     Words w;
     for (int i = 0; i < 16; ++i) w.v[i] = p[i / 2] & 15;
     return w;
@@ -115,7 +120,7 @@ struct PortableSimd {
   static void Store(Bytes b, uint8_t* p) { std::memcpy(p, b.v, sizeof(b.v)); }
 
   // --- Floats.
-  static Floats Load(const float* p) {
+  static Floats Load(const float* p, ptrdiff_t = 0) {
     Floats f;
     std::memcpy(f.v, p, sizeof(f.v));
     return f;
@@ -176,27 +181,27 @@ struct PortableSimd {
     }
     return f;
   }
-  static Floats FloatsFromUnsigned(const uint8_t* p) {
+  static Floats FloatsFromUnsigned(const uint8_t* p, ptrdiff_t = 0) {
     Floats f;
     for (int i = 0; i < 8; ++i) f.v[i] = p[i];
     return f;
   }
-  static Floats FloatsFromSigned(const uint8_t* p) {
+  static Floats FloatsFromSigned(const uint8_t* p, ptrdiff_t = 0) {
     Floats f;
     for (int i = 0; i < 8; ++i) f.v[i] = static_cast<int8_t>(p[i]);
     return f;
   }
-  static Floats FloatsFromHighNibble(const uint8_t* p) {
+  static Floats FloatsFromHighNibble(const uint8_t* p, ptrdiff_t = 0) {
     Floats f;
     for (int i = 0; i < 8; ++i) f.v[i] = static_cast<float>(p[i] >> 4);
     return f;
   }
-  static Floats LoadHalf(const uint16_t* p) {
+  static Floats LoadHalf(const uint16_t* p, ptrdiff_t = 0) {
     Floats f;
     for (int i = 0; i < 8; ++i) f.v[i] = stagecoach::HalfToFloat(p[i]);
     return f;
   }
-  static Floats LoadBrain(const uint16_t* p) {
+  static Floats LoadBrain(const uint16_t* p, ptrdiff_t = 0) {
     Floats f;
     for (int i = 0; i < 8; ++i) {
       const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;

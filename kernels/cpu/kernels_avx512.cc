@@ -1,0 +1,35 @@
+// Compiled for AVX-512 with byte products (kernels/CMakeLists.txt). Only templates over Avx512Simd
+// may be emitted here; see kernels_avx2.cc.
+#include "kernels/cpu/cpu_kernels.h"
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+#include "kernels/cpu/matmul_kernel.h"
+#include "kernels/cpu/simd_avx512.h"
+
+namespace stagecoach::cpu {
+
+const CpuKernels* Avx512Kernels() {
+  const CpuKernels* avx2 = Avx2Kernels();
+  if (avx2 == nullptr || !__builtin_cpu_supports("avx512f") ||
+      !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512vnni")) {
+    return nullptr;
+  }
+  static const CpuKernels kKernels = {"AVX-512",           Matmul<Avx512Simd>, avx2->quantize,
+                                      avx2->quantize_rest, avx2->rms_norm,     avx2->swiglu,
+                                      avx2->attention,     avx2->to_half};
+  return &kKernels;
+}
+
+}  // namespace stagecoach::cpu
+
+#else
+
+namespace stagecoach::cpu {
+
+const CpuKernels* Avx512Kernels() { return nullptr; }
+
+}  // namespace stagecoach::cpu
+
+#endif
