@@ -4,6 +4,7 @@
 #ifndef STAGECOACH_KERNELS_CPU_SIMD_PORTABLE_H_
 #define STAGECOACH_KERNELS_CPU_SIMD_PORTABLE_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 

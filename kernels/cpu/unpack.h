@@ -6,6 +6,7 @@
 #ifndef STAGECOACH_KERNELS_CPU_UNPACK_H_
 #define STAGECOACH_KERNELS_CPU_UNPACK_H_
 
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/cpu/records.h"
