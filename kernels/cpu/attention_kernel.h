@@ -24,12 +24,19 @@ class TiledAttention {
     const int queries = task.rows * task.group;
     const int last_tile = (task.first_position + task.rows - 1) / kTilePositions;
     for (int tile = 0; tile <= last_tile; ++tile) {
-      const Tile kv(task, task.kv + task.blocks[tile] * task.block_stride);
+      Tile kv(task, task.kv + task.blocks[tile] * task.block_stride);
+      if (tile < last_tile) {
+        const int left = task.first_position + task.rows - (tile + 1) * kTilePositions;
+        kv.SetAhead(task, task.kv + task.blocks[tile + 1] * task.block_stride, left);
+      } else {
+        kv.SetAhead(task, task.next, kTilePositions);
+      }
       // The first query that sees this tile.
       const int first_row = tile * kTilePositions - task.first_position;
       int i = first_row > 0 ? first_row * task.group : 0;
       for (; i + kMostQueries <= queries; i += kMostQueries) {
         RunQueries<kMostQueries>(task, i, tile, kv, states);
+        kv.ahead = nullptr;  // fetched
       }
       if constexpr (kMostQueries > 2) {
         for (; i + 2 <= queries; i += 2) RunQueries<2>(task, i, tile, kv, states);
@@ -47,6 +54,7 @@ class TiledAttention {
   static constexpr bool kQuants = kFormat == KvFormat::kQuant;
   static constexpr int kRun = 32;  // values that share a scale
   static constexpr int kLanes = S::kLanes;
+  static constexpr ptrdiff_t kLine = 64;  // bytes
   static constexpr int kTileVectors = kTilePositions / kLanes;
   // Queries that share the loads of keys and values: as many as leave their sums in registers.
   static constexpr int kMostQueries = kLanes == 8 ? 2 : 4;
@@ -68,10 +76,21 @@ class TiledAttention {
             reinterpret_cast<const uint16_t*>(values + ValueStride(task) * kTilePositions);
       }
     }
+    // The tile at `at` (or null), of which `visible` positions count, is fetched while the keys of
+    // this one are read: with each dim a few cache lines.
+    void SetAhead(const AttentionTask& task, const std::byte* at, int visible) {
+      const ptrdiff_t values =
+          ValueStride(task) * (visible < kTilePositions ? visible : kTilePositions);
+      ahead = at;
+      ahead_bytes = (task.key_length * kTilePositions + values) * sizeof(Element);
+      ahead_step = (ahead_bytes / task.key_length + kLine - 1) / kLine * kLine;
+    }
     const Element* keys;
     const Element* values;
     const uint16_t* key_scales = nullptr;
     const uint16_t* value_scales = nullptr;
+    const std::byte* ahead = nullptr;
+    ptrdiff_t ahead_bytes = 0, ahead_step = 0;
   };
 
   struct State {
@@ -104,10 +123,16 @@ class TiledAttention {
 
   // sums += q . k over the dims [first, last) of the keys, for the first positions of the tile.
   template <int kQueries, int kVectors>
-  static void DotKeys(const float* const* q, const Element* keys, int first, int last,
+  static void DotKeys(const float* const* q, const Tile& kv, int first, int last,
                       Floats (*sums)[kVectors]) {
-    keys += static_cast<ptrdiff_t>(first) * kTilePositions;
+    const Element* keys = kv.keys + static_cast<ptrdiff_t>(first) * kTilePositions;
     for (int d = first; d < last; ++d, keys += kTilePositions) {
+      if (kv.ahead != nullptr) {
+        const ptrdiff_t end = (d + 1) * kv.ahead_step;
+        for (ptrdiff_t i = d * kv.ahead_step; i < end && i < kv.ahead_bytes; i += kLine) {
+          __builtin_prefetch(kv.ahead + i);
+        }
+      }
       STAGECOACH_UNROLL
       for (int i = 0; i < kVectors; ++i) {
         const Floats k = LoadElements(keys + kLanes * i);
@@ -126,13 +151,13 @@ class TiledAttention {
     Floats sums[kQueries][kVectors];
     SetZero<kQueries, kVectors>(sums);
     if constexpr (!kQuants) {
-      DotKeys<kQueries, kVectors>(q, kv.keys, 0, task.key_length, sums);
+      DotKeys<kQueries, kVectors>(q, kv, 0, task.key_length, sums);
     } else {
       for (int first = 0; first < task.key_length; first += kRun) {
         Floats run[kQueries][kVectors];
         SetZero<kQueries, kVectors>(run);
         const int last = first + kRun < task.key_length ? first + kRun : task.key_length;
-        DotKeys<kQueries, kVectors>(q, kv.keys, first, last, run);
+        DotKeys<kQueries, kVectors>(q, kv, first, last, run);
         const uint16_t* scales = kv.key_scales + first / kRun * kTilePositions;
         STAGECOACH_UNROLL
         for (int i = 0; i < kVectors; ++i) {
