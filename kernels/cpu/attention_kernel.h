@@ -1,6 +1,7 @@
 // Causal attention over tiles of 32 KV positions. Every tile starts fresh (its own maximum, sum and
 // weighted values) and is merged into the running result in tile order, so a query's bits do not
-// depend on the other queries. S: PortableSimd or Avx2Simd.
+// depend on the other queries. S: PortableSimd, Avx2Simd or Avx512Simd; value_length must be a
+// multiple of S::kLanes if that is more than 8.
 #ifndef STAGECOACH_KERNELS_CPU_ATTENTION_KERNEL_H_
 #define STAGECOACH_KERNELS_CPU_ATTENTION_KERNEL_H_
 
@@ -23,11 +24,23 @@ class TiledAttention {
     const int queries = task.rows * task.group;
     const int last_tile = (task.first_position + task.rows - 1) / kTilePositions;
     for (int tile = 0; tile <= last_tile; ++tile) {
-      const Tile kv(task, task.kv + task.blocks[tile] * task.block_stride);
+      Tile kv(task, task.kv + task.blocks[tile] * task.block_stride);
+      if (tile < last_tile) {
+        const int left = task.first_position + task.rows - (tile + 1) * kTilePositions;
+        kv.SetAhead(task, task.kv + task.blocks[tile + 1] * task.block_stride, left);
+      } else {
+        kv.SetAhead(task, task.next, kTilePositions);
+      }
       // The first query that sees this tile.
       const int first_row = tile * kTilePositions - task.first_position;
       int i = first_row > 0 ? first_row * task.group : 0;
-      for (; i + 2 <= queries; i += 2) RunQueries<2>(task, i, tile, kv, states);
+      for (; i + kMostQueries <= queries; i += kMostQueries) {
+        RunQueries<kMostQueries>(task, i, tile, kv, states);
+        kv.ahead = nullptr;  // fetched
+      }
+      if constexpr (kMostQueries > 2) {
+        for (; i + 2 <= queries; i += 2) RunQueries<2>(task, i, tile, kv, states);
+      }
       if (i < queries) RunQueries<1>(task, i, tile, kv, states);
     }
     for (int i = 0; i < queries; ++i) Finish(task, Out(task, i), states[i].sum);
@@ -40,6 +53,11 @@ class TiledAttention {
                          std::conditional_t<kFormat == KvFormat::kFloat, float, uint8_t>>;
   static constexpr bool kQuants = kFormat == KvFormat::kQuant;
   static constexpr int kRun = 32;  // values that share a scale
+  static constexpr int kLanes = S::kLanes;
+  static constexpr ptrdiff_t kLine = 64;  // bytes
+  static constexpr int kTileVectors = kTilePositions / kLanes;
+  // Queries that share the loads of keys and values: as many as leave their sums in registers.
+  static constexpr int kMostQueries = kLanes == 8 ? 2 : 4;
 
   static ptrdiff_t ValueStride(const AttentionTask& task) {
     return (task.value_length + 7) / 8 * 8;
@@ -58,10 +76,21 @@ class TiledAttention {
             reinterpret_cast<const uint16_t*>(values + ValueStride(task) * kTilePositions);
       }
     }
+    // The tile at `at` (or null), of which `visible` positions count, is fetched while the keys of
+    // this one are read: with each dim a few cache lines.
+    void SetAhead(const AttentionTask& task, const std::byte* at, int visible) {
+      const ptrdiff_t values =
+          ValueStride(task) * (visible < kTilePositions ? visible : kTilePositions);
+      ahead = at;
+      ahead_bytes = (task.key_length * kTilePositions + values) * sizeof(Element);
+      ahead_step = (ahead_bytes / task.key_length + kLine - 1) / kLine * kLine;
+    }
     const Element* keys;
     const Element* values;
     const uint16_t* key_scales = nullptr;
     const uint16_t* value_scales = nullptr;
+    const std::byte* ahead = nullptr;
+    ptrdiff_t ahead_bytes = 0, ahead_step = 0;
   };
 
   struct State {
@@ -83,24 +112,30 @@ class TiledAttention {
            static_cast<ptrdiff_t>(query % task.group) * task.value_length;
   }
 
-  template <int kQueries>
-  static void SetZero(Floats (*sums)[4]) {
+  template <int kQueries, int kVectors>
+  static void SetZero(Floats (*sums)[kVectors]) {
     STAGECOACH_UNROLL
     for (int t = 0; t < kQueries; ++t) {
       STAGECOACH_UNROLL
-      for (int i = 0; i < 4; ++i) sums[t][i] = S::Set(0);
+      for (int i = 0; i < kVectors; ++i) sums[t][i] = S::Set(0);
     }
   }
 
-  // sums += q . k over the dims [first, last) of the keys, for all 32 positions.
-  template <int kQueries>
-  static void DotKeys(const float* const* q, const Element* keys, int first, int last,
-                      Floats (*sums)[4]) {
-    keys += static_cast<ptrdiff_t>(first) * kTilePositions;
+  // sums += q . k over the dims [first, last) of the keys, for the first positions of the tile.
+  template <int kQueries, int kVectors>
+  static void DotKeys(const float* const* q, const Tile& kv, int first, int last,
+                      Floats (*sums)[kVectors]) {
+    const Element* keys = kv.keys + static_cast<ptrdiff_t>(first) * kTilePositions;
     for (int d = first; d < last; ++d, keys += kTilePositions) {
+      if (kv.ahead != nullptr) {
+        const ptrdiff_t end = (d + 1) * kv.ahead_step;
+        for (ptrdiff_t i = d * kv.ahead_step; i < end && i < kv.ahead_bytes; i += kLine) {
+          __builtin_prefetch(kv.ahead + i);
+        }
+      }
       STAGECOACH_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const Floats k = LoadElements(keys + 8 * i);
+      for (int i = 0; i < kVectors; ++i) {
+        const Floats k = LoadElements(keys + kLanes * i);
         STAGECOACH_UNROLL
         for (int t = 0; t < kQueries; ++t) {
           sums[t][i] = S::Add(sums[t][i], S::Mul(S::Set(q[t][d]), k));
@@ -109,23 +144,24 @@ class TiledAttention {
     }
   }
 
-  // Scores of kQueries queries against all 32 positions, scaled.
-  template <int kQueries>
+  // Scores of kQueries queries against the first kVectors * kLanes positions, scaled.
+  template <int kQueries, int kVectors>
   static void Scores(const AttentionTask& task, const float* const* q, const Tile& kv,
                      float (*scores)[kTilePositions]) {
-    Floats sums[kQueries][4];
-    SetZero<kQueries>(sums);
+    Floats sums[kQueries][kVectors];
+    SetZero<kQueries, kVectors>(sums);
     if constexpr (!kQuants) {
-      DotKeys<kQueries>(q, kv.keys, 0, task.key_length, sums);
+      DotKeys<kQueries, kVectors>(q, kv, 0, task.key_length, sums);
     } else {
       for (int first = 0; first < task.key_length; first += kRun) {
-        Floats run[kQueries][4];
-        SetZero<kQueries>(run);
-        DotKeys<kQueries>(q, kv.keys, first,
-                          first + kRun < task.key_length ? first + kRun : task.key_length, run);
+        Floats run[kQueries][kVectors];
+        SetZero<kQueries, kVectors>(run);
+        const int last = first + kRun < task.key_length ? first + kRun : task.key_length;
+        DotKeys<kQueries, kVectors>(q, kv, first, last, run);
+        const uint16_t* scales = kv.key_scales + first / kRun * kTilePositions;
         STAGECOACH_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const Floats scale = S::LoadHalf(kv.key_scales + first / kRun * kTilePositions + 8 * i);
+        for (int i = 0; i < kVectors; ++i) {
+          const Floats scale = S::LoadHalf(scales + kLanes * i);
           STAGECOACH_UNROLL
           for (int t = 0; t < kQueries; ++t) {
             sums[t][i] = S::Add(sums[t][i], S::Mul(run[t][i], scale));
@@ -136,36 +172,55 @@ class TiledAttention {
     STAGECOACH_UNROLL
     for (int t = 0; t < kQueries; ++t) {
       STAGECOACH_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        S::Store(S::Mul(sums[t][i], S::Set(task.scale)), scores[t] + 8 * i);
+      for (int i = 0; i < kVectors; ++i) {
+        S::Store(S::Mul(sums[t][i], S::Set(task.scale)), scores[t] + kLanes * i);
       }
+    }
+  }
+
+  // The same for the positions below `visible`, and maybe more.
+  template <int kQueries>
+  static void VisibleScores(const AttentionTask& task, const float* const* q, const Tile& kv,
+                            int visible, float (*scores)[kTilePositions]) {
+    switch ((visible + kLanes - 1) / kLanes) {
+      case 1:
+        return Scores<kQueries, 1>(task, q, kv, scores);
+      case 2:
+        return Scores<kQueries, 2>(task, q, kv, scores);
+      default:
+        return Scores<kQueries, kTileVectors>(task, q, kv, scores);
     }
   }
 
   // Scores become weights e^(score - max), 0 from `visible` on. Returns max and sum of the tile.
   static State Softmax(float* scores, int visible) {
     for (int i = visible; i < kTilePositions; ++i) scores[i] = scores[0];
-    float lanes[8];
-    S::Store(S::Max(S::Max(S::Load(scores), S::Load(scores + 8)),
-                    S::Max(S::Load(scores + 16), S::Load(scores + 24))),
-             lanes);
+    Floats most = S::Max(S::Load(scores), S::Load(scores + 16));
+    if constexpr (kLanes == 8) {
+      most = S::Max(most, S::Max(S::Load(scores + 8), S::Load(scores + 24)));
+    }
+    float lanes[kLanes];
+    S::Store(most, lanes);
     float max = lanes[0];
-    for (int i = 1; i < 8; ++i) max = lanes[i] > max ? lanes[i] : max;
-    for (int i = 0; i < kTilePositions; i += 8) {
+    for (int i = 1; i < kLanes; ++i) max = lanes[i] > max ? lanes[i] : max;
+    for (int i = 0; i < kTilePositions; i += kLanes) {
       S::Store(Exp<S>(S::Sub(S::Load(scores + i), S::Set(max))), scores + i);
     }
     for (int i = visible; i < kTilePositions; ++i) scores[i] = 0;
-    const float sum = S::Sum(S::Add(S::Add(S::Load(scores), S::Load(scores + 16)),
-                                    S::Add(S::Load(scores + 8), S::Load(scores + 24))));
-    return {max, sum};
+    Floats sum = S::Add(S::Load(scores), S::Load(scores + 16));
+    if constexpr (kLanes == 8) {
+      sum = S::Add(sum, S::Add(S::Load(scores + 8), S::Load(scores + 24)));
+    }
+    return {max, S::Sum(sum)};
   }
 
+  // acc += weight * value at a position, for kQueries queries from `first` on.
   template <int kQueries, int kVectors>
   static void AddPosition(const Element* values, const float (*weights)[kTilePositions], int first,
-                          int position, Floats (*acc)[4]) {
+                          int position, Floats (*acc)[kVectors]) {
     STAGECOACH_UNROLL
     for (int i = 0; i < kVectors; ++i) {
-      const Floats v = LoadElements(values + 8 * i);
+      const Floats v = LoadElements(values + kLanes * i);
       STAGECOACH_UNROLL
       for (int t = 0; t < kQueries; ++t) {
         acc[first + t][i] =
@@ -174,7 +229,7 @@ class TiledAttention {
     }
   }
 
-  // out = out * keep + tile * add for 8 * kVectors values (`count` of them real).
+  // out = out * keep + tile * add for kLanes * kVectors values (`count` of them real).
   template <int kQueries, int kVectors>
   static void Values(const AttentionTask& task, const Tile& kv, int column, int count,
                      const int* visible, const float (*weights)[kTilePositions], bool first_tile,
@@ -184,44 +239,41 @@ class TiledAttention {
     if constexpr (kQuants) {
       const uint16_t* scales = kv.value_scales + column / kRun * kTilePositions;
       for (int t = 0; t < kQueries; ++t) {
-        for (int i = 0; i < kTilePositions; i += 8) {
+        for (int i = 0; i < kTilePositions; i += kLanes) {
           S::Store(S::Mul(S::Load(weights[t] + i), S::LoadHalf(scales + i)), scaled[t] + i);
         }
       }
       weights = scaled;
     }
-    Floats acc[kQueries][4];
-    STAGECOACH_UNROLL
-    for (int t = 0; t < kQueries; ++t) {
-      STAGECOACH_UNROLL
-      for (int i = 0; i < kVectors; ++i) acc[t][i] = S::Set(0);
-    }
+    Floats acc[kQueries][kVectors];
+    SetZero<kQueries, kVectors>(acc);
     const Element* values = kv.values + column;
-    int p = 0;
-    for (; p < visible[0]; ++p, values += stride) {
-      AddPosition<kQueries, kVectors>(values, weights, 0, p, acc);
+    for (int p = 0; p < visible[0]; ++p) {
+      AddPosition<kQueries, kVectors>(values + p * stride, weights, 0, p, acc);
     }
-    if constexpr (kQueries == 2) {  // the second may be of a later row
-      for (; p < visible[1]; ++p, values += stride) {
-        AddPosition<1, kVectors>(values, weights, 1, p, acc);
+    STAGECOACH_UNROLL
+    for (int t = 1; t < kQueries; ++t) {  // may be of a later row
+      for (int p = visible[0]; p < visible[t]; ++p) {
+        AddPosition<1, kVectors>(values + p * stride, weights, t, p, acc);
       }
     }
     STAGECOACH_UNROLL
     for (int t = 0; t < kQueries; ++t) {
       STAGECOACH_UNROLL
       for (int i = 0; i < kVectors; ++i) {
-        Merge(acc[t][i], count - 8 * i, first_tile, keep[t], add[t], out[t] + column + 8 * i);
+        Merge(acc[t][i], count - kLanes * i, first_tile, keep[t], add[t],
+              out[t] + column + kLanes * i);
       }
     }
   }
 
   static void Merge(Floats tile, int count, bool first_tile, float keep, float add, float* out) {
-    if (count >= 8) {
+    if (count >= kLanes) {
       const Floats old = first_tile ? S::Set(0) : S::Load(out);
       S::Store(S::Add(S::Mul(old, S::Set(keep)), S::Mul(tile, S::Set(add))), out);
       return;
     }
-    float buffer[8];
+    float buffer[kLanes];
     S::Store(tile, buffer);
     for (int i = 0; i < count; ++i) {
       out[i] = (first_tile ? 0.0f : out[i]) * keep + buffer[i] * add;
@@ -244,7 +296,7 @@ class TiledAttention {
       const int left = task.first_position + row + 1 - tile * kTilePositions;
       visible[t] = left < kTilePositions ? left : kTilePositions;
     }
-    Scores<kQueries>(task, q, kv, scores);
+    VisibleScores<kQueries>(task, q, kv, visible[kQueries - 1], scores);
     for (int t = 0; t < kQueries; ++t) {
       const State now = Softmax(scores[t], visible[t]);
       State& state = states[first + t];
@@ -261,9 +313,10 @@ class TiledAttention {
     }
     int column = 0;
     for (; column + 32 <= task.value_length; column += 32) {
-      Values<kQueries, 4>(task, kv, column, 32, visible, scores, tile == 0, keep, add, out);
+      Values<kQueries, 32 / kLanes>(task, kv, column, 32, visible, scores, tile == 0, keep, add,
+                                    out);
     }
-    for (; column < task.value_length; column += 8) {
+    for (; column < task.value_length; column += kLanes) {
       Values<kQueries, 1>(task, kv, column, task.value_length - column, visible, scores, tile == 0,
                           keep, add, out);
     }

@@ -1,8 +1,8 @@
 // Speed of the CPU backend: each weight type's matmul in GB/s of packed weights, and whole models
 // in tokens per second, next to the read bandwidth of the cores measured in the same run.
 //
-//   cpu_bench [--threads N] [--isa NAME] [--types Q4_K,Q6_K] [--model FILE.gguf]... [--kv-type
-//   TYPE]
+//   cpu_bench [--threads N] [--isa NAME] [--types Q4_K,Q6_K] [--model FILE.gguf]...
+//             [--kv-type TYPE] [--sequences 1,64]
 #include <time.h>
 
 #include <algorithm>
@@ -150,7 +150,8 @@ class BenchedModel {
 
 // Prompt of 128 tokens (logits of the last only) and decode of up to 64 after it; then decode of
 // many sequences together, each after 64 tokens of its own.
-absl::Status BenchModel(Backend& backend, const std::string& path, KvType type, double bandwidth) {
+absl::Status BenchModel(Backend& backend, const std::string& path, KvType type,
+                        const std::vector<int>& many, double bandwidth) {
   constexpr int kPrompt = 128, kDecode = 64, kShort = 64;
   const double load_start = Seconds();
   STAGECOACH_ASSIGN_OR_RETURN(const auto bench, BenchedModel::Load(backend, path, type));
@@ -170,7 +171,7 @@ absl::Status BenchModel(Backend& backend, const std::string& path, KvType type, 
       kPrompt / prompt, 1 / decode, 1e-9 * bench->bytes() / decode,
       100.0 * bench->bytes() / decode / bandwidth);
   std::string line = "  decode of many, tok/s:";
-  for (const int sequences : {1, 2, 4, 8, 16, 32, 64}) {
+  for (const int sequences : many) {
     double best = 1e9;
     for (const double start = Seconds(); Seconds() - start < 0.6;) {
       STAGECOACH_ASSIGN_OR_RETURN(const double step, bench->Step(sequences, kShort, 1));
@@ -184,13 +185,14 @@ absl::Status BenchModel(Backend& backend, const std::string& path, KvType type, 
 }
 
 absl::Status Run(const CpuOptions& options, const std::vector<std::string>& types,
-                 const std::vector<std::string>& models, KvType kv_type) {
+                 const std::vector<std::string>& models, KvType kv_type,
+                 const std::vector<int>& many) {
   const std::unique_ptr<Backend> backend = MakeCpuBackend(options);
   g_thread_time = options.threads == 1;
   const double bandwidth = MeasureReadBandwidth(options.threads, 64u << 20, 50);
   fmt::print("{}; reads {:.1f} GB/s\n", backend->info().description, bandwidth / 1e9);
   for (const std::string& model : models) {
-    STAGECOACH_RETURN_IF_ERROR(BenchModel(*backend, model, kv_type, bandwidth));
+    STAGECOACH_RETURN_IF_ERROR(BenchModel(*backend, model, kv_type, many, bandwidth));
   }
   ThreadPool pool(options.threads);
   const LayerOps ops(&KernelsFor(options.isa), &pool);
@@ -220,8 +222,12 @@ int main(int argc, char** argv) {
       ->delimiter(',');
   app.add_option("--model", models, "GGUF files to run");
   app.add_option("--kv-type", kv_type, "f16, f32 or q8_0")->transform(CLI::Transformer(kv_types));
+  std::vector<int> many = {1, 2, 4, 8, 16, 32, 64};
+  app.add_option("--sequences", many, "Decode of so many together")
+      ->delimiter(',')
+      ->check(CLI::Range(1, stagecoach::cpu::BenchedModel::kMaxSequences));
   CLI11_PARSE(app, argc, argv);
-  const absl::Status status = stagecoach::cpu::Run(options, types, models, kv_type);
+  const absl::Status status = stagecoach::cpu::Run(options, types, models, kv_type, many);
   if (!status.ok()) {
     fmt::print(stderr, "{}\n", std::string(status.message()));
     return 1;

@@ -70,6 +70,7 @@ struct AttentionTask {
   const std::byte* kv = nullptr;  // tile t lies at kv + blocks[t] * block_stride
   size_t block_stride = 0;
   const int32_t* blocks = nullptr;
+  const std::byte* next = nullptr;  // tile 0 of the task after this one: fetched; or null
   KvFormat format = KvFormat::kHalf;
 };
 // Most queries (rows * group) of one AttentionTask.

@@ -4,10 +4,20 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
+#include "kernels/cpu/attention_kernel.h"
 #include "kernels/cpu/matmul_kernel.h"
 #include "kernels/cpu/simd_avx512.h"
 
 namespace stagecoach::cpu {
+namespace {
+
+void WideAttention(const AttentionTask& task) {
+  static const CpuKernels* const avx2 = Avx2Kernels();
+  if (task.value_length % Avx512Simd::kLanes != 0) return avx2->attention(task);
+  Attention<Avx512Simd>(task);
+}
+
+}  // namespace
 
 const CpuKernels* Avx512Kernels() {
   const CpuKernels* avx2 = Avx2Kernels();
@@ -18,7 +28,7 @@ const CpuKernels* Avx512Kernels() {
   }
   static const CpuKernels kKernels = {"AVX-512",           Matmul<Avx512Simd>, avx2->quantize,
                                       avx2->quantize_rest, avx2->rms_norm,     avx2->swiglu,
-                                      avx2->attention,     avx2->to_half};
+                                      WideAttention,       avx2->to_half};
   return &kKernels;
 }
 

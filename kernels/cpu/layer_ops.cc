@@ -151,6 +151,10 @@ void LayerOps::Attend(int heads, const StepBatch& batch, const float* q, const C
   common.block_stride = kv.block_stride();
   common.format = kv.format();
   const int tasks = static_cast<int>(chunks->size()) * shape.kv_heads;
+  const auto tile = [&](int i) {  // tile 0 of task i
+    const BatchSequence& sequence = batch.sequences[(*chunks)[i / shape.kv_heads].sequence];
+    return kv.head(kv_layer, i % shape.kv_heads) + sequence.blocks[0] * kv.block_stride();
+  };
   pool_.ParallelFor(tasks, 1, [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {
       const RowChunk& chunk = (*chunks)[i / shape.kv_heads];
@@ -163,6 +167,7 @@ void LayerOps::Attend(int heads, const StepBatch& batch, const float* q, const C
       task.first_position = sequence.start_position + chunk.first_row - sequence.first_row;
       task.kv = kv.head(kv_layer, static_cast<int>(kv_head));
       task.blocks = sequence.blocks.data();
+      task.next = i + 1 < end ? tile(i + 1) : nullptr;
       kernels_.attention(task);
     }
   });

@@ -46,8 +46,6 @@ struct Strip {
   int outputs;
 };
 
-inline constexpr int kTileRows = 4;
-
 template <class S, class Record>
 class QuantMatmul {
  public:
@@ -58,7 +56,7 @@ class QuantMatmul {
       for (int panel = first_panel; panel < last_panel; panel += S::kPanels) {
         const Strip<S, Record> strip(w, panel, last_panel);
         for (int row = 0; row < x.rows; row += kTileRows) {
-          RunDirect(strip, x, row, accumulate, y + panel * kPanelRows, y_stride);
+          RunFew<kTileRows>(strip, x, row, accumulate, y + panel * kPanelRows, y_stride);
         }
       }
       return;
@@ -75,12 +73,14 @@ class QuantMatmul {
   using Ints = typename S::Ints;
   using Floats = typename S::Floats;
 
+  // Rows that share the loads of weights.
+  static constexpr int kTileRows = 4;
   // A slab of rows is taken through all panels before the next, so that its activations stay in
   // the second-level cache; a chunk of a panel is unpacked once per slab.
   static constexpr int kSlabRows = 64;
   // Up to here unpacking again for every tile of rows costs less than storing what was unpacked.
   // Signed quants need no unpacking.
-  static constexpr int kDirectRows = U::kSigned ? kSlabRows : S::kByteDots ? kTileRows : 8;
+  static constexpr int kDirectRows = U::kSigned ? kSlabRows : 8;
   // How far ahead of its use a weight is fetched. A record is read in several strands at once,
   // which the processor's own prefetching follows badly.
   static constexpr size_t kPrefetchBytes = 4096;
@@ -246,10 +246,15 @@ class QuantMatmul {
     }
   }
 
-  // kRows rows of one strip: weights go from memory to registers.
+  // kRows rows of one strip, or as many as there are: weights go from memory to registers.
   template <int kRows>
   static void RunFew(const Strip<S, Record>& strip, const ActivationView& x, int first_row,
                      bool accumulate, float* y, ptrdiff_t y_stride) {
+    if constexpr (kRows > 1) {
+      if (x.rows - first_row < kRows) {
+        return RunFew<kRows - 1>(strip, x, first_row, accumulate, y, y_stride);
+      }
+    }
     const ptrdiff_t blocks = x.columns / kActivationBlock;
     const int records = x.columns / (kActivationBlock * Record::kGroups);
     const Record* record = strip.records;
@@ -273,26 +278,18 @@ class QuantMatmul {
     }
   }
 
-  // The kTileRows rows from first_row on, or as many as there are.
-  static void RunDirect(const Strip<S, Record>& strip, const ActivationView& x, int first_row,
-                        bool accumulate, float* y, ptrdiff_t y_stride) {
-    switch (x.rows - first_row) {
-      case 1:
-        return RunFew<1>(strip, x, first_row, accumulate, y, y_stride);
-      case 2:
-        return RunFew<2>(strip, x, first_row, accumulate, y, y_stride);
-      case 3:
-        return RunFew<3>(strip, x, first_row, accumulate, y, y_stride);
-      default:
-        return RunFew<kTileRows>(strip, x, first_row, accumulate, y, y_stride);
-    }
-  }
-
+  // The kRows rows of a tile, or as many as there are.
   // acc: [kStrips][kSlabRows], from the tile's first row on.
   template <int kStrips, int kRows>
-  static void RunTile(const UnpackedGroup* groups, int count, const int8_t* quants,
+  static void RunTile(int rows, const UnpackedGroup* groups, int count, const int8_t* quants,
                       ptrdiff_t stride, const ActivationScale* scales, ptrdiff_t scale_stride,
                       Floats (*acc)[kSlabRows]) {
+    if constexpr (kRows > 1) {
+      if (rows < kRows) {
+        return RunTile<kStrips, kRows - 1>(rows, groups, count, quants, stride, scales,
+                                           scale_stride, acc);
+      }
+    }
     Floats local[kStrips][kRows];
     STAGECOACH_UNROLL
     for (int p = 0; p < kStrips; ++p) {
@@ -319,21 +316,8 @@ class QuantMatmul {
                            static_cast<ptrdiff_t>(first_group) * kActivationBlock;
     const ActivationScale* scales = x.scales + first_row * blocks + first_group;
     for (int t = 0; t < rows; t += kTileRows) {
-      const auto at = reinterpret_cast<Floats(*)[kSlabRows]>(&acc[0][t]);
-      switch (rows - t) {
-        case 1:
-          RunTile<kStrips, 1>(groups, count, quants, x.columns, scales, blocks, at);
-          break;
-        case 2:
-          RunTile<kStrips, 2>(groups, count, quants, x.columns, scales, blocks, at);
-          break;
-        case 3:
-          RunTile<kStrips, 3>(groups, count, quants, x.columns, scales, blocks, at);
-          break;
-        default:
-          RunTile<kStrips, kTileRows>(groups, count, quants, x.columns, scales, blocks, at);
-          break;
-      }
+      RunTile<kStrips, kTileRows>(rows - t, groups, count, quants, x.columns, scales, blocks,
+                                  reinterpret_cast<Floats(*)[kSlabRows]>(&acc[0][t]));
       quants += kTileRows * static_cast<ptrdiff_t>(x.columns);
       scales += kTileRows * blocks;
     }

@@ -108,7 +108,23 @@ struct Avx512Simd {
   static Floats Add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
   static Floats Sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
   static Floats Mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  static Floats Div(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+  static Floats Max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static Floats Min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
   static Floats ToFloats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+  static Ints Round(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
+  static Floats PowerOfTwo(Ints a) {
+    const __m512i exponents = _mm512_add_epi32(a.v, _mm512_set1_epi32(127));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(exponents, 23))};
+  }
+  // Both halves added, and then as with 8 lanes.
+  static float Sum(Floats f) {
+    const __m256 high = _mm512_extractf32x8_ps(f.v, 1);
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(f.v), high);
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
 
  private:
   template <typename T>

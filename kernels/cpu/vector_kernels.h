@@ -76,7 +76,7 @@ typename S::Floats Exp(typename S::Floats x) {
 
 template <class S>
 float ExpOne(float x) {
-  float y[8];
+  float y[S::kLanes];
   S::Store(Exp<S>(S::Set(x)), y);
   return y[0];
 }
