@@ -123,7 +123,7 @@ absl::Status StepOutput::RunTop(const UnitWeights& head, const v1::StepHeader& s
     } else {
       row.take = Take::kAll;
       rows_.push_back(row);
-      row_numbers_.push_back(row_numbers_[first + i]);
+      row_numbers_.push_back(row.number);
     }
   }
   return absl::OkStatus();
@@ -164,6 +164,7 @@ StepOutput::HeadRow StepOutput::Choose(const v1::SequenceRows& rows, int sequenc
                                        const KvSlots& slots) const {
   HeadRow row = {.sequence = sequence,
                  .index = index,
+                 .number = 0,
                  .take = Take::kAll,
                  .top_logits = 0,
                  .may_fail = false,
@@ -192,21 +193,19 @@ StepOutput::HeadRow StepOutput::Choose(const v1::SequenceRows& rows, int sequenc
 void StepOutput::ListRows(const v1::StepHeader& step, const KvSlots& slots) {
   rows_.clear();
   row_numbers_.clear();
-  for (const Take take : {Take::kAll, Take::kTop, Take::kDraw}) {
-    int first_row = 0;
-    for (int sequence = 0; sequence < step.rows_size(); ++sequence) {
-      const v1::SequenceRows& rows = step.rows(sequence);
-      const int count = static_cast<int>(rows.row_count());
-      for (int index = 0; index < count && !slots.next(rows.slot()).poisoned(); ++index) {
-        if (!Wanted(rows, index)) continue;
-        const HeadRow row = Choose(rows, sequence, index, slots);
-        if (row.take != take) continue;
-        rows_.push_back(row);
-        row_numbers_.push_back(first_row + index);
-      }
-      first_row += count;
+  int first_row = 0;
+  for (int sequence = 0; sequence < step.rows_size(); ++sequence) {
+    const v1::SequenceRows& rows = step.rows(sequence);
+    const int count = static_cast<int>(rows.row_count());
+    for (int index = 0; index < count && !slots.next(rows.slot()).poisoned(); ++index) {
+      if (!Wanted(rows, index)) continue;
+      rows_.push_back(Choose(rows, sequence, index, slots));
+      rows_.back().number = first_row + index;
     }
+    first_row += count;
   }
+  std::ranges::sort(rows_, {}, [](const HeadRow& row) { return std::pair(row.take, row.number); });
+  for (const HeadRow& row : rows_) row_numbers_.push_back(row.number);
 }
 
 absl::Status StepOutput::Consume(const v1::SequenceRows& rows, int index,

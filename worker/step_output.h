@@ -37,6 +37,7 @@ class StepOutput {
   struct HeadRow {
     int sequence;  // index into step.rows()
     int index;     // of the row within the sequence
+    int number;    // of the row in the activation matrix
     Take take;
     int top_logits;  // kTop: how many
     bool may_fail;   // kTop: those may not suffice (BestMayDecide)
@@ -69,7 +70,7 @@ class StepOutput {
   Workspace* const workspace_;
   const size_t vocab_size_;
   std::vector<HeadRow> rows_;
-  std::vector<int32_t> row_numbers_;  // of rows_, in the activation matrix
+  std::vector<int32_t> row_numbers_;  // of rows_
   std::vector<float> logits_;         // [kHeadRows][vocab]
   std::vector<TopLogit> top_;         // [kHeadRows][most that one of them wants]
   std::vector<uint64_t> totals_;      // [kHeadRows]

@@ -39,7 +39,10 @@ class TiledAttention {
         kv.ahead = nullptr;  // fetched
       }
       if constexpr (kMostQueries > 2) {
-        for (; i + 2 <= queries; i += 2) RunQueries<2>(task, i, tile, kv, states);
+        for (; i + 2 <= queries; i += 2) {
+          RunQueries<2>(task, i, tile, kv, states);
+          kv.ahead = nullptr;
+        }
       }
       if (i < queries) RunQueries<1>(task, i, tile, kv, states);
     }

@@ -152,6 +152,14 @@ INSTANTIATE_TEST_SUITE_P(EveryType, MatmulTest, testing::ValuesIn(AllTypes()),
                            return std::string(GetTensorTypeInfo(test.param).name);
                          });
 
+// The other tests compare what there is: this one says what they left out.
+TEST(CpuKernels, Avx512IsCompared) {
+  if (Avx512Kernels() == nullptr) GTEST_SKIP() << "this machine or build has no AVX-512 with VNNI";
+  EXPECT_EQ(&KernelsFor("avx512"), Avx512Kernels());
+  EXPECT_EQ(&KernelsFor("auto"), Avx512Kernels());
+  EXPECT_EQ(&KernelsFor("avx2"), Avx2Kernels());
+}
+
 // The tables keep the scaled sums of a half in different types. Those of Q6_K get the largest: just
 // below 2^24, up to where a float is exact, and twice that over both halves.
 TEST(CpuKernels, LargestSumsHaveTheSameBits) {

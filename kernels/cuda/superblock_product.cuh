@@ -24,6 +24,7 @@ struct SuperblockActivations {
     return *reinterpret_cast<const uint4*>(halves + (group * rows + row) * 64 + lane % 4 * 16);
   }
 };
+
 // acc[n][c] += tile n * column tile c of the activations. acc[n][c][i]: rows g (i < 2) and g + 8 of
 // the tile, columns 2t + i % 2.
 template <typename Tile, int kColumns, int kTiles>
@@ -43,7 +44,7 @@ __device__ inline void AddSuperblock(const uint8_t* const (&tiles)[kTiles],
       GroupWeights weights[kTiles];
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        const TilePair<Tile> pair(tiles[n], p, lane);  // once for both groups
+        const TilePair<Tile> pair(tiles[n], p, lane);  // read once for both i
         weights[n] = DecodeGroup<Tile>(pair, pair_scales[n], i);
       }
 #pragma unroll

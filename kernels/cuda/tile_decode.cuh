@@ -6,8 +6,7 @@
 //   of blocks of 32 columns: scale = d, offset = -delta_min
 //
 // (model/block_decode.h), times Tile::kWeightScale. Weights that halves cannot hold are not finite:
-// with scales from 2 on in types of 4 bits, from 65504 on in others, and with d or dmin from 64 on
-// where integer scales have no sign.
+// weight_bounds.h says which; they are refused at load.
 #ifndef STAGECOACH_KERNELS_CUDA_TILE_DECODE_CUH_
 #define STAGECOACH_KERNELS_CUDA_TILE_DECODE_CUH_
 
