@@ -156,7 +156,9 @@ void ClusterControl::Do(CloseStream& action) {
 }
 
 void ClusterControl::Do(ExpectResults& action) {
-  pipeline_->ExpectEpoch(action.epoch, action.stages, action.kv_blocks);
+  pipeline_->ExpectEpoch(action.epoch, {.stages = action.stages,
+                                        .kv_blocks = action.kv_blocks,
+                                        .max_step_tokens = action.max_step_tokens});
 }
 
 void ClusterControl::Do(DialFirstStage& action) {

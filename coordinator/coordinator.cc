@@ -91,7 +91,7 @@ absl::Status CheckOptions(const CoordinatorOptions& options, const ModelParams& 
        {check("workers", options.workers, 1, params.layers),
         check("max-slots", options.max_slots, 1, kMaxSlots),
         check("context", options.max_context, 2, params.context_length),
-        check("step-tokens", options.max_step_tokens, 1, kMaxStepTokens),
+        check("step-tokens", options.max_step_tokens, 0, kMaxStepTokens),
         check("max-waiting", options.max_waiting, 0, 1 << 20)}) {
     if (!status.ok()) return status;
   }
@@ -166,7 +166,6 @@ PipelineOptions Coordinator::Impl::MakePipelineOptions(const CoordinatorOptions&
   pipeline.vocab_size = model_->params().vocab_size;
   pipeline.max_slots = options.max_slots;
   pipeline.max_context = options.max_context;
-  pipeline.max_step_tokens = options.max_step_tokens;
   pipeline.max_waiting = options.max_waiting;
   return pipeline;
 }

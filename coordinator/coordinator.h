@@ -23,8 +23,8 @@ struct CoordinatorOptions {
   std::string advertise;
   int workers = 1;
   int max_slots = 64;
-  int max_context = 0;  // positions of prompt and output; 0 = min(trained, kDefaultMaxContext)
-  int max_step_tokens = 256;
+  int max_context = 0;      // positions of prompt and output; 0 = min(trained, kDefaultMaxContext)
+  int max_step_tokens = 0;  // see PlanLimits
   KvOptions kv;
   int max_waiting = 256;
 };

@@ -48,7 +48,8 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--context", options.max_context,
                  "positions of prompt and output; 0: what the model was trained for, at most 4096")
       ->capture_default_str();
-  app.add_option("--step-tokens", options.max_step_tokens, "rows in one step")
+  app.add_option("--step-tokens", options.max_step_tokens,
+                 "rows in one step; 0: 512 if all workers are GPUs, else 256")
       ->capture_default_str();
   AddKvFlags(app, options.kv);
   app.add_option("--max-waiting", options.max_waiting, "requests queued beyond the slots")

@@ -21,13 +21,12 @@ absl::Duration ToMonotonic(absl::Time deadline) {
 
 // --- Epochs.
 
-void Pipeline::Impl::ExpectEpoch(uint64_t epoch, int stages, int kv_blocks) {
+void Pipeline::Impl::ExpectEpoch(uint64_t epoch, const EpochShape& shape) {
   EndEpoch(0, absl::UnavailableError(fmt::format("epoch {} takes over", epoch)), false);
   absl::MutexLock lock(&mu_);
   expected_epoch_ = epoch;
   last_epoch_ = std::max(last_epoch_, epoch);
-  stages_ = stages;
-  kv_blocks_ = kv_blocks;
+  shape_ = shape;
 }
 
 void Pipeline::Impl::StartEpoch(uint64_t epoch, std::shared_ptr<LinkSender> sender) {
@@ -36,8 +35,8 @@ void Pipeline::Impl::StartEpoch(uint64_t epoch, std::shared_ptr<LinkSender> send
     if (epoch == expected_epoch_ && epoch != 0 && !serving_ && !stop_) {
       serving_ = true;
       current_sender_ = sender;
-      timings_.assign(stages_, {});
-      Enqueue(Started{epoch, stages_, kv_blocks_, std::move(sender)});
+      timings_.assign(shape_.stages, {});
+      Enqueue(Started{epoch, shape_, std::move(sender)});
       return;
     }
   }
@@ -187,8 +186,8 @@ absl::Status Pipeline::Impl::OnLink(uint64_t link, const v1::LinkHello& hello) {
   if (hello.epoch() != expected_epoch_) {
     return absl::AbortedError(fmt::format("epoch {} is over", hello.epoch()));
   }
-  if (hello.to_stage() != static_cast<uint32_t>(stages_)) {
-    return differs("a stage count of", hello.to_stage(), stages_);
+  if (hello.to_stage() != static_cast<uint32_t>(shape_.stages)) {
+    return differs("a stage count of", hello.to_stage(), shape_.stages);
   }
   if (linked_) return absl::AbortedError("the last stage of this epoch is linked already");
   link_ = link;
@@ -237,8 +236,8 @@ void Pipeline::Impl::OnLinkClosed(uint64_t link, const absl::Status& reason) {
 Pipeline::Pipeline(PipelineOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {}
 Pipeline::~Pipeline() { impl_->Shutdown(); }
 
-void Pipeline::ExpectEpoch(uint64_t epoch, int stages, int kv_blocks) {
-  impl_->ExpectEpoch(epoch, stages, kv_blocks);
+void Pipeline::ExpectEpoch(uint64_t epoch, const EpochShape& shape) {
+  impl_->ExpectEpoch(epoch, shape);
 }
 void Pipeline::StartEpoch(uint64_t epoch, std::unique_ptr<LinkSender> to_first_stage) {
   impl_->StartEpoch(epoch, std::move(to_first_stage));

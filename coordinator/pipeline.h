@@ -66,8 +66,14 @@ struct PipelineOptions {
   int vocab_size = 0;
   int max_slots = 8;
   int max_context = 0;
-  int max_step_tokens = 256;
   int max_waiting = 256;  // sequences accepted beyond the slots
+};
+
+// What the plan of an epoch says to its scheduler.
+struct EpochShape {
+  int stages = 1;
+  int kv_blocks = 0;  // of every stage, at least one sequence's; 0 = enough for all slots
+  int max_step_tokens = 256;
 };
 
 struct PipelineStats {
@@ -107,8 +113,7 @@ class Pipeline : public LinkHandler {
   ~Pipeline() override;  // Shutdown()
 
   // Results of `epoch` will be accepted from now on (the last stage dials before serving starts).
-  // kv_blocks: of every stage, at least one sequence's; 0 = enough for all slots.
-  void ExpectEpoch(uint64_t epoch, int stages, int kv_blocks = 0);
+  void ExpectEpoch(uint64_t epoch, const EpochShape& shape);
   // All stages are linked: start stepping through `to_first_stage`. Without effect (the sender is
   // closed) if the epoch is no longer the expected one.
   void StartEpoch(uint64_t epoch, std::unique_ptr<LinkSender> to_first_stage);

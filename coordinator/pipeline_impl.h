@@ -43,7 +43,7 @@ class Pipeline::Impl {
         places_(options_.max_slots + options_.max_waiting),
         loop_([this] { Loop(); }) {}
 
-  void ExpectEpoch(uint64_t epoch, int stages, int kv_blocks);
+  void ExpectEpoch(uint64_t epoch, const EpochShape& shape);
   void StartEpoch(uint64_t epoch, std::shared_ptr<LinkSender> sender);
   // Ends the current epoch: all of it if `only` is 0, else if it is that one. `failure`: tells the
   // failure callback.
@@ -84,8 +84,7 @@ class Pipeline::Impl {
   };
   struct Started {
     uint64_t epoch;
-    int stages;
-    int kv_blocks;
+    EpochShape shape;
     std::shared_ptr<LinkSender> sender;
   };
   struct Ended {
@@ -168,8 +167,7 @@ class Pipeline::Impl {
   bool stop_ ABSL_GUARDED_BY(mu_) = false;
   uint64_t expected_epoch_ ABSL_GUARDED_BY(mu_) = 0;  // 0: none
   uint64_t last_epoch_ ABSL_GUARDED_BY(mu_) = 0;
-  int stages_ ABSL_GUARDED_BY(mu_) = 0;
-  int kv_blocks_ ABSL_GUARDED_BY(mu_) = 0;
+  EpochShape shape_ ABSL_GUARDED_BY(mu_);   // of expected_epoch_
   uint64_t link_ ABSL_GUARDED_BY(mu_) = 0;  // of the last stage
   bool linked_ ABSL_GUARDED_BY(mu_) = false;
   bool serving_ ABSL_GUARDED_BY(mu_) = false;

@@ -17,8 +17,8 @@ void Pipeline::Impl::Loop() {
       CollectEvents(nullptr, Payload());
     }
     SendSteps();
-    Deliver();
     PublishStats();
+    Deliver();
     handled += posts.size();
     posts.clear();  // gives the credits of the frames back
     if (scheduler_ && scheduler_->in_flight() > 0) SpinUntilArrival(arrivals_, handled);
@@ -99,13 +99,13 @@ void Pipeline::Impl::Handle(Received& post) {
 
 void Pipeline::Impl::Handle(Started& post) {
   scheduler_.emplace(
-      SchedulerOptions{.stages = post.stages,
+      SchedulerOptions{.stages = post.shape.stages,
                        .max_slots = options_.max_slots,
                        .max_context = options_.max_context,
-                       .kv_blocks = post.kv_blocks,
-                       .max_step_tokens = options_.max_step_tokens,
+                       .kv_blocks = post.shape.kv_blocks,
+                       .max_step_tokens = post.shape.max_step_tokens,
                        .max_waiting = options_.max_waiting,
-                       .max_in_flight = std::min<int>(post.stages + 1, kLinkCredits - 1),
+                       .max_in_flight = std::min<int>(post.shape.stages + 1, kLinkCredits - 1),
                        .hash_seed = std::random_device()()});
   counted_ = {};
   scheduler_->SetStreaming(streaming_);
@@ -206,6 +206,8 @@ void Pipeline::Impl::Deliver() {
     }
   }
   deliveries_.clear();
+  absl::MutexLock lock(&mu_);
+  CountTokens();
 }
 
 void Pipeline::Impl::DeliverEnd(const SchedulerEvent& event) {
@@ -242,6 +244,7 @@ void Pipeline::Impl::DeliverEnd(const SchedulerEvent& event) {
   live.observer->OnEnd(event.status, summary);
 }
 
+// Before Deliver: whoever has seen a request end finds its place and blocks given back.
 void Pipeline::Impl::PublishStats() {
   absl::MutexLock lock(&mu_);
   stats_.running = scheduler_ ? scheduler_->running() : 0;
@@ -253,7 +256,6 @@ void Pipeline::Impl::PublishStats() {
   stats_.cached_tokens += now.cached_tokens - counted_.cached_tokens;
   stats_.preemptions += now.preemptions - counted_.preemptions;
   counted_ = now;
-  CountTokens();
 }
 
 void Pipeline::Impl::CountTokens() {

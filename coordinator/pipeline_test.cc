@@ -26,7 +26,7 @@ Request MakeRequest(std::vector<int32_t> prompt, int max_tokens) {
 class PipelineTest : public testing::Test {
  protected:
   void Start(int stages = 3) {
-    pipeline_.ExpectEpoch(1, stages);
+    pipeline_.ExpectEpoch(1, Shape(stages));
     ASSERT_TRUE(pipeline_.OnLink(kLink, Hello(1, stages)).ok());
     pipeline_.StartEpoch(1, stages_.NewSender());
   }
@@ -77,6 +77,27 @@ TEST_F(PipelineTest, RunsManyRequests) {
   EXPECT_LT(timings[0].wait_seconds, 0.5e-3 * stages_.received());
   EXPECT_GT(timings[0].wait_seconds, 0);
   EXPECT_EQ(timings[2].steps, 0u);  // the stages speak of one only
+}
+
+TEST_F(PipelineTest, StatsOfTheEndAreThereWhenItIsTold) {
+  struct Observer : Recorder {
+    explicit Observer(const Pipeline& pipeline) : pipeline(pipeline) {}
+    void OnEnd(const absl::Status& status, const RequestSummary& summary) override {
+      stats = pipeline.Stats();
+      Recorder::OnEnd(status, summary);
+    }
+    const Pipeline& pipeline;
+    PipelineStats stats;
+  };
+  Start();
+  const auto observer = std::make_shared<Observer>(pipeline_);
+  ASSERT_TRUE(pipeline_.Submit(MakeRequest({1, 2, 3}, 40), observer).ok());
+  ASSERT_TRUE(observer->Wait().ok());
+  EXPECT_EQ(observer->stats.running, 0u);
+  EXPECT_EQ(observer->stats.blocks_used, 0u);
+  EXPECT_GT(observer->stats.blocks_cached, 0u);
+  EXPECT_EQ(observer->stats.completed, 1u);
+  EXPECT_EQ(observer->stats.completion_tokens, 40u);
 }
 
 TEST_F(PipelineTest, ReportsAStopToken) {
@@ -231,7 +252,7 @@ TEST_F(PipelineTest, EndEpochEndsAllStreamsWithTheReason) {
 
   // The next epoch serves; the old link's frames are dropped and counted.
   FakeStages next(&pipeline_, 2, 6);
-  pipeline_.ExpectEpoch(2, 2);
+  pipeline_.ExpectEpoch(2, Shape(2));
   ASSERT_TRUE(pipeline_.OnLink(6, Hello(2, 2)).ok());
   pipeline_.StartEpoch(2, next.NewSender());
   EXPECT_TRUE(pipeline_.Stats().serving);
@@ -292,7 +313,7 @@ TEST_F(PipelineTest, ChecksLinks) {
   constexpr auto kPrecondition = absl::StatusCode::kFailedPrecondition;
   const auto code = [&](const v1::LinkHello& hello) { return pipeline_.OnLink(1, hello).code(); };
   EXPECT_EQ(code(Hello(1, 3)), absl::StatusCode::kUnavailable);
-  pipeline_.ExpectEpoch(4, 3);
+  pipeline_.ExpectEpoch(4, Shape(3));
   EXPECT_EQ(code(Hello(3, 3)), absl::StatusCode::kAborted);
   EXPECT_EQ(code(Hello(5, 3)), absl::StatusCode::kUnavailable);
   EXPECT_EQ(code(Hello(4, 2)), kPrecondition);
@@ -357,7 +378,7 @@ TEST(PipelineStressTest, SurvivesConcurrentUse) {
   for (uint64_t epoch = 1; epoch <= 30; ++epoch) {
     epochs.push_back(std::make_unique<FakeStages>(&pipeline, epoch, 100 + epoch));
     const int stages = static_cast<int>(epoch % 4) + 1;
-    pipeline.ExpectEpoch(epoch, stages);
+    pipeline.ExpectEpoch(epoch, Shape(stages));
     EXPECT_TRUE(pipeline.OnLink(100 + epoch, Hello(epoch, stages)).ok());
     pipeline.StartEpoch(epoch, epochs.back()->NewSender());
     absl::SleepFor(absl::Milliseconds(10));

@@ -32,9 +32,10 @@ inline PipelineOptions Options() {
           .vocab_size = kVocab,
           .max_slots = 4,
           .max_context = 512,
-          .max_step_tokens = 64,
           .max_waiting = 3};
 }
+
+inline EpochShape Shape(int stages) { return {.stages = stages, .max_step_tokens = 64}; }
 
 inline v1::LinkHello Hello(uint64_t epoch, int stages) {
   v1::LinkHello hello;

@@ -353,9 +353,9 @@ absl::Status CheckArguments(const ModelSizes& sizes, const std::vector<WorkerCap
         fmt::format("{} workers for {} layers: every stage needs a layer; leave out {} workers",
                     workers.size(), sizes.layers.size(), workers.size() - sizes.layers.size()));
   }
-  if (limits.max_slots < 1 || limits.max_context < 1 || limits.max_step_tokens < 1) {
+  if (limits.max_slots < 1 || limits.max_context < 1 || limits.max_step_tokens < 0) {
     return absl::InvalidArgumentError(
-        fmt::format("slots ({}), context ({}) and step tokens ({}) must be at least 1",
+        fmt::format("slots ({}) and context ({}) must be at least 1, step tokens ({}) not negative",
                     limits.max_slots, limits.max_context, limits.max_step_tokens));
   }
   if (limits.kv.blocks != 0 && limits.kv.blocks < KvBlocksPerSequence(limits)) {
@@ -365,6 +365,11 @@ absl::Status CheckArguments(const ModelSizes& sizes, const std::vector<WorkerCap
         limits.kv.blocks, limits.max_context, KvBlocksPerSequence(limits)));
   }
   return absl::OkStatus();
+}
+
+int DefaultStepTokens(const std::vector<WorkerCapacity>& workers) {
+  const bool gpus = std::ranges::all_of(workers, &WorkerCapacity::gpu);
+  return gpus ? kGpuStepTokens : kCpuStepTokens;
 }
 
 }  // namespace
@@ -418,13 +423,16 @@ uint64_t StageBytes(const ModelSizes& sizes, const PlanLimits& limits, int kv_bl
 }
 
 absl::StatusOr<Plan> MakePlan(const ModelSizes& sizes, const std::vector<WorkerCapacity>& workers,
-                              const PlanLimits& limits) {
-  if (absl::Status status = CheckArguments(sizes, workers, limits); !status.ok()) return status;
+                              const PlanLimits& asked) {
+  if (absl::Status status = CheckArguments(sizes, workers, asked); !status.ok()) return status;
+  PlanLimits limits = asked;
+  if (limits.max_step_tokens == 0) limits.max_step_tokens = DefaultStepTokens(workers);
   absl::StatusOr<Split> split = SplitLayers(sizes, workers, limits);
   if (!split.ok()) return split.status();
   const Problem problem(sizes, workers, limits, split->kv_blocks);
   Plan plan;
   plan.kv_blocks = split->kv_blocks;
+  plan.max_step_tokens = limits.max_step_tokens;
   for (size_t w = 0; w < workers.size(); ++w) {
     const int worker = static_cast<int>(w);
     const int first = split->bounds[w], last = split->bounds[w + 1];

@@ -22,6 +22,7 @@ struct WorkerCapacity {
   uint64_t weight_budget_bytes = 0;
   double weight_budget_percent = 0;
   double load_bytes_per_second = 0;  // of weights that stream; 0 = kDefaultLoadBytesPerSecond
+  bool gpu = false;
 };
 // A plain solid-state disk.
 inline constexpr double kDefaultLoadBytesPerSecond = 1e9;
@@ -35,10 +36,15 @@ struct KvOptions {
   double memory_percent = 0;  // of each worker's memory; only if memory_bytes is 0
 };
 
+// Rows of a step unless asked for: a GPU needs many to work at its rate on prompts, a CPU does with
+// fewer and would keep those who decode waiting.
+inline constexpr int kCpuStepTokens = 256;
+inline constexpr int kGpuStepTokens = 512;
+
 struct PlanLimits {
   int max_slots = 0;
-  int max_context = 0;  // positions per slot
-  int max_step_tokens = 0;
+  int max_context = 0;      // positions per slot
+  int max_step_tokens = 0;  // 0 = kGpuStepTokens if all workers are GPUs, or else kCpuStepTokens
   KvOptions kv = {};
 };
 
@@ -62,7 +68,8 @@ struct PlanStage {
 
 struct Plan {
   std::vector<PlanStage> stages;
-  int kv_blocks = 0;  // in every layer of every stage
+  int kv_blocks = 0;        // in every layer of every stage
+  int max_step_tokens = 0;  // rows of a step
 };
 
 // Contiguous, non-empty ranges that minimise the slowest stage's seconds_per_token within every

@@ -292,6 +292,25 @@ TEST(PlannerTest, TheDefaultPoolHoldsAllSlotsOrSixteenFullSequencesAndShrinks) {
             absl::StatusCode::kResourceExhausted);
 }
 
+TEST(PlannerTest, StepsAreLongerIfAllWorkersAreGpus) {
+  const ModelSizes sizes = EqualLayers(4);
+  PlanLimits limits = {.max_slots = 3, .max_context = 70};
+  std::vector<WorkerCapacity> workers = Workers(2);
+  EXPECT_EQ(MakePlan(sizes, workers, limits)->max_step_tokens, kCpuStepTokens);
+  workers[0].gpu = true;
+  EXPECT_EQ(MakePlan(sizes, workers, limits)->max_step_tokens, kCpuStepTokens);
+  workers[1].gpu = true;
+  EXPECT_EQ(MakePlan(sizes, workers, limits)->max_step_tokens, kGpuStepTokens);
+  limits.max_step_tokens = 16;
+  EXPECT_EQ(MakePlan(sizes, workers, limits)->max_step_tokens, 16);
+  // Their rows take memory, which the KV pool then lacks.
+  limits = {.max_slots = 64, .max_context = 70, .max_step_tokens = kCpuStepTokens};
+  for (WorkerCapacity& worker : workers) worker.memory_bytes = StageBytes(sizes, limits, 40, 0, 2);
+  const int blocks = MakePlan(sizes, workers, limits)->kv_blocks;
+  limits.max_step_tokens = 0;
+  EXPECT_LT(MakePlan(sizes, workers, limits)->kv_blocks, blocks);
+}
+
 TEST(PlannerTest, APoolByMemoryIsTheSmallestOverTheStages) {
   ModelSizes sizes = EqualLayers(12);
   sizes.embedding_row = sizes.head = 0;

@@ -33,7 +33,8 @@ WorkerCapacity Capacity(const v1::WorkerHello& hello) {
           .read_bytes_per_second = hello.read_bytes_per_second(),
           .weight_budget_bytes = hello.weight_budget_bytes(),
           .weight_budget_percent = hello.weight_budget_percent(),
-          .load_bytes_per_second = hello.load_bytes_per_second()};
+          .load_bytes_per_second = hello.load_bytes_per_second(),
+          .gpu = !hello.device_uuid().empty()};
 }
 
 // Whether one worker has at least the other's room for a stage.
@@ -419,8 +420,10 @@ void Registry::BeginEpoch(MonotonicTime now) {
   phase_ = Phase::kLinking;
   linking_since_ = now;
   const int stages = static_cast<int>(seats_.size());
-  actions_.push_back(
-      ExpectResults{.epoch = epoch_, .stages = stages, .kv_blocks = plan_->kv_blocks});
+  actions_.push_back(ExpectResults{.epoch = epoch_,
+                                   .stages = stages,
+                                   .kv_blocks = plan_->kv_blocks,
+                                   .max_step_tokens = plan_->max_step_tokens});
   for (int i = 0; i < stages; ++i) {
     SendToWorker send{.stream = workers_.at(seats_[i]).stream};
     v1::Assignment& assignment = *send.message.mutable_assignment();
@@ -433,7 +436,7 @@ void Registry::BeginEpoch(MonotonicTime now) {
                                            : options_.results_address);
     assignment.set_max_slots(options_.limits.max_slots);
     assignment.set_max_context(options_.limits.max_context);
-    assignment.set_max_step_tokens(options_.limits.max_step_tokens);
+    assignment.set_max_step_tokens(plan_->max_step_tokens);
     assignment.set_kv_blocks(plan_->kv_blocks);
     assignment.set_kv_type(ToWire(options_.limits.kv.type));
     assignment.set_incoming(TransportBetween(i - 1, i));

@@ -40,7 +40,8 @@ struct CloseStream {
 struct ExpectResults {  // of an epoch whose last stage will dial the coordinator
   uint64_t epoch = 0;
   int stages = 0;
-  int kv_blocks = 0;  // that its scheduler may hand out
+  int kv_blocks = 0;        // that its scheduler may hand out
+  int max_step_tokens = 0;  // rows of its steps
 };
 struct DialFirstStage {  // then report Dialled or EpochFailed
   uint64_t epoch = 0;

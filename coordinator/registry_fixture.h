@@ -21,9 +21,10 @@ inline constexpr int64_t kMemory = 1 << 30;
 
 // Even ranges; a worker under 1000 bytes holds nothing.
 inline constexpr int kKvBlocks = 19;
+inline constexpr int kStepTokens = 64;
 
 inline absl::StatusOr<Plan> EvenPlan(const std::vector<WorkerCapacity>& workers) {
-  Plan plan{.kv_blocks = kKvBlocks};
+  Plan plan{.kv_blocks = kKvBlocks, .max_step_tokens = kStepTokens};
   const int n = static_cast<int>(workers.size());
   for (int i = 0; i < n; ++i) {
     if (workers[i].memory_bytes < 1000) return absl::ResourceExhaustedError("too small");
@@ -66,8 +67,7 @@ class RegistryTest : public testing::Test {
     RegistryOptions options;
     options.workers = workers;
     options.layers = kLayers;
-    options.limits = {
-        .max_slots = 4, .max_context = 128, .max_step_tokens = 64, .kv = {.type = KvType::kQ8_0}};
+    options.limits = {.max_slots = 4, .max_context = 128, .kv = {.type = KvType::kQ8_0}};
     options.model_hash = "hash";
     options.results_address = "coordinator:1";
     options.plan = [this](const std::vector<WorkerCapacity>& workers) {
@@ -92,6 +92,7 @@ class RegistryTest : public testing::Test {
         expected_ = expect->epoch;
         EXPECT_EQ(expect->epoch, registry_->epoch());
         EXPECT_EQ(expect->kv_blocks, kKvBlocks);
+        EXPECT_EQ(expect->max_step_tokens, kStepTokens);
       } else if (auto* end = std::get_if<EndEpoch>(&action)) {
         ended_.push_back(std::string(end->reason.message()));
         EXPECT_EQ(end->reason.code(), absl::StatusCode::kUnavailable);

@@ -37,7 +37,7 @@ TEST_F(RegistryTest, PlansOnceAllHaveJoined) {
   EXPECT_EQ(assigned_[b].next_hop(), "coordinator:1");
   EXPECT_EQ(assigned_[b].max_slots(), 4u);
   EXPECT_EQ(assigned_[b].max_context(), 128u);
-  EXPECT_EQ(assigned_[b].max_step_tokens(), 64u);
+  EXPECT_EQ(assigned_[b].max_step_tokens(), uint32_t{kStepTokens});
   EXPECT_EQ(assigned_[b].kv_blocks(), uint32_t{kKvBlocks});
   EXPECT_EQ(assigned_[b].kv_type(), v1::KV_TYPE_Q8_0);
 }

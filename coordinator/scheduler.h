@@ -59,8 +59,10 @@ enum class Finish { kStop, kLength };
 
 // Rows of one step that may return log-probabilities or logits: bounds the payload of a result.
 inline constexpr int kMaxScoredRows = 32;
-// A prompt is cut into so many chunks for each stage to fill them, but no smaller ones than this.
+// A prompt is cut into so many chunks for each stage to fill them, but no smaller ones than this
+// part of a step, nor than so many rows.
 inline constexpr int kChunksPerStage = 4;
+inline constexpr int kSmallestChunksPerStep = 8;
 inline constexpr int kMinChunkRows = 32;
 // Rows of a step for clients that are over their share, and while a prompt of another one waits.
 // Steps that hold less than twice as many rows are not shared out so.

@@ -216,9 +216,9 @@ void Scheduler::MoveApart(Sequence& sequence) {
 // rows at hand make several chunks: a stage is idle for as long as its first chunk takes before it.
 int Scheduler::PromptRowLimit() const {
   if (options_.stages == 1 || streaming_) return options_.max_step_tokens;
-  const int64_t chunks = PendingPromptRows() / (kChunksPerStage * options_.stages) / kMinChunkRows;
-  return static_cast<int>(
-      std::min<int64_t>((chunks + 1) * kMinChunkRows, options_.max_step_tokens));
+  const int least = std::max(kMinChunkRows, options_.max_step_tokens / kSmallestChunksPerStep);
+  const int64_t chunks = PendingPromptRows() / (kChunksPerStage * options_.stages) / least;
+  return static_cast<int>(std::min<int64_t>((chunks + 1) * least, options_.max_step_tokens));
 }
 
 int64_t Scheduler::PendingPromptRows() const {

@@ -386,7 +386,7 @@ TEST(CoordinatorOptionsTest, AreChecked) {
       {[](auto& o) { o.max_slots = 0; }, "--max-slots"},
       {[](auto& o) { o.max_context = 1; }, "--context"},
       {[](auto& o) { o.max_context = 1 << 30; }, "--context"},
-      {[](auto& o) { o.max_step_tokens = 0; }, "--step-tokens"},
+      {[](auto& o) { o.max_step_tokens = -1; }, "--step-tokens"},
       {[](auto& o) { o.max_waiting = -1; }, "--max-waiting"},
       {[](auto& o) { o.listen = "nowhere"; }, "--listen"},
       {[](auto& o) { o.listen = "127.0.0.1:99999"; }, "--listen"},

@@ -49,18 +49,27 @@ const std::vector<StepCase>& StepCases() {
   return cases;
 }
 
-constexpr int kMostPositions = 256;
-constexpr int kBlocksPerSequence = kMostPositions / kKvBlockPositions;
+// Decodes far into a context, where many parts of it are put together, in one way or another.
+constexpr int kLongContexts[] = {600, 1100};
+
+constexpr int kMostPositions = 256;  // of the cases above
 constexpr int kMostSequences = 5;
-constexpr int kBlocks = kMostSequences * kBlocksPerSequence;
 constexpr int kKvLayers = 2;
+
+// What a sequence needs at most, in whole blocks.
+int PositionsFor(std::span<const SequenceRows> sequences) {
+  int most = kMostPositions;
+  for (const SequenceRows& rows : sequences) most = std::max(most, rows.prior + rows.rows);
+  return (most + kKvBlockPositions - 1) / kKvBlockPositions * kKvBlockPositions;
+}
 
 // Keys, values and queries of several sequences, by position; blocks dealt out in random order.
 class AttentionBench {
  public:
+  // positions: of each sequence, whole blocks.
   AttentionBench(Backend& backend, const HeadShape& shape, KvType type, double query_stddev,
-                 uint64_t block_seed, int kv_layer = kKvLayers - 1)
-      : backend_(backend), shape_(shape), type_(type), kv_layer_(kv_layer) {
+                 int positions, uint64_t block_seed, int kv_layer = kKvLayers - 1)
+      : backend_(backend), shape_(shape), type_(type), positions_(positions), kv_layer_(kv_layer) {
     params_.heads = shape.heads;
     params_.kv_heads = shape.kv_heads;
     params_.key_length = shape.key_length;
@@ -69,9 +78,9 @@ class AttentionBench {
     params_.rope_dims = shape.key_length;
     RandomSource random(shape.heads * 131 + shape.key_length);
     for (int i = 0; i < kMostSequences; ++i) {
-      q_.push_back(RandomFloats(random, size_t{kMostPositions} * QueryRow(), query_stddev));
-      k_.push_back(RandomFloats(random, size_t{kMostPositions} * KeyRow()));
-      v_.push_back(RandomFloats(random, size_t{kMostPositions} * ValueRow()));
+      q_.push_back(RandomFloats(random, Floats(QueryRow()), query_stddev));
+      k_.push_back(RandomFloats(random, Floats(KeyRow())));
+      v_.push_back(RandomFloats(random, Floats(ValueRow())));
     }
     ShuffleBlocks(block_seed);
   }
@@ -81,7 +90,7 @@ class AttentionBench {
                                                           .kv_heads = shape_.kv_heads,
                                                           .key_length = shape_.key_length,
                                                           .value_length = shape_.value_length,
-                                                          .blocks = 2 * kBlocks,
+                                                          .blocks = 2 * Blocks(),
                                                           .type = type_}));
     return absl::OkStatus();
   }
@@ -131,12 +140,12 @@ class AttentionBench {
   absl::Status MoveBlocks() {
     std::vector<KvBlockCopy> copies;
     for (const std::vector<int32_t>& blocks : blocks_) {
-      for (const int32_t block : blocks) copies.push_back({block, block + kBlocks});
+      for (const int32_t block : blocks) copies.push_back({block, block + Blocks()});
     }
     STAGECOACH_RETURN_IF_ERROR(backend_.CopyKvBlocks(*kv_, copies));
     STAGECOACH_RETURN_IF_ERROR(Poison());
     for (std::vector<int32_t>& blocks : blocks_) {
-      for (int32_t& block : blocks) block += kBlocks;
+      for (int32_t& block : blocks) block += Blocks();
     }
     return absl::OkStatus();
   }
@@ -156,6 +165,8 @@ class AttentionBench {
   int QueryRow() const { return shape_.heads * shape_.key_length; }
   int KeyRow() const { return shape_.kv_heads * shape_.key_length; }
   int ValueRow() const { return shape_.kv_heads * shape_.value_length; }
+  size_t Floats(int row) const { return static_cast<size_t>(positions_) * row; }
+  int Blocks() const { return kMostSequences * positions_ / kKvBlockPositions; }
 
   // All positions of all sequences get keys and values of `value`.
   absl::Status FillWith(float value) {
@@ -163,7 +174,7 @@ class AttentionBench {
     for (auto* rows : {&k_, &v_}) {
       for (std::vector<float>& row : *rows) std::fill(row.begin(), row.end(), value);
     }
-    const std::vector<SequenceRows> all(kMostSequences, {kMostPositions, 0});
+    const std::vector<SequenceRows> all(kMostSequences, {positions_, 0});
     const absl::Status status = Fill(all);
     k_ = k;
     v_ = v;
@@ -171,24 +182,25 @@ class AttentionBench {
   }
 
   void ShuffleBlocks(uint64_t seed) {
-    std::vector<int32_t> order(kBlocks);
+    std::vector<int32_t> order(Blocks());
     for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
     RandomSource random(seed);
     for (size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[random.Next() % i]);
+    const int each = positions_ / kKvBlockPositions;
     for (int i = 0; i < kMostSequences; ++i) {
-      blocks_.emplace_back(order.begin() + i * kBlocksPerSequence,
-                           order.begin() + (i + 1) * kBlocksPerSequence);
+      blocks_.emplace_back(order.begin() + i * each, order.begin() + (i + 1) * each);
     }
   }
 
   Backend& backend_;
   const HeadShape shape_;
   const KvType type_;
+  const int positions_;
   const int kv_layer_;
   ModelParams params_;
   std::unique_ptr<KvCache> kv_;
-  std::vector<std::vector<float>> q_, k_, v_;  // [kMostSequences][kMostPositions * row]
-  std::vector<std::vector<int32_t>> blocks_;   // [kMostSequences][kBlocksPerSequence]
+  std::vector<std::vector<float>> q_, k_, v_;  // [kMostSequences][positions_ * row]
+  std::vector<std::vector<int32_t>> blocks_;   // [kMostSequences][blocks]
 };
 
 struct AttentionCase {
@@ -208,8 +220,8 @@ struct Around {
 ConformanceRun RunStep(AttentionCase test, std::vector<SequenceRows> sequences, uint64_t block_seed,
                        Around around = {}) {
   return [=](Backend& backend) -> absl::StatusOr<std::vector<float>> {
-    AttentionBench bench(backend, test.shape, test.type, test.query_stddev, block_seed,
-                         around.kv_layer);
+    AttentionBench bench(backend, test.shape, test.type, test.query_stddev, PositionsFor(sequences),
+                         block_seed, around.kv_layer);
     STAGECOACH_RETURN_IF_ERROR(bench.Open());
     if (around.before != nullptr) STAGECOACH_RETURN_IF_ERROR((bench.*around.before)());
     STAGECOACH_RETURN_IF_ERROR(bench.Fill(sequences));
@@ -222,7 +234,8 @@ ConformanceRun RunStep(AttentionCase test, std::vector<SequenceRows> sequences, 
 ConformanceRun RunChunks(AttentionCase test, std::vector<SequenceRows> sequences,
                          std::vector<int> chunk_sizes) {
   return [=](Backend& backend) -> absl::StatusOr<std::vector<float>> {
-    AttentionBench bench(backend, test.shape, test.type, test.query_stddev, /*block_seed=*/77);
+    AttentionBench bench(backend, test.shape, test.type, test.query_stddev, PositionsFor(sequences),
+                         /*block_seed=*/77);
     STAGECOACH_RETURN_IF_ERROR(bench.Open());
     std::vector<float> all;
     size_t next_size = 0;
@@ -299,6 +312,16 @@ std::vector<ConformanceCase> AttentionCases() {
       add_same("chunks of 7 and 64", whole, RunChunks(plain, mixed, {7, 64}));
       add_same("other blocks", whole, RunStep(plain, mixed, 2));
       add_same("blocks that held NaN", RunStep(plain, mixed, 1, {&AttentionBench::Poison}), whole);
+      const bool few_heads = shape.kv_heads <= 2 && shape.key_length <= 128;
+      if (type == KvType::kF16 && few_heads && shape.key_length % 64 == 0) {  // the rest is slow
+        for (const int context : kLongContexts) {
+          const std::vector<SequenceRows> decodes = {{context, 1}, {40, 1}, {context / 2, 1}};
+          const std::string name = fmt::format("decodes after {}", context);
+          add_near(name, plain, decodes, tolerance);
+          add_same(name + " alone", RunStep(plain, decodes, 1),
+                   RunChunks(plain, decodes, {context}));
+        }
+      }
       // Whole blocks are copied and cleared: an even and a ragged shape are enough.
       const bool whole_blocks = shape.key_length == 64 || shape.key_length == 80;
       for (int layer = 0; layer < kKvLayers && whole_blocks && shape.heads <= 6; ++layer) {

@@ -116,8 +116,7 @@ class Ring {
                         .d_model = model_->params().d_model,
                         .vocab_size = model_->params().vocab_size,
                         .max_slots = 8,
-                        .max_context = 512,
-                        .max_step_tokens = kRingStepTokens});
+                        .max_context = 512});
     hub_.Listen("coordinator", pipeline_.get());
     for (int w = 0; w < workers; ++w) {
       const std::string name = "w" + std::to_string(w);
@@ -149,7 +148,9 @@ class Ring {
         MakePlan(*model_, capacities, {8, 512, kRingStepTokens, {.blocks = kv_blocks}});
     ASSERT_TRUE(plan.ok()) << plan.status();
     const int stages = static_cast<int>(workers.size());
-    pipeline_->ExpectEpoch(epoch, stages, plan->kv_blocks);
+    pipeline_->ExpectEpoch(
+        epoch,
+        {.stages = stages, .kv_blocks = plan->kv_blocks, .max_step_tokens = plan->max_step_tokens});
     for (int stage = 0; stage < stages; ++stage) {
       v1::Assignment assignment;
       assignment.set_epoch(epoch);
@@ -160,7 +161,7 @@ class Ring {
       assignment.set_next_hop(stage + 1 < stages ? plan->stages[stage + 1].worker : "coordinator");
       assignment.set_max_slots(8);
       assignment.set_max_context(512);
-      assignment.set_max_step_tokens(kRingStepTokens);
+      assignment.set_max_step_tokens(plan->max_step_tokens);
       assignment.set_kv_blocks(plan->kv_blocks);
       if (transport_ != nullptr) {
         if (stage > 0) assignment.set_incoming(v1::TRANSPORT_NCCL);

@@ -112,8 +112,10 @@ absl::Status RunBenchKernels(BenchKernelsFlags& flags) {
   for (const std::string& text : flags.shapes) {
     STAGECOACH_ASSIGN_OR_RETURN(flags.timing.shapes.emplace_back(), ParseShape(text));
   }
-  for (const std::string& type : flags.timing.types) {
-    if (!ParseTensorType(type)) return absl::InvalidArgumentError("there is no type " + type);
+  for (std::string& type : flags.timing.types) {
+    const std::optional<TensorType> parsed = ParseTensorType(type);
+    if (!parsed) return absl::InvalidArgumentError("there is no type " + type);
+    type = GetTensorTypeInfo(*parsed).name;  // q4_k: Q4_K
   }
   STAGECOACH_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend,
                               OpenDeviceFlag(flags.device, flags.threads));

@@ -98,7 +98,8 @@ absl::StatusOr<std::vector<WorkerCapacity>> Workers(const PlanFlags& flags) {
 nlohmann::json ToJson(const ModelFile& model, const Plan& plan) {
   nlohmann::json out = {{"model_hash", model.hash()},
                         {"layers", model.params().layers},
-                        {"kv_blocks", plan.kv_blocks}};
+                        {"kv_blocks", plan.kv_blocks},
+                        {"max_step_tokens", plan.max_step_tokens}};
   for (const PlanStage& stage : plan.stages) {
     out["stages"].push_back({{"worker", stage.worker},
                              {"first_layer", stage.first_layer},

@@ -47,6 +47,8 @@ void AddPipelineFlags(CLI::App& command, ServiceFlags& flags) {
       ->capture_default_str();
   command.add_option("--context", flags.context, "Positions per sequence; 0 = default")
       ->check(CLI::NonNegativeNumber);
+  command.add_option("--step-tokens", flags.step_tokens, "Rows of one step; 0 = default")
+      ->check(CLI::NonNegativeNumber);
   command.add_option("--kv-type", flags.kv_type, "Type of cached keys and values")
       ->check(CLI::IsMember({"f16", "f32", "q8_0"}))
       ->capture_default_str();
@@ -73,7 +75,8 @@ LocalClusterOptions ToClusterOptions(const ServiceFlags& flags) {
   options.threads = flags.threads;
   options.max_slots = flags.max_slots;
   options.context = flags.context;
-  options.coordinator_flags = {"--kv-type", flags.kv_type};
+  options.coordinator_flags = {"--kv-type", flags.kv_type, "--step-tokens",
+                               std::to_string(flags.step_tokens)};
   if (!flags.kv_memory.empty()) {
     options.coordinator_flags.insert(options.coordinator_flags.end(),
                                      {"--kv-memory", flags.kv_memory});

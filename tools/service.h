@@ -27,6 +27,7 @@ struct ServiceFlags {
   int threads = 0;
   int max_slots = 64;
   int context = 0;
+  int step_tokens = 0;  // 0 = the coordinator's default
   std::string prefetch = "async";
   std::string kv_type = "f16";
   std::string kv_memory;      // empty = the coordinator's default
@@ -34,8 +35,8 @@ struct ServiceFlags {
   bool verbose = false;
 };
 
-// Declares --server, --model, --workers, --device, --threads, --context, --kv-type, --kv-memory,
-// --prefetch, --transport, --worker-env, --verbose.
+// Declares --server, --model, --workers, --device, --threads, --context, --step-tokens, --kv-type,
+// --kv-memory, --prefetch, --transport, --worker-env, --verbose.
 void AddServiceFlags(CLI::App& command, ServiceFlags& flags);
 // Those of them that a private service needs, without --server and --model.
 void AddPipelineFlags(CLI::App& command, ServiceFlags& flags);

@@ -53,8 +53,8 @@ AttentionPlan PlanAttention(const AttentionShape& shape, int heads, const KvLayo
     return plan;
   }
   if (plan.tiles * kv.kv_heads >= kTensorWarps * multiprocessors) return plan;
-  if (plan.chunks <= kTensorWarps) {
-    plan.chunks = kTensorWarps;  // costs no more, and there are fewer shapes
+  if (plan.chunks <= WarpsThatMerge(QueriesTogether(plan, heads / kv.kv_heads))) {
+    plan.chunks = std::max(plan.chunks, kTensorWarps);  // costs no more, and fewer shapes
     plan.merge = AttentionPlan::Merge::kBlock;
   } else if (PartialFloats(plan.rows, heads, plan.chunks, kv.value_length) <= scratch_floats) {
     plan.merge = AttentionPlan::Merge::kScratch;

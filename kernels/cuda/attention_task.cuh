@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "kernels/cuda/activation_ops.cuh"
 #include "kernels/cuda/attention.h"
 
@@ -125,6 +127,14 @@ cudaError_t LaunchGeneralAttention(const AttentionPlan& plan, const AttentionTas
 // Of the one with tensor cores:
 inline constexpr int kTensorChunkPositions = 2 * kKvBlockPositions;
 inline constexpr int kTensorWarps = 8;
+// Of a block that merges the chunks of so many queries, a warp each: shared memory holds them.
+__host__ __device__ constexpr int WarpsThatMerge(int queries) {
+  return queries <= kQueryTile / 2 ? 2 * kTensorWarps : kTensorWarps;
+}
+// Queries of a tile: of one row if each tile has one, as in decode steps.
+inline int QueriesTogether(const AttentionPlan& plan, int group) {
+  return plan.tiles == plan.rows ? std::min(group, kQueryTile) : kQueryTile;
+}
 cudaError_t LaunchTensorAttention(const AttentionPlan& plan, const AttentionTask& task,
                                   cudaStream_t stream);
 

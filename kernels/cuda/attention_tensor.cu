@@ -24,7 +24,6 @@
 namespace stagecoach::cuda {
 namespace {
 
-constexpr int kThreads = kTensorWarps * kWarpLanes;
 constexpr int kTilesOfChunk = kTensorChunkPositions / kKvBlockPositions;
 constexpr int kGroups = 4;     // of 8 positions in a KV block
 constexpr int kHalfDims = 64;  // of the result that are summed up at once
@@ -323,7 +322,8 @@ __device__ void RunChunk(const AttentionTask& task, const QueryTile& tile,
 
 // Grid: x = groups of eight tiles, y = KV heads (times slices of more than 16 query heads).
 template <int kDims>
-__global__ void __launch_bounds__(kThreads) WalkKernel(const __grid_constant__ AttentionTask task) {
+__global__ void __launch_bounds__(kTensorWarps* kWarpLanes)
+    WalkKernel(const __grid_constant__ AttentionTask task) {
   __shared__ Queries<kDims> queries[kTensorWarps];
   LetNextKernelStart();
   WaitForPreviousKernel();
@@ -336,23 +336,23 @@ __global__ void __launch_bounds__(kThreads) WalkKernel(const __grid_constant__ A
   Walk(task, tile, queries[warp], kv_head);
 }
 
-// Grid: x = groups of eight chunks (one if the block merges them), y as above, z = tiles.
+// Grid: x = groups of kWarps chunks (one if the block merges them), y as above, z = tiles.
 // kHalves: of 8 queries, of a tile.
-template <int kDims, bool kMergeInBlock, int kHalves>
-__global__ void __launch_bounds__(kThreads)
+template <int kDims, bool kMergeInBlock, int kHalves, int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarpLanes)
     ChunksKernel(const __grid_constant__ AttentionTask task) {
-  constexpr int kPartial = kDims + 2;
+  constexpr int kPartial = kDims + 2, kThreads = kWarps * kWarpLanes;
   __shared__ Queries<kDims> queries;
   LetNextKernelStart();
   WaitForPreviousKernel();
   const int kv_head = task.groups.KvHead(blockIdx.y);
   const QueryTile tile = MakeTile(task, blockIdx.z, kv_head, task.groups.Slice(blockIdx.y));
   const int last_position = task.table.positions[tile.first_row + tile.rows - 1];
-  const int warp = threadIdx.x / kWarpLanes, chunk = blockIdx.x * kTensorWarps + warp;
+  const int warp = threadIdx.x / kWarpLanes, chunk = blockIdx.x * kWarps + warp;
   // Queries by the threads behind those that store: both have to wait for memory.
   queries.Load(task, tile, (threadIdx.x + kThreads / 2) % kThreads, kThreads);
   // The block that attends to the row's own position puts it there.
-  const bool has_last = last_position / kTensorChunkPositions / kTensorWarps == blockIdx.x;
+  const bool has_last = last_position / kTensorChunkPositions / kWarps == blockIdx.x;
   if (task.store && has_last) {
     const size_t row = tile.first_row;
     StoreHead<uint16_t, kThreads>(task.kv, task.table, row, kv_head, task.in.k, task.in.v,
@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(kThreads)
     const int queries_here = tile.rows * tile.heads;
     if (needed) {
       RunChunk<kHalves>(task, tile, queries, kv_head, chunk,
-                        [&](int m) { return partials + (m * kTensorWarps + warp) * kPartial; });
+                        [&](int m) { return partials + (m * kWarps + warp) * kPartial; });
     }
     __syncthreads();
     for (int i = threadIdx.x; i < queries_here * kDims; i += kThreads) {
@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(kThreads)
       if (!tile.Valid(m)) continue;
       const int chunks = tile.Position(m, task.table.positions) / kTensorChunkPositions + 1;
       AttendedHead(task, tile.Head(m, task.heads), kDims)
-          .Store(d, MergeChunks(partials + m * kTensorWarps * kPartial, chunks, kDims, d));
+          .Store(d, MergeChunks(partials + m * kWarps * kPartial, chunks, kDims, d));
     }
   } else {
     if (!needed) return;
@@ -383,32 +383,46 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <int kDims, int kHalves>
+template <int kDims, bool kMergeInBlock, int kHalves, int kWarps>
 cudaError_t LaunchChunks(const AttentionPlan& plan, const AttentionTask& task, int queries,
                          cudaStream_t stream) {
-  const bool in_block = plan.merge == AttentionPlan::Merge::kBlock;
-  LaunchShape shape = {.threads = kThreads};
-  shape.grid = dim3(in_block ? 1 : CeilDivide(plan.chunks, kTensorWarps),
+  const auto kernel = ChunksKernel<kDims, kMergeInBlock, kHalves, kWarps>;
+  LaunchShape shape = {.threads = kWarps * kWarpLanes};
+  shape.grid = dim3(kMergeInBlock ? 1 : CeilDivide(plan.chunks, kWarps),
                     task.kv.kv_heads * task.groups.slices, plan.tiles);
-  if (!in_block) return LaunchKernel(ChunksKernel<kDims, false, kHalves>, shape, stream, task);
-  shape.shared_bytes = sizeof(float) * queries * kTensorWarps * (kDims + 2);
-  const auto kernel = ChunksKernel<kDims, true, kHalves>;
-  const cudaError_t error = AllowSharedMemory(kernel, 100 << 10);
-  if (error != cudaSuccess) return error;
+  if (kMergeInBlock) {
+    constexpr int kQueryBytes = sizeof(float) * kWarps * (kDims + 2);
+    shape.shared_bytes = queries * kQueryBytes;
+    const cudaError_t error = AllowSharedMemory(kernel, kQueryTile / 2 * kHalves * kQueryBytes);
+    if (error != cudaSuccess) return error;
+  }
   return LaunchKernel(kernel, shape, stream, task);
+}
+
+template <int kDims, int kHalves>
+cudaError_t LaunchHalves(const AttentionPlan& plan, const AttentionTask& task, int queries,
+                         cudaStream_t stream) {
+  if (plan.merge != AttentionPlan::Merge::kBlock) {
+    return LaunchChunks<kDims, false, kHalves, kTensorWarps>(plan, task, queries, stream);
+  }
+  if constexpr (kHalves == 1) {
+    if (plan.chunks > kTensorWarps) {
+      return LaunchChunks<kDims, true, kHalves, WarpsThatMerge(1)>(plan, task, queries, stream);
+    }
+  }
+  return LaunchChunks<kDims, true, kHalves, kTensorWarps>(plan, task, queries, stream);
 }
 
 template <int kDims>
 cudaError_t LaunchDims(const AttentionPlan& plan, const AttentionTask& task, cudaStream_t stream) {
   if (plan.merge == AttentionPlan::Merge::kWalker) {
-    LaunchShape shape = {.threads = kThreads};
+    LaunchShape shape = {.threads = kTensorWarps * kWarpLanes};
     shape.grid = dim3(CeilDivide(plan.tiles, kTensorWarps), task.kv.kv_heads * task.groups.slices);
     return LaunchKernel(WalkKernel<kDims>, shape, stream, task);
   }
-  // Of one row if each tile has one, as in decode steps.
-  const int queries = plan.tiles == plan.rows ? task.groups.heads : kQueryTile;
-  return queries <= kQueryTile / 2 ? LaunchChunks<kDims, 1>(plan, task, queries, stream)
-                                   : LaunchChunks<kDims, 2>(plan, task, queries, stream);
+  const int queries = QueriesTogether(plan, task.groups.group);
+  return queries <= kQueryTile / 2 ? LaunchHalves<kDims, 1>(plan, task, queries, stream)
+                                   : LaunchHalves<kDims, 2>(plan, task, queries, stream);
 }
 
 }  // namespace
