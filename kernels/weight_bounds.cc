@@ -9,6 +9,7 @@
 #include "model/dequantize.h"
 #include "model/gguf.h"
 #include "model/model_error.h"
+#include "model/status_macros.h"
 
 namespace stagecoach {
 namespace {
@@ -108,7 +109,19 @@ absl::Status CheckWeights(const TensorInfo& tensor, size_t first_row,
       }
       return absl::OkStatus();
     } else {
-      return WithName(tensor, FiniteScales(tensor.type, raw));
+      STAGECOACH_RETURN_IF_ERROR(WithName(tensor, FiniteScales(tensor.type, raw)));
+      for (size_t i = 0; i < raw.size() / sizeof(Block); ++i) {
+        Block block;
+        memcpy(&block, raw.data() + i * sizeof(Block), sizeof(Block));
+        if (std::fabs(block.value()) <= bounds.weight) continue;
+        return MakeModelError(
+            ModelError::kUnsupported,
+            fmt::format("tensor {}: row {}, column {} has a weight of {} ({} at most is held); "
+                        "such weights run on --device cpu",
+                        tensor.name, first_row + i / tensor.columns(), i % tensor.columns(),
+                        block.value(), bounds.weight));
+      }
+      return absl::OkStatus();
     }
   });
 }

@@ -1,4 +1,4 @@
-// What a backend that multiplies quantised weights in a narrow format can hold of them, and the
+// What a backend that multiplies weights in a narrow format can hold of them, and the
 // check of a file's blocks against it (model/block_decode.h: delta, scale, quant, min).
 #ifndef STAGECOACH_KERNELS_WEIGHT_BOUNDS_H_
 #define STAGECOACH_KERNELS_WEIGHT_BOUNDS_H_
@@ -12,12 +12,13 @@
 
 namespace stagecoach {
 
-// Of magnitudes of quantised types. By default everything finite is held.
+// Of magnitudes. By default everything finite is held.
 struct WeightBounds {
   static constexpr float kNone = std::numeric_limits<float>::infinity();
   float delta = kNone;   // delta and delta_min are less
   float scale = kNone;   // delta * scale of a group, rounded to a half, is less
-  float weight = kNone;  // delta_min * min of a group, and every weight, is this at most
+  float weight = kNone;  // delta_min * min of a group, and every weight, is this at most;
+                         // the only one that float types have
 
   bool any() const { return delta != kNone || scale != kNone || weight != kNone; }
 };

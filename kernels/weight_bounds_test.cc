@@ -74,6 +74,17 @@ TEST(WeightBounds, BlockScalesAreBoundByThemselves) {
   EXPECT_TRUE(matrix.Check({.scale = 2, .weight = 65504}).ok());
 }
 
+TEST(WeightBounds, WeightsWithoutScales) {
+  Matrix<BlockBF16> matrix(TensorType::kBF16);
+  matrix.at(1, 2).bits = FloatToBfloat16(-65280);
+  EXPECT_TRUE(matrix.Check(kBounds).ok());
+  matrix.at(1, 2).bits = FloatToBfloat16(-65536);
+  ExpectRefused(matrix.Check(kBounds), "row 1, column 2", "a weight of -65536 (65504 at most");
+  EXPECT_TRUE(matrix.Check({}).ok());
+  matrix.at(2, 0).bits = 0x7fc0;  // NaN
+  EXPECT_EQ(GetModelError(matrix.Check(kBounds)), ModelError::kCorrupt);
+}
+
 TEST(WeightBounds, WeightsAndMinimums) {
   Matrix<BlockQ8_0> matrix(TensorType::kQ8_0);
   matrix.at(0, 0).d = FloatToHalf(600);
@@ -114,12 +125,12 @@ TEST(WeightBounds, EveryQuantisedType) {
   }
 }
 
-TEST(WeightBounds, FloatTypesHaveNone) {
+TEST(WeightBounds, WithoutBoundsAllFiniteWeightsAreHeld) {
   Matrix<BlockF32> matrix(TensorType::kF32);
   matrix.at(0, 0).element = 1e30f;
-  EXPECT_TRUE(matrix.Check(kBounds).ok());
+  EXPECT_TRUE(matrix.Check({}).ok());
   matrix.at(2, 1).element = NAN;
-  EXPECT_EQ(GetModelError(matrix.Check(kBounds)), ModelError::kCorrupt);
+  EXPECT_EQ(GetModelError(matrix.Check({})), ModelError::kCorrupt);
 }
 
 TEST(WeightBounds, PartsAreCheckedUnlessTheySaySo) {

@@ -32,6 +32,19 @@ __device__ inline uint4 ToHalfActivations(const float (&v)[kLaneColumns]) {
   return bits;
 }
 
+// The same; rest: what is missing, divided by kRestScale. Of what is not finite, neither is it.
+__device__ inline uint4 ToHalfActivations(const float (&v)[kLaneColumns],
+                                          float (&rest)[kLaneColumns]) {
+  const uint4 bits = ToHalfActivations(v);
+  const auto* halves = reinterpret_cast<const __half*>(&bits);
+#pragma unroll
+  for (int i = 0; i < kLaneColumns; ++i) {
+    const float taken = __fmul_rn(__half2float(halves[i]), 1 / kActivationScale);
+    rest[i] = __fmul_rn(__fsub_rn(v[i], taken), 1 / kRestScale);
+  }
+  return bits;
+}
+
 }  // namespace stagecoach::cuda
 
 #endif  // STAGECOACH_KERNELS_CUDA_ACTIVATION_OPS_CUH_

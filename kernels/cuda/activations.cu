@@ -79,7 +79,14 @@ __device__ void StoreColumns(const float (&v)[kLaneColumns], const Activations& 
     }
     return;
   }
-  *reinterpret_cast<uint4*>(out.halves + out.HalfPlace(row, column)) = ToHalfActivations(v);
+  if (out.form == ActivationForm::kHalf) {
+    *reinterpret_cast<uint4*>(out.halves + out.HalfPlace(row, column)) = ToHalfActivations(v);
+    return;
+  }
+  auto* first = reinterpret_cast<uint4*>(out.halves + out.HalfPlace(2 * row, column));
+  float rest[kLaneColumns];
+  first[0] = ToHalfActivations(v, rest);
+  first[32 / kLaneColumns] = ToHalfActivations(rest);  // the next row
 }
 
 // Grid: x = groups of kWarps superblocks, y = rows. One superblock per warp.
@@ -145,9 +152,10 @@ LaunchShape ShapeBySuperblock(const Activations& out) {
 ActivationForm FormFor(TensorType type) {
   switch (type) {
     case TensorType::kF32:
+      return ActivationForm::kFloat;
     case TensorType::kF16:
     case TensorType::kBF16:
-      return ActivationForm::kFloat;
+      return ActivationForm::kHalfPairs;
     default:
       return ActivationForm::kHalf;
   }
@@ -157,7 +165,7 @@ size_t ActivationBytes(int rows, int k) {
   Activations shape;
   shape.k = k;
   constexpr size_t kRowTileBytes = 64 * 64;
-  const size_t halves = size_t{2} * rows * shape.PaddedColumns() + kRowTileBytes;
+  const size_t halves = size_t{4} * rows * shape.PaddedColumns() + kRowTileBytes;  // in pairs
   const size_t floats = size_t{4} * rows * k;
   return AlignUp(halves > floats ? halves : floats);
 }

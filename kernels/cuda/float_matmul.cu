@@ -2,7 +2,6 @@
 
 #include "kernels/cuda/device_ops.cuh"
 #include "kernels/cuda/launch.cuh"
-#include "model/block_decode.h"
 
 namespace stagecoach::cuda {
 namespace {
@@ -12,7 +11,6 @@ constexpr int kRows = 8;         // of activations at a time
 
 // Grid: x = groups of kOutputWarps output rows, y = groups of kRows rows. A lane sums the columns
 // lane, lane + 32, ... in order; the lanes' sums are joined by a tree.
-template <typename Block>
 __global__ void __launch_bounds__(kOutputWarps * 32)
     FloatMatmulKernel(const __grid_constant__ MatmulTerm term, const float* x, int rows) {
   LetNextKernelStart();
@@ -21,7 +19,7 @@ __global__ void __launch_bounds__(kOutputWarps * 32)
   const int n = blockIdx.x * kOutputWarps + threadIdx.x / 32, first_row = blockIdx.y * kRows;
   if (n >= term.weights.n) return;
   const int k = term.weights.k;
-  const Block* weights = static_cast<const Block*>(term.weights.data) + static_cast<size_t>(n) * k;
+  const float* weights = static_cast<const float*>(term.weights.data) + static_cast<size_t>(n) * k;
   const float* x_rows[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -29,7 +27,7 @@ __global__ void __launch_bounds__(kOutputWarps * 32)
   }
   float sums[kRows] = {};
   for (int column = lane; column < k; column += 32) {
-    const float weight = weights[column].value();
+    const float weight = weights[column];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       sums[r] = __fmaf_rn(weight, __ldcg(x_rows[r] + column), sums[r]);
@@ -57,14 +55,7 @@ cudaError_t LaunchFloatMatmul(const MatmulTerm& term, const Activations& x, cuda
   shape.grid =
       dim3((term.weights.n + kOutputWarps - 1) / kOutputWarps, (x.rows + kRows - 1) / kRows);
   shape.threads = kOutputWarps * 32;
-  switch (term.weights.type) {
-    case TensorType::kF32:
-      return LaunchKernel(FloatMatmulKernel<BlockF32>, shape, stream, term, x.values, x.rows);
-    case TensorType::kF16:
-      return LaunchKernel(FloatMatmulKernel<BlockF16>, shape, stream, term, x.values, x.rows);
-    default:
-      return LaunchKernel(FloatMatmulKernel<BlockBF16>, shape, stream, term, x.values, x.rows);
-  }
+  return LaunchKernel(FloatMatmulKernel, shape, stream, term, x.values, x.rows);
 }
 
 }  // namespace stagecoach::cuda

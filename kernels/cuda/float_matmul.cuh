@@ -1,4 +1,4 @@
-// Products with F32, F16 and BF16 weights and float32 activations: correct, not fast.
+// Products with F32 weights and activations: correct, not fast.
 #ifndef STAGECOACH_KERNELS_CUDA_FLOAT_MATMUL_CUH_
 #define STAGECOACH_KERNELS_CUDA_FLOAT_MATMUL_CUH_
 

@@ -17,7 +17,8 @@ namespace {
 template <typename Prepare>
 absl::Status Project(const CudaWorkspace& workspace, std::span<const MatmulTerm> terms, int rows,
                      cudaStream_t stream, const Prepare& prepare, const Fusion& fusion = {}) {
-  for (const ActivationForm form : {ActivationForm::kFloat, ActivationForm::kHalf}) {
+  for (const ActivationForm form :
+       {ActivationForm::kFloat, ActivationForm::kHalf, ActivationForm::kHalfPairs}) {
     std::array<MatmulTerm, kMaxMatmulTerms> same;
     size_t count = 0;
     for (const MatmulTerm& term : terms) {

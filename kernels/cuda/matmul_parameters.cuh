@@ -33,10 +33,10 @@ struct MatmulParameters {
   };
   Term terms[kMaxMatmulTerms];
   int term_count;
-  int tile_rows;    // of all terms
-  int superblocks;  // per row
-  int rows;
-  const uint8_t* x;  // halves [superblocks * 8][rows][32]
+  int tile_rows;     // of all terms
+  int superblocks;   // per row
+  int rows;          // of halves
+  const uint8_t* x;  // [superblocks * 8][rows][32]
   Fusion fusion;
   // What LaunchStream adds.
   int block_units;    // rows of tiles, or pairs of them, of a block,
@@ -64,11 +64,17 @@ __device__ inline float ResultOf(float sum) {
   return __fmul_rn(sum, 1 / (kActivationScale * Tile::kWeightScale));
 }
 
-// Rows outside the matrix and the activations are left out.
+// The sum of products of a row of activations, from those of its rows of halves.
+template <typename Tile>
+__device__ inline float JoinParts(float first, float rest) {
+  return Tile::kParts == 1 ? first : __fmaf_rn(rest, kRestScale, first);
+}
+
+// row: of activations. Rows outside the matrix and the activations are left out.
 template <typename Tile>
 __device__ inline void StoreResult(const MatmulParameters& p, int tile_row, int row_in_tile,
                                    int row, float sum) {
-  if (row >= p.rows) return;
+  if (row >= p.rows / Tile::kParts) return;
   const MatmulParameters::Term& term = p.TermOf(tile_row);
   const int n = (tile_row - term.first_tile_row) * kTileRows + row_in_tile;
   if (n >= term.n) return;

@@ -25,7 +25,7 @@ cudaError_t LaunchSameType(std::span<const MatmulTerm> terms, const Activations&
   MatmulParameters p = {};
   for (const MatmulTerm& term : terms) AddTerm(term, &p);
   p.superblocks = x.PaddedColumns() / kSuperblock;
-  p.rows = x.rows;
+  p.rows = x.HalfRows();
   p.fusion = fusion;
   p.x = reinterpret_cast<const uint8_t*>(x.halves);
   return VisitTileType(terms[0].weights.type, cudaErrorInvalidValue, [&]<TensorType type>() {
@@ -59,7 +59,8 @@ bool Streams(const PackedMatrix& weights, int rows) {
 
 bool CanFuseGate(std::span<const MatmulTerm> terms, int rows) {
   const PackedMatrix& gate = terms[0].weights;
-  return terms.size() == 2 && gate.type == terms[1].weights.type && gate.n == terms[1].weights.n &&
+  return terms.size() == 2 && FormFor(gate.type) == ActivationForm::kHalf &&
+         gate.type == terms[1].weights.type && gate.n == terms[1].weights.n &&
          gate.n % kSuperblock == 0 && Streams(gate, rows);
 }
 

@@ -6,7 +6,7 @@
 // cudaSuccess or what the launch said. They need compute capability 9.0.
 //
 // Bits: a row of y depends on that row of x and on the weights alone, never on the number of rows.
-// Of quantised types both factors are halves, their products are summed in float32 by matrix
+// Of all types but F32 both factors are halves, their products are summed in float32 by matrix
 // products over 16 columns at a time, in one order, whichever kernel runs. With S = ceil(k / 256)
 // superblocks:
 //
@@ -14,7 +14,9 @@
 //   y          = (((0 + partial[0]) + partial[1]) + ...) + partial[15] (+ bias) (then y_old + that)
 //
 // Weights are decoded to halves (tile_decode.cuh), x is taken times kActivationScale, and y is
-// divided by it. Both are rounded to 11 bits, much less than int8 activations would lose.
+// divided by it. Both are rounded to 11 bits, much less than int8 activations would lose. Where
+// weights are halves to begin with, x has a second row for the rest, and y is the sum of both
+// rows' (the rest's times kRestScale).
 //
 // Overlap: every kernel is launched with programmatic stream serialisation. It may start, and read
 // packed weights, while the kernel before it in the stream still runs; it reads anything else, and
@@ -59,8 +61,9 @@ cudaError_t LaunchRepack(TensorType type, int n, int k, const void* raw, void* p
 
 // What a type's kernels read.
 enum class ActivationForm {
-  kFloat,  // float32: for F32, F16, BF16
-  kHalf,   // halves of x * kActivationScale: for quantised types
+  kFloat,      // float32: for F32
+  kHalf,       // halves of x * kActivationScale: for quantised types
+  kHalfPairs,  // and another row of halves for what those miss: for F16, BF16
 };
 ActivationForm FormFor(TensorType type);
 
@@ -68,20 +71,27 @@ ActivationForm FormFor(TensorType type);
 // an error of 5e-7 below.
 inline constexpr float kActivationScale = 1.0f / 16;
 
+// What a second half says is this much smaller. Together they have 22 bits.
+inline constexpr float kRestScale = 1.0f / 2048;
+
 // x[rows][k] in the form that matmuls read. Does not own its array.
 struct Activations {
   ActivationForm form = ActivationForm::kFloat;
   int rows = 0;
   int k = 0;
-  float* values = nullptr;     // kFloat: [rows][k]
-  uint16_t* halves = nullptr;  // kHalf: [PaddedColumns() / 32][rows][32], zero beyond k
+  float* values = nullptr;  // kFloat: [rows][k]
+  // [PaddedColumns() / 32][HalfRows()][32], zero beyond k; of kHalfPairs each row, then its rest.
+  uint16_t* halves = nullptr;
 
   STAGECOACH_HOST_DEVICE int PaddedColumns() const {
     return (k + kSuperblock - 1) / kSuperblock * kSuperblock;
   }
-  // Where in `halves` a value is.
+  STAGECOACH_HOST_DEVICE int HalfRows() const {
+    return form == ActivationForm::kHalfPairs ? 2 * rows : rows;
+  }
+  // Where in `halves` a value is; row: of HalfRows().
   STAGECOACH_HOST_DEVICE size_t HalfPlace(int row, int column) const {
-    return (static_cast<size_t>(column / 32) * rows + row) * 32 + column % 32;
+    return (static_cast<size_t>(column / 32) * HalfRows() + row) * 32 + column % 32;
   }
 };
 
@@ -125,7 +135,7 @@ struct Fusion {
   // kHalf, not in the memory of x. Where CanFuseGate.
   Activations gated;
 };
-inline constexpr int kMostFusedRows = 16;  // CanFuseGate is false for more
+inline constexpr int kMostFusedRows = 16;  // CanFuseGate is false for more, and for F16, BF16
 bool CanFuseGate(std::span<const MatmulTerm> terms, int rows);
 
 // Matrices that read the same activations (q, k, v; gate, up), in one kernel where their types are

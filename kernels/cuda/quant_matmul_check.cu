@@ -74,7 +74,8 @@ RandomWeights MakeWeights(std::mt19937& random, int n, int k, double unit) {
     double* out = &result.values[b * Block::kElements];
     double* decoded = &result.decoded[b * Block::kElements];
     if constexpr (Block::kElements == 1) {
-      out[0] = decoded[0] = blocks[b].value();
+      out[0] = blocks[b].value();
+      decoded[0] = sizeof(Block) == 4 ? out[0] : RoundToHalf(out[0]);
     } else {
       for (int i = 0; i < Block::kElements; ++i) {
         const int g = i / Block::kGroup;
@@ -97,10 +98,14 @@ std::vector<double> ReadActivations(const Activations& x) {
     const auto values = CopyToHost(x.values, result.size());
     return {values.begin(), values.end()};
   }
-  const auto halves = CopyToHost(x.halves, static_cast<size_t>(x.rows) * x.PaddedColumns());
+  const auto halves = CopyToHost(x.halves, static_cast<size_t>(x.HalfRows()) * x.PaddedColumns());
+  const bool pairs = x.form == ActivationForm::kHalfPairs;
   for (size_t i = 0; i < result.size(); ++i) {
     const int row = static_cast<int>(i / x.k), column = static_cast<int>(i % x.k);
-    result[i] = HalfToFloat(halves[x.HalfPlace(row, column)]) / kActivationScale;
+    const auto value = [&](int half_row) {
+      return HalfToFloat(halves[x.HalfPlace(half_row, column)]) / kActivationScale;
+    };
+    result[i] = pairs ? value(2 * row) + double{value(2 * row + 1)} * kRestScale : value(row);
   }
   return result;
 }
@@ -252,7 +257,8 @@ bool RunActivationCheck() {
     }
   }
   const DeviceArray<float> device_x(x), device_up(up);
-  for (const auto form : {ActivationForm::kFloat, ActivationForm::kHalf}) {
+  for (const auto form :
+       {ActivationForm::kFloat, ActivationForm::kHalf, ActivationForm::kHalfPairs}) {
     const DeviceArray<uint8_t> memory(ActivationBytes(rows, k));
     const Activations out = LayOutActivations(memory.get(), form, rows, k);
     CheckDevice(LaunchRmsNorm(device_x.get(), device_up.get(), epsilon, out, nullptr));
@@ -261,7 +267,7 @@ bool RunActivationCheck() {
     CheckDevice(LaunchSwiGlu(device_x.get(), device_up.get(), k, out, nullptr));
     CheckDevice(cudaDeviceSynchronize());
     const double gate_error = RelativeRms(ReadActivations(out), gated);
-    const double tolerance = form == ActivationForm::kFloat ? 1e-6 : kRoundingTolerance;
+    const double tolerance = form == ActivationForm::kHalf ? kRoundingTolerance : 1e-6;
     const bool ok = norm_error <= tolerance && gate_error <= tolerance;
     std::printf("%s activations, form %d: norm error %.1e, SwiGLU error %.1e\n",
                 ok ? "ok  " : "FAIL", static_cast<int>(form), norm_error, gate_error);

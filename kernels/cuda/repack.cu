@@ -1,6 +1,8 @@
 // From the file's blocks to tiles (tile_format.cuh). One block of threads per tile.
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/quant_matmul.h"
 #include "kernels/cuda/tile_format.cuh"
@@ -123,6 +125,17 @@ __device__ void PackScales(const RawMatrix<Block>& raw, int row, int column, uin
   }
 }
 
+// Writes a tile of halves.
+template <typename Block>
+__device__ void PackHalves(const RawMatrix<Block>& raw, int row, int column, uint8_t* tile) {
+  auto* halves = reinterpret_cast<uint16_t*>(tile);
+  for (int i = threadIdx.x; i < kTileRows * kTileColumns; i += kRepackThreads) {
+    const int lane = i / 8 % 32, r = i / 256 % 2, group = i / 512;
+    const Block* block = raw.Find(row + RowOf(lane, r), column + ColumnOf(lane, group, 0) + i % 8);
+    halves[i] = block == nullptr ? 0 : FloatToHalf(block->value());
+  }
+}
+
 template <TensorType type>
 __global__ void __launch_bounds__(kRepackThreads)
     RepackKernel(const void* raw, int n, int k, int superblocks, uint8_t* packed) {
@@ -131,18 +144,20 @@ __global__ void __launch_bounds__(kRepackThreads)
   const int row = static_cast<int>(blockIdx.x / superblocks) * kTileRows;
   const int column = static_cast<int>(blockIdx.x % superblocks) * kTileColumns;
   uint8_t* tile = packed + static_cast<size_t>(blockIdx.x) * Tile::kBytes;
-  PackQuants<Tile>(matrix, row, column, tile);
-  PackScales<Tile>(matrix, row, column, tile);
+  if constexpr (std::is_same_v<Tile, HalfTile>) {
+    PackHalves(matrix, row, column, tile);
+  } else {
+    PackQuants<Tile>(matrix, row, column, tile);
+    PackScales<Tile>(matrix, row, column, tile);
+  }
 }
-
-size_t ElementBytes(TensorType type) { return type == TensorType::kF32 ? 4 : 2; }
 
 int CeilDivide(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace
 
 size_t PackedBytes(TensorType type, int n, int k) {
-  const size_t float_bytes = ElementBytes(type) * n * k;
+  const size_t float_bytes = sizeof(float) * n * k;
   return VisitTileType(type, (float_bytes + 15) / 16 * 16, [&]<TensorType tile_type>() {
     return static_cast<size_t>(CeilDivide(n, kTileRows)) * CeilDivide(k, kTileColumns) *
            TileOf<tile_type>::kBytes;
@@ -152,8 +167,7 @@ size_t PackedBytes(TensorType type, int n, int k) {
 cudaError_t LaunchRepack(TensorType type, int n, int k, const void* raw, void* packed,
                          cudaStream_t stream) {
   if (FormFor(type) == ActivationForm::kFloat) {
-    return cudaMemcpyAsync(packed, raw, ElementBytes(type) * n * k, cudaMemcpyDeviceToDevice,
-                           stream);
+    return cudaMemcpyAsync(packed, raw, sizeof(float) * n * k, cudaMemcpyDeviceToDevice, stream);
   }
   const int superblocks = CeilDivide(k, kTileColumns);
   LaunchShape shape;

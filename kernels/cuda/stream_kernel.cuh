@@ -164,15 +164,22 @@ __global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
     NamedBarrier(1 + team, p.team_warps * 32);
     const int index = threadIdx.x - team * p.team_warps * 32;
     float value = 0;
-    if (index < kTileRows * kColumns) {
+    if (index < kTileRows * kColumns / Tile::kParts) {
+      const int row = index / kTileRows, row_in_tile = index % kTileRows;
+      float parts[2] = {};
 #pragma unroll
       for (int j = 0; j < kSplits; ++j) {
-        value = __fadd_rn(value, partials[j * kTileRows * kColumns + index]);
+#pragma unroll
+        for (int part = 0; part < Tile::kParts; ++part) {
+          const int column = row * Tile::kParts + part;
+          parts[part] =
+              __fadd_rn(parts[part], partials[(j * kColumns + column) * kTileRows + row_in_tile]);
+        }
       }
-      const int row = index / kTileRows, row_in_tile = index % kTileRows;
+      value = JoinParts<Tile>(parts[0], parts[1]);
       if (!gated) {
         StoreResult<Tile>(p, unit, row_in_tile, row, value);
-      } else if (part == 1 && row < p.rows) {
+      } else if (part == 1 && row < p.rows / Tile::kParts) {
         const Activations& out = p.fusion.gated;
         out.halves[out.HalfPlace(row, unit * kTileRows + row_in_tile)] =
             ToHalfActivation(SiluTimes(gate, ResultOf<Tile>(value)));

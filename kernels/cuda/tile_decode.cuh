@@ -4,6 +4,7 @@
 //   weight = half(quant * scale + offset), quant exact, one rounding,
 //   scale = half(d * integer scale), offset = -half(dmin * integer minimum);
 //   of blocks of 32 columns: scale = d, offset = -delta_min
+//   of F16 and BF16: weight = half(weight)
 //
 // (model/block_decode.h), times Tile::kWeightScale. Weights that halves cannot hold are not finite:
 // weight_bounds.h says which; they are refused at load.
@@ -229,6 +230,41 @@ __device__ inline GroupWeights DecodeGroup(const TilePair<Tile>& pair, const Pai
         result.bits[r][2 * h + j] = BitsOf(weight);
       }
     }
+  }
+  return result;
+}
+
+// The same of tiles of halves, where there is nothing to decode.
+template <>
+struct TilePair<HalfTile> {
+  uint4 halves[2][2];  // [group of the pair][r]
+
+  __device__ TilePair(const uint8_t* tile, int p, int lane) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      halves[i / 2][i % 2] =
+          *reinterpret_cast<const uint4*>(tile + ((4 * p + i) * 32 + lane) * sizeof(uint4));
+    }
+  }
+};
+template <>
+class TileScales<HalfTile> {
+ public:
+  TileScales() = default;
+  __device__ TileScales(const uint8_t*, int) {}
+  __device__ PairScales Pair(int) const { return {}; }
+};
+template <>
+__device__ inline GroupWeights DecodeGroup(const TilePair<HalfTile>& pair, const PairScales&,
+                                           int i) {
+  GroupWeights result;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const uint4 halves = pair.halves[i][r];
+    result.bits[r][0] = halves.x;
+    result.bits[r][1] = halves.y;
+    result.bits[r][2] = halves.z;
+    result.bits[r][3] = halves.w;
   }
   return result;
 }

@@ -1,4 +1,4 @@
-// How quantised weights lie in device memory: tiles of 16 rows x 256 columns, in the order in which
+// How weights lie in device memory: tiles of 16 rows x 256 columns, in the order in which
 // the lanes of a warp feed them to its matrix products (device_ops.cuh). A matrix is
 // [ceil(n / 16)][ceil(k / 256)] tiles, rows and columns beyond n and k zero. With g = lane / 4 and
 // t = lane % 4, a lane has rows g and g + 8 (r = 0, 1) and in each group of 32 columns columns 8t
@@ -14,6 +14,8 @@
 //                              (Q2_K: low half scale, high half minimum)
 //   deltas  [g][r] halves d (, dmin)
 //   or, for blocks of 32 columns: deltas [group][g][r] halves, and delta minimums alike
+//
+// Weights of F16 and BF16 are halves [group][r][lane][8 columns], and nothing else.
 //
 // In a word the lower half has the first column of each pair, the upper half the second one; where
 // in a half, PlaceField says. A quant is stored as its lowest bits, less the least quant of its
@@ -45,6 +47,7 @@ enum class Scaling {
 // least_scale: the least integer scale.
 template <int bits, int least_quant, Scaling scaling, int least_scale, bool has_min>
 struct TileFormat {
+  static constexpr int kParts = 1;  // rows of halves that make a row of activations
   static constexpr int kBits = bits;
   static constexpr int kLeastQuant = least_quant;
   static constexpr Scaling kScaling = scaling;
@@ -76,6 +79,13 @@ struct TileFormat {
   static constexpr int kBitShift = bits - 1;
 };
 
+// Weights that are halves as they are.
+struct HalfTile {
+  static constexpr int kParts = 2;
+  static constexpr int kBytes = kTileRows * kTileColumns * 2;
+  static constexpr float kWeightScale = 1;
+};
+
 // Where in a half-word field f lies, of `width` bits: such that fields 2m and 2m + 1 are 4 bits
 // apart.
 __host__ __device__ constexpr int PlaceField(int width, int f) {
@@ -88,6 +98,8 @@ struct HasTile {
 };
 // clang-format off
 template <TensorType type> struct TileOfType;
+template <> struct TileOfType<TensorType::kF16> { using Tile = HalfTile; };
+template <> struct TileOfType<TensorType::kBF16> { using Tile = HalfTile; };
 template <> struct TileOfType<TensorType::kQ4_0> : HasTile<4, -8, Scaling::kFloat32, 0, false> {};
 template <> struct TileOfType<TensorType::kQ4_1> : HasTile<4, 0, Scaling::kFloat32, 0, true> {};
 template <> struct TileOfType<TensorType::kQ5_0> : HasTile<5, -16, Scaling::kFloat32, 0, false> {};
@@ -104,11 +116,13 @@ template <> struct TileOfType<TensorType::kQ6_K>
 template <TensorType type>
 using TileOf = typename TileOfType<type>::Tile;
 
-// Calls visit.template operator()<type>() for a quantised type, or returns `otherwise`.
+// Calls visit.template operator()<type>() for a type in tiles, all but F32, or returns `otherwise`.
 template <typename Result, typename Visitor>
 Result VisitTileType(TensorType type, Result otherwise, Visitor&& visit) {
   // clang-format off
   switch (type) {
+    case TensorType::kF16: return visit.template operator()<TensorType::kF16>();
+    case TensorType::kBF16: return visit.template operator()<TensorType::kBF16>();
     case TensorType::kQ4_0: return visit.template operator()<TensorType::kQ4_0>();
     case TensorType::kQ4_1: return visit.template operator()<TensorType::kQ4_1>();
     case TensorType::kQ5_0: return visit.template operator()<TensorType::kQ5_0>();

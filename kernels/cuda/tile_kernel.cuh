@@ -20,8 +20,11 @@ template <typename Tile, int kColumns, bool kSplitK>
 struct TileLayout {
   static constexpr int kWarps = 8;
   static constexpr int kThreads = kWarps * 32;
-  // Blocks of 64 columns are large, so that activations that are read serve many rows.
-  static constexpr int kWarpTiles = kColumns == 64 && !kSplitK ? 2 : 1;
+  // Blocks of 64 columns are large, so that activations that are read serve many rows, if two
+  // stages of them fit.
+  static constexpr int kTwoTilesBytes = 2 * kWarps * Tile::kBytes + ActivationBlockBytes(64);
+  static constexpr int kWarpTiles =
+      kColumns == 64 && !kSplitK && 2 * kTwoTilesBytes < kMostSharedBytes - 64 ? 2 : 1;
   static constexpr int kBlockTiles = kWarps * kWarpTiles;
   static constexpr int kBlockRows = kBlockTiles * kTileRows;  // output rows of a block
   static constexpr int kWeightBytes = kBlockTiles * Tile::kBytes;
@@ -45,19 +48,26 @@ template <typename Tile, int kColumns>
 __device__ inline void StoreClusterSums(const MatmulParameters& p, int first_tile_row,
                                         int first_row, const float* partials) {
   using Layout = TileLayout<Tile, kColumns, true>;
-  constexpr int kShare = kColumns / kCluster, kRows = Layout::kBlockRows;
-  const int first_column = static_cast<int>(ClusterRank()) * kShare;
+  constexpr int kOutputs = kColumns / Tile::kParts, kRows = Layout::kBlockRows;
+  constexpr int kShare = (kOutputs + kCluster - 1) / kCluster;
+  const int first_output = static_cast<int>(ClusterRank()) * kShare;
   for (int i = threadIdx.x; i < kShare * kRows; i += Layout::kThreads) {
-    const int column = first_column + i / kRows, row = i % kRows;
-    float value = 0;
+    const int output = first_output + i / kRows, row = i % kRows;
+    if (output >= kOutputs) break;
+    float parts[2] = {};
 #pragma unroll
     for (int j = 0; j < kSplits; ++j) {
-      const float* partial = partials + (j % kBlockSplits * kColumns + column) * kRows + row;
-      value = __fadd_rn(value, LoadFromCluster(partial, j / kBlockSplits));
+#pragma unroll
+      for (int part = 0; part < Tile::kParts; ++part) {
+        const int column = output * Tile::kParts + part;
+        const float* partial = partials + (j % kBlockSplits * kColumns + column) * kRows + row;
+        parts[part] = __fadd_rn(parts[part], LoadFromCluster(partial, j / kBlockSplits));
+      }
     }
     const int tile_row = first_tile_row + row / kTileRows;
     if (tile_row < p.tile_rows) {
-      StoreResult<Tile>(p, tile_row, row % kTileRows, first_row + column, value);
+      StoreResult<Tile>(p, tile_row, row % kTileRows, first_row / Tile::kParts + output,
+                        JoinParts<Tile>(parts[0], parts[1]));
     }
   }
 }
@@ -169,9 +179,13 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
 #pragma unroll
     for (int j = 0; j < kTiles * kColumnTiles * 4; ++j) {
       const int n = j / 4 / kColumnTiles, c = j / 4 % kColumnTiles, i = j % 4;
-      if (tile_row + n >= p.tile_rows) continue;
-      StoreResult<Tile>(p, tile_row + n, g + i / 2 * 8, first_row + c * 8 + 2 * t + i % 2,
-                        __fadd_rn(totals[n][c][i], acc[n][c][i]));
+      if (tile_row + n >= p.tile_rows || i % Tile::kParts != 0) continue;
+      // The parts of a row are neighbouring columns, of the same lane.
+      const int last = i + Tile::kParts - 1;
+      StoreResult<Tile>(p, tile_row + n, g + i / 2 * 8,
+                        (first_row + c * 8 + 2 * t + i % 2) / Tile::kParts,
+                        JoinParts<Tile>(__fadd_rn(totals[n][c][i], acc[n][c][i]),
+                                        __fadd_rn(totals[n][c][last], acc[n][c][last])));
     }
   }
 }

@@ -18,9 +18,10 @@ WeightBounds BoundsOfTiles(TensorType type) {
     case TensorType::kQ3_K:
     case TensorType::kQ6_K:
       return {.scale = kLargestHalf, .weight = kLargestHalf};
+    case TensorType::kBF16:
+      return {.weight = kLargestHalf};
     case TensorType::kF32:
     case TensorType::kF16:
-    case TensorType::kBF16:
       return {};
   }
   __builtin_unreachable();

@@ -1,4 +1,4 @@
-// Which quantised weights the products of tile_decode.cuh can hold as halves.
+// Which weights the products of tile_decode.cuh can hold as halves.
 #ifndef STAGECOACH_KERNELS_CUDA_WEIGHT_BOUNDS_H_
 #define STAGECOACH_KERNELS_CUDA_WEIGHT_BOUNDS_H_
 
@@ -13,7 +13,7 @@ inline constexpr float kLargestHalf = 65504;
 // 1024 deltas are a half where integer scales have no sign.
 inline constexpr float kDeltaBoundUnsigned = 64;
 
-WeightBounds BoundsOfTiles(TensorType type);  // none for float types
+WeightBounds BoundsOfTiles(TensorType type);  // none for F32, F16
 
 }  // namespace stagecoach::cuda
 
