@@ -119,8 +119,8 @@ void LayerOps::StoreKv(const RopeTable* rope, int heads, const StepBatch& batch,
         const ptrdiff_t row = sequence.first_row + i;
         const int position = sequence.start_position + i;
         if (rope != nullptr) {
-          rope->Rotate(q + row * q_stride, heads, shape.key_length, position);
-          rope->Rotate(k + row * k_stride, shape.kv_heads, shape.key_length, position);
+          rope->Rotate(kernels_, q + row * q_stride, heads, shape.key_length, position);
+          rope->Rotate(kernels_, k + row * k_stride, shape.kv_heads, shape.key_length, position);
         }
         kv.Store(kernels_, kv_layer, sequence.blocks[position / kTilePositions],
                  position % kTilePositions, k + row * k_stride, v + row * v_stride);
