@@ -152,7 +152,7 @@ class CpuBackend : public Backend {
     RunOp([&] {
       float* row = x.data();
       for (const int32_t position : positions) {
-        table.Rotate(row, heads, head_dim, position);
+        table.Rotate(*kernels_, row, heads, head_dim, position);
         row += static_cast<ptrdiff_t>(heads) * head_dim;
       }
     });

@@ -93,6 +93,9 @@ struct CpuKernels {
   void (*rms_norm)(const float* x, int columns, const float* weight, float epsilon, float* y);
   // out = gate / (1 + exp(-gate)) * up. out may be gate.
   void (*swiglu)(const float* gate, const float* up, int count, float* out);
+  // Turns pair i of the first `columns` values of each head by the cosine and sine at turns + 2 *
+  // i.
+  void (*rotate)(const float* turns, int columns, int heads, int head_dim, float* x);
   void (*attention)(const AttentionTask& task);
   // Rounds to nearest even, as F16C does.
   void (*to_half)(const float* x, int count, uint16_t* out);

@@ -219,9 +219,74 @@ TEST(CpuKernels, QuantizeZeros) {
   EXPECT_EQ(q.buffer.quants[7], 0);
 }
 
+bool SameScales(const ActivationScale* a, const ActivationScale* b, int count) {
+  return SameBits({&a->scale, 4 * static_cast<size_t>(count)},
+                  {&b->scale, 4 * static_cast<size_t>(count)});
+}
+
+TEST(CpuKernels, QuantsHaveTheSameBits) {
+  STAGECOACH_NEEDS_VECTORS();
+  constexpr int kColumns = 32 * 200, kBlocks = kColumns / kActivationBlock;
+  std::vector<float> x = RandomFloats(kColumns, 8);
+  std::fill_n(x.begin() + 32, 32, 0.0f);
+  for (int i = 0; i < 32; ++i) x[64 + i] = 0.5f * static_cast<float>(i - 16);  // halves: to even
+  x[64] = -127;
+  x[96 + 31] = kNan;
+  x[128 + 16] = -std::numeric_limits<float>::infinity();
+  x[160 + 15] = 1e-31f;  // among the rest of its block far too small, and then alone
+  std::fill_n(x.begin() + 192, 32, 1e-31f);
+  struct Both {
+    explicit Both(const CpuKernels& kernels, const std::vector<float>& x)
+        : quants(*QuantBuffer::Create(1, kColumns)), rest(*QuantBuffer::Create(1, kColumns)) {
+      kernels.quantize(x.data(), kColumns, quants.quants.data(), quants.scales.data());
+      kernels.quantize_rest(x.data(), quants.quants.data(), quants.scales.data(), kColumns,
+                            rest.quants.data(), rest.scales.data());
+    }
+    QuantBuffer quants, rest;
+  };
+  const Both expected(PortableKernels(), x);
+  for (const CpuKernels* fast : VectorKernels()) {
+    const Both y(*fast, x);
+    for (const auto part : {&Both::quants, &Both::rest}) {
+      const QuantBuffer &a = expected.*part, &b = y.*part;
+      EXPECT_EQ(std::memcmp(a.quants.data(), b.quants.data(), kColumns), 0) << fast->name;
+      EXPECT_TRUE(SameScales(a.scales.data(), b.scales.data(), kBlocks)) << fast->name;
+    }
+  }
+}
+
+TEST(CpuKernels, RotateHasTheSameBits) {
+  STAGECOACH_NEEDS_VECTORS();
+  constexpr int kHeads = 3;
+  for (const int columns : {0, 2, 8, 14, 16, 30, 64, 80, 128}) {
+    for (const int head_dim : {columns, columns + 5}) {  // what is not turned stays
+      const std::vector<float> turns = RandomFloats(columns, 9);
+      const std::vector<float> x = RandomFloats(static_cast<size_t>(kHeads) * head_dim, 10);
+      std::vector<float> expected = x;
+      PortableKernels().rotate(turns.data(), columns, kHeads, head_dim, expected.data());
+      for (int i = 0; i < kHeads * head_dim; ++i) {
+        const int column = i % head_dim, first = i - column % 2, turn = column / 2 * 2;
+        if (column >= columns) {
+          EXPECT_EQ(expected[i], x[i]);
+          continue;
+        }
+        const double cosine = turns[turn], sine = turns[turn + 1];
+        const double exact = column % 2 == 0 ? x[first] * cosine - x[first + 1] * sine
+                                             : x[first] * sine + x[first + 1] * cosine;
+        EXPECT_NEAR(expected[i], exact, 1e-5);
+      }
+      for (const CpuKernels* fast : VectorKernels()) {
+        std::vector<float> y = x;
+        fast->rotate(turns.data(), columns, kHeads, head_dim, y.data());
+        EXPECT_TRUE(SameBits(expected, y)) << fast->name << ", " << columns << " of " << head_dim;
+      }
+    }
+  }
+}
+
 TEST(CpuKernels, ElementwiseBits) {
   STAGECOACH_NEEDS_VECTORS();
-  for (const int n : {1, 7, 8, 16, 100, 256, 1003}) {
+  for (const int n : {1, 7, 8, 15, 16, 24, 40, 100, 256, 1003}) {
     std::vector<float> x = RandomFloats(n, n), w = RandomFloats(n, n + 1);
     x[0] = 200;  // beyond where e^x is clamped
     std::vector<float> a(n), b(n);

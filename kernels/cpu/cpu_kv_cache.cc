@@ -84,6 +84,19 @@ void CpuKvCache::Store(const CpuKernels& kernels, int layer, int block, int posi
   }
 }
 
+void CpuKvCache::PrefetchKeys(int layer, int block, int position_in_block) const {
+  const size_t element = format_ == KvFormat::kFloat  ? sizeof(float)
+                         : format_ == KvFormat::kHalf ? sizeof(uint16_t)
+                                                      : sizeof(int8_t);
+  for (int h = 0; h < shape_.kv_heads; ++h) {
+    const std::byte* key =
+        head(layer, h) + static_cast<size_t>(block) * block_stride() + position_in_block * element;
+    for (int d = 0; d < shape_.key_length; ++d) {
+      __builtin_prefetch(key + d * kTilePositions * element, 1);
+    }
+  }
+}
+
 void CpuKvCache::StoreFloats(int position_in_block, const float* key, const float* value,
                              std::byte* tile) const {
   float* out = reinterpret_cast<float*>(tile);

@@ -30,6 +30,8 @@ class CpuKvCache : public KvCache {
   // Stores the keys [kv_heads][key_length] and values [kv_heads][value_length] of one position.
   void Store(const CpuKernels& kernels, int layer, int block, int position_in_block,
              const float* keys, const float* values) const;
+  // Fetches the lines that Store writes the keys to: one for each of their values.
+  void PrefetchKeys(int layer, int block, int position_in_block) const;
   // In all layers.
   void CopyBlock(int from, int to) const;
   void ClearBlock(int block) const;

@@ -16,8 +16,9 @@ namespace stagecoach::cpu {
 
 const CpuKernels* Avx2Kernels() {
   using S = Avx2Simd;
-  static constexpr CpuKernels kKernels = {"AVX2",     Matmul<S>,    Quantize<S>,  QuantizeRest<S>,
-                                          RmsNorm<S>, SwiGluRow<S>, Attention<S>, ToHalf<S>};
+  static constexpr CpuKernels kKernels = {"AVX2",          Matmul<S>,    Quantize<S>,
+                                          QuantizeRest<S>, RmsNorm<S>,   SwiGluRow<S>,
+                                          Rotate<S>,       Attention<S>, ToHalf<S>};
   unsigned eax, ebx, ecx, edx;
   constexpr unsigned kF16c = 1u << 29;  // of leaf 1's ecx; not a name that clang 14 knows
   if (!__builtin_cpu_supports("avx2") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx) ||

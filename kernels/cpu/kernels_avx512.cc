@@ -7,6 +7,7 @@
 #include "kernels/cpu/attention_kernel.h"
 #include "kernels/cpu/matmul_kernel.h"
 #include "kernels/cpu/simd_avx512.h"
+#include "kernels/cpu/vector_kernels.h"
 
 namespace stagecoach::cpu {
 namespace {
@@ -20,15 +21,15 @@ void WideAttention(const AttentionTask& task) {
 }  // namespace
 
 const CpuKernels* Avx512Kernels() {
-  const CpuKernels* avx2 = Avx2Kernels();
-  if (avx2 == nullptr || !__builtin_cpu_supports("avx512f") ||
+  if (Avx2Kernels() == nullptr || !__builtin_cpu_supports("avx512f") ||
       !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512vnni")) {
     return nullptr;
   }
-  static const CpuKernels kKernels = {"AVX-512",           Matmul<Avx512Simd>, avx2->quantize,
-                                      avx2->quantize_rest, avx2->rms_norm,     avx2->swiglu,
-                                      WideAttention,       avx2->to_half};
+  using S = Avx512Simd;
+  static constexpr CpuKernels kKernels = {"AVX-512",       Matmul<S>,     Quantize<S>,
+                                          QuantizeRest<S>, RmsNorm<S>,    SwiGluRow<S>,
+                                          Rotate<S>,       WideAttention, ToHalf<S>};
   return &kKernels;
 }
 

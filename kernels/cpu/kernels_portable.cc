@@ -8,8 +8,9 @@ namespace stagecoach::cpu {
 
 const CpuKernels& PortableKernels() {
   using S = PortableSimd;
-  static constexpr CpuKernels kKernels = {"portable", Matmul<S>,    Quantize<S>,  QuantizeRest<S>,
-                                          RmsNorm<S>, SwiGluRow<S>, Attention<S>, ToHalf<S>};
+  static constexpr CpuKernels kKernels = {"portable",      Matmul<S>,    Quantize<S>,
+                                          QuantizeRest<S>, RmsNorm<S>,   SwiGluRow<S>,
+                                          Rotate<S>,       Attention<S>, ToHalf<S>};
   return kKernels;
 }
 

@@ -113,14 +113,20 @@ void LayerOps::StoreKv(const RopeTable* rope, int heads, const StepBatch& batch,
   const ptrdiff_t q_stride = static_cast<ptrdiff_t>(heads) * shape.key_length;
   const ptrdiff_t k_stride = static_cast<ptrdiff_t>(shape.kv_heads) * shape.key_length;
   const ptrdiff_t v_stride = static_cast<ptrdiff_t>(shape.kv_heads) * shape.value_length;
-  for (const BatchSequence& sequence : batch.sequences) {
+  for (size_t s = 0; s < batch.sequences.size(); ++s) {
+    const BatchSequence& sequence = batch.sequences[s];
+    if (s + 1 < batch.sequences.size()) {
+      const BatchSequence& next = batch.sequences[s + 1];
+      kv.PrefetchKeys(kv_layer, next.blocks[next.start_position / kTilePositions],
+                      next.start_position % kTilePositions);
+    }
     pool_.ParallelFor(sequence.row_count, kGrainRows, [&](int begin, int end) {
       for (int i = begin; i < end; ++i) {
         const ptrdiff_t row = sequence.first_row + i;
         const int position = sequence.start_position + i;
         if (rope != nullptr) {
-          rope->Rotate(q + row * q_stride, heads, shape.key_length, position);
-          rope->Rotate(k + row * k_stride, shape.kv_heads, shape.key_length, position);
+          rope->Rotate(kernels_, q + row * q_stride, heads, shape.key_length, position);
+          rope->Rotate(kernels_, k + row * k_stride, shape.kv_heads, shape.key_length, position);
         }
         kv.Store(kernels_, kv_layer, sequence.blocks[position / kTilePositions],
                  position % kTilePositions, k + row * k_stride, v + row * v_stride);

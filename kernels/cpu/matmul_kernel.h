@@ -279,14 +279,14 @@ class QuantMatmul {
   }
 
   // The kRows rows of a tile, or as many as there are.
-  // acc: [kStrips][kSlabRows], from the tile's first row on.
+  // acc: [kStrips][kSlabRows], from the tile's first row on; what it holds counts unless `fresh`.
   template <int kStrips, int kRows>
-  static void RunTile(int rows, const UnpackedGroup* groups, int count, const int8_t* quants,
-                      ptrdiff_t stride, const ActivationScale* scales, ptrdiff_t scale_stride,
-                      Floats (*acc)[kSlabRows]) {
+  static void RunTile(bool fresh, int rows, const UnpackedGroup* groups, int count,
+                      const int8_t* quants, ptrdiff_t stride, const ActivationScale* scales,
+                      ptrdiff_t scale_stride, Floats (*acc)[kSlabRows]) {
     if constexpr (kRows > 1) {
       if (rows < kRows) {
-        return RunTile<kStrips, kRows - 1>(rows, groups, count, quants, stride, scales,
+        return RunTile<kStrips, kRows - 1>(fresh, rows, groups, count, quants, stride, scales,
                                            scale_stride, acc);
       }
     }
@@ -294,7 +294,7 @@ class QuantMatmul {
     STAGECOACH_UNROLL
     for (int p = 0; p < kStrips; ++p) {
       STAGECOACH_UNROLL
-      for (int t = 0; t < kRows; ++t) local[p][t] = acc[p][t];
+      for (int t = 0; t < kRows; ++t) local[p][t] = fresh ? S::Set(0) : acc[p][t];
     }
     for (int g = 0; g < count; ++g) {
       AddGroup<kStrips, kRows>(groups + g, kChunkGroups, quants + g * kActivationBlock, stride,
@@ -316,7 +316,8 @@ class QuantMatmul {
                            static_cast<ptrdiff_t>(first_group) * kActivationBlock;
     const ActivationScale* scales = x.scales + first_row * blocks + first_group;
     for (int t = 0; t < rows; t += kTileRows) {
-      RunTile<kStrips, kTileRows>(rows - t, groups, count, quants, x.columns, scales, blocks,
+      RunTile<kStrips, kTileRows>(first_group == 0, rows - t, groups, count, quants, x.columns,
+                                  scales, blocks,
                                   reinterpret_cast<Floats(*)[kSlabRows]>(&acc[0][t]));
       quants += kTileRows * static_cast<ptrdiff_t>(x.columns);
       scales += kTileRows * blocks;
@@ -344,9 +345,6 @@ class QuantMatmul {
     const int groups = w.columns / kActivationBlock;
     UnpackedGroup unpacked[kStrips][kChunkGroups];
     Floats acc[kStrips][kSlabRows];
-    for (int p = 0; p < kStrips; ++p) {
-      for (int t = 0; t < rows; ++t) acc[p][t] = S::Set(0);
-    }
     for (int first = 0; first < groups; first += kChunkGroups) {
       const int count = groups - first < kChunkGroups ? groups - first : kChunkGroups;
       for (int p = 0; p < kStrips; ++p) {

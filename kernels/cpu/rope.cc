@@ -27,17 +27,10 @@ void RopeTable::Grow(int count) {
   }
 }
 
-void RopeTable::Rotate(float* x, int heads, int head_dim, int position) const {
-  const size_t pairs = frequencies_.size();
-  const float* turns = table_.data() + static_cast<size_t>(position) * pairs * 2;
-  for (int head = 0; head < heads; ++head, x += head_dim) {
-    for (size_t i = 0; i < 2 * pairs; i += 2) {
-      const float cosine = turns[i], sine = turns[i + 1];
-      const float even = x[i], odd = x[i + 1];
-      x[i] = even * cosine - odd * sine;
-      x[i + 1] = even * sine + odd * cosine;
-    }
-  }
+void RopeTable::Rotate(const CpuKernels& kernels, float* x, int heads, int head_dim,
+                       int position) const {
+  const size_t columns = 2 * frequencies_.size();
+  kernels.rotate(table_.data() + position * columns, static_cast<int>(columns), heads, head_dim, x);
 }
 
 }  // namespace stagecoach::cpu

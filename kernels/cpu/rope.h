@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "kernels/cpu/cpu_kernels.h"
 #include "model/model_file.h"
 
 namespace stagecoach::cpu {
@@ -18,7 +19,7 @@ class RopeTable {
   // Makes positions [0, count) available.
   void Grow(int count);
   // Rotates `heads` heads of `head_dim` values at x in place. Requires position < a grown count.
-  void Rotate(float* x, int heads, int head_dim, int position) const;
+  void Rotate(const CpuKernels& kernels, float* x, int heads, int head_dim, int position) const;
 
  private:
   std::vector<double> frequencies_;  // [rope_dims / 2]

@@ -119,7 +119,11 @@ struct Avx2Simd {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(f.v, _MM_FROUND_TO_NEAREST_INT));
   }
-  // count: a multiple of 8.
+  static Floats Turn(Floats pairs, Floats turns) {
+    const __m256 along = _mm256_mul_ps(pairs.v, _mm256_moveldup_ps(turns.v));
+    const __m256 swapped = _mm256_permute_ps(pairs.v, 0xb1);
+    return {_mm256_addsub_ps(along, _mm256_mul_ps(swapped, _mm256_movehdup_ps(turns.v)))};
+  }
   static uint32_t MaxMagnitudeBits(const float* p, int count) {
     const __m256i mask = _mm256_set1_epi32(0x7fffffff);
     __m256i most = _mm256_setzero_si256();
@@ -132,9 +136,9 @@ struct Avx2Simd {
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
     return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
   }
-  static void StoreAsBytes(Ints a, Ints b, Ints c, Ints d, int8_t* p) {
-    const __m256i words_ab = _mm256_packs_epi32(a.v, b.v);
-    const __m256i words_cd = _mm256_packs_epi32(c.v, d.v);
+  static void StoreAsBytes(const Ints* a, int8_t* p) {
+    const __m256i words_ab = _mm256_packs_epi32(a[0].v, a[1].v);
+    const __m256i words_cd = _mm256_packs_epi32(a[2].v, a[3].v);
     const __m256i bytes = _mm256_packs_epi16(words_ab, words_cd);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(bytes, order));

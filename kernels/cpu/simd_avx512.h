@@ -1,5 +1,5 @@
-// The vector operations of the matrix products and of attention with AVX-512 and its byte products
-// (VNNI), 16 lanes wide: panels are taken in pairs. What each does is told in simd_portable.h. Only
+// The vector operations of the kernels with AVX-512 and its byte products (VNNI), 16 lanes wide:
+// panels are taken in pairs. What each does is told in simd_portable.h. Only
 // for files compiled with these instructions.
 #ifndef STAGECOACH_KERNELS_CPU_SIMD_AVX512_H_
 #define STAGECOACH_KERNELS_CPU_SIMD_AVX512_H_
@@ -83,8 +83,15 @@ struct Avx512Simd {
   }
   static Bytes Or(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
 
-  // --- Integer products.
+  // --- Integers.
   static Ints ZeroInts() { return {_mm512_setzero_si512()}; }
+  static Ints Add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+  static int32_t Sum(Ints a) { return _mm512_reduce_add_epi32(a.v); }
+  static void StoreAsBytes(const Ints* a, int8_t* p) {
+    for (int i = 0; i < 2; ++i) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + i, _mm512_cvtsepi32_epi8(a[i].v));
+    }
+  }
   // sum + u (unsigned) times s (signed), the four of a lane added.
   static Ints AddDot(Ints sum, Bytes u, Bytes s) { return {_mm512_dpbusd_epi32(sum.v, u.v, s.v)}; }
   // The same for a signed first factor: of its magnitude, with the sign at the second.
@@ -116,6 +123,25 @@ struct Avx512Simd {
   static Floats PowerOfTwo(Ints a) {
     const __m512i exponents = _mm512_add_epi32(a.v, _mm512_set1_epi32(127));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(exponents, 23))};
+  }
+  static void StoreHalf(Floats f, uint16_t* p) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(f.v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static Floats Turn(Floats pairs, Floats turns) {
+    const __m512 along = _mm512_mul_ps(pairs.v, _mm512_moveldup_ps(turns.v));
+    const __m512 swapped = _mm512_permute_ps(pairs.v, 0xb1);
+    const __m512 across = _mm512_mul_ps(swapped, _mm512_movehdup_ps(turns.v));
+    constexpr __mmask16 kEven = 0x5555;
+    return {_mm512_mask_sub_ps(_mm512_add_ps(along, across), kEven, along, across)};
+  }
+  static uint32_t MaxMagnitudeBits(const float* p, int count) {
+    const __m512i mask = _mm512_set1_epi32(0x7fffffff);
+    __m512i most = _mm512_setzero_si512();
+    for (int i = 0; i < count; i += 16) {
+      most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_loadu_si512(p + i), mask));
+    }
+    return static_cast<uint32_t>(_mm512_reduce_max_epi32(most));
   }
   // Both halves added, and then as with 8 lanes.
   static float Sum(Floats f) {

@@ -213,7 +213,18 @@ struct PortableSimd {
   static void StoreHalf(Floats f, uint16_t* p) {
     for (int i = 0; i < 8; ++i) p[i] = stagecoach::FloatToHalf(f.v[i]);
   }
+  // Turns pairs of lanes (x, y) by pairs (cos, sin): (x cos - y sin, y cos + x sin).
+  static Floats Turn(Floats pairs, Floats turns) {
+    Floats f;
+    for (int i = 0; i < 8; i += 2) {
+      const float x = pairs.v[i], y = pairs.v[i + 1];
+      f.v[i] = x * turns.v[i] - y * turns.v[i + 1];
+      f.v[i + 1] = y * turns.v[i] + x * turns.v[i + 1];
+    }
+    return f;
+  }
   // Largest magnitude, as bits with the sign cleared: NaN and Inf are >= 0x7f800000.
+  // count: a multiple of kLanes.
   static uint32_t MaxMagnitudeBits(const float* p, int count) {
     uint32_t most = 0;
     for (int i = 0; i < count; ++i) {
@@ -224,14 +235,9 @@ struct PortableSimd {
     }
     return most;
   }
-  // 32 integers within int8.
-  static void StoreAsBytes(Ints a, Ints b, Ints c, Ints d, int8_t* p) {
-    for (int i = 0; i < 8; ++i) {
-      p[i] = static_cast<int8_t>(a.v[i]);
-      p[8 + i] = static_cast<int8_t>(b.v[i]);
-      p[16 + i] = static_cast<int8_t>(c.v[i]);
-      p[24 + i] = static_cast<int8_t>(d.v[i]);
-    }
+  // 32 integers within int8, of as many vectors as they fill.
+  static void StoreAsBytes(const Ints* a, int8_t* p) {
+    for (int i = 0; i < 32; ++i) p[i] = static_cast<int8_t>(a[i / 8].v[i % 8]);
   }
   static int32_t Sum(Ints a) {
     int32_t sum = 0;

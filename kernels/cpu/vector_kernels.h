@@ -1,4 +1,5 @@
-// Quantising, norm, activation function and half conversion. S: PortableSimd or Avx2Simd.
+// Quantising, norm, activation function, rotation and half conversion. S: PortableSimd, Avx2Simd or
+// Avx512Simd. Sums run over 16 columns side by side whatever S::kLanes is.
 #ifndef STAGECOACH_KERNELS_CPU_VECTOR_KERNELS_H_
 #define STAGECOACH_KERNELS_CPU_VECTOR_KERNELS_H_
 
@@ -6,11 +7,13 @@
 #include <cstring>
 
 #include "kernels/cpu/cpu_kernels.h"
+#include "kernels/cpu/unpack.h"
 
 namespace stagecoach::cpu {
 
 template <class S>
 void Quantize(const float* x, int columns, int8_t* quants, ActivationScale* scales) {
+  constexpr int kVectors = kActivationBlock / S::kLanes;
   for (int k = 0; k < columns;
        k += kActivationBlock, x += kActivationBlock, quants += kActivationBlock, ++scales) {
     const uint32_t bits = S::MaxMagnitudeBits(x, kActivationBlock);
@@ -29,11 +32,19 @@ void Quantize(const float* x, int columns, int8_t* quants, ActivationScale* scal
     }
     const float scale = most / 127.0f;
     const auto inverse = S::Set(127.0f / most);
-    typename S::Ints q[4];
-    for (int i = 0; i < 4; ++i) q[i] = S::Round(S::Mul(S::Load(x + 8 * i), inverse));
-    S::StoreAsBytes(q[0], q[1], q[2], q[3], quants);
-    const int32_t low = S::Sum(S::Add(q[0], q[1]));
-    const int32_t high = S::Sum(S::Add(q[2], q[3]));
+    typename S::Ints q[kVectors];
+    STAGECOACH_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      q[i] = S::Round(S::Mul(S::Load(x + S::kLanes * i), inverse));
+    }
+    S::StoreAsBytes(q, quants);
+    auto first_half = q[0], second_half = q[kVectors / 2];
+    STAGECOACH_UNROLL
+    for (int i = 1; i < kVectors / 2; ++i) {
+      first_half = S::Add(first_half, q[i]);
+      second_half = S::Add(second_half, q[kVectors / 2 + i]);
+    }
+    const int32_t low = S::Sum(first_half), high = S::Sum(second_half);
     *scales = {scale,
                scale * static_cast<float>(low + high),
                {scale * static_cast<float>(low), scale * static_cast<float>(high)}};
@@ -45,7 +56,7 @@ void QuantizeRest(const float* x, const int8_t* quants, const ActivationScale* s
                   int8_t* rest_quants, ActivationScale* rest_scales) {
   for (int k = 0; k < columns; k += kActivationBlock) {
     float rest[kActivationBlock];
-    for (int i = 0; i < kActivationBlock; i += 8) {
+    for (int i = 0; i < kActivationBlock; i += S::kLanes) {
       const auto q = S::FloatsFromSigned(reinterpret_cast<const uint8_t*>(quants) + k + i);
       const auto kept = S::Mul(S::Set(scales[k / kActivationBlock].scale), q);
       S::Store(S::Sub(S::Load(x + k + i), kept), rest + i);
@@ -83,20 +94,24 @@ float ExpOne(float x) {
 
 template <class S>
 void RmsNorm(const float* x, int columns, const float* weight, float epsilon, float* y) {
-  auto a = S::Set(0), b = S::Set(0);
+  auto squares = S::Set(0), more = S::Set(0);  // the second for 8 lanes: of the last 8 columns
   int k = 0;
   for (; k + 16 <= columns; k += 16) {
-    const auto u = S::Load(x + k), v = S::Load(x + k + 8);
-    a = S::Add(a, S::Mul(u, u));
-    b = S::Add(b, S::Mul(v, v));
+    const auto u = S::Load(x + k);
+    squares = S::Add(squares, S::Mul(u, u));
+    if constexpr (S::kLanes == 8) {
+      const auto v = S::Load(x + k + 8);
+      more = S::Add(more, S::Mul(v, v));
+    }
   }
-  float sum = S::Sum(S::Add(a, b));
+  if constexpr (S::kLanes == 8) squares = S::Add(squares, more);
+  float sum = S::Sum(squares);
   for (; k < columns; ++k) sum += x[k] * x[k];
   const float root = __builtin_sqrtf(sum / static_cast<float>(columns) + epsilon);
   const float inverse = 1.0f / root;
   const auto inverses = S::Set(inverse);
   k = 0;
-  for (; k + 8 <= columns; k += 8) {
+  for (; k + S::kLanes <= columns; k += S::kLanes) {
     S::Store(S::Mul(S::Mul(S::Load(x + k), inverses), S::Load(weight + k)), y + k);
   }
   for (; k < columns; ++k) y[k] = x[k] * inverse * weight[k];
@@ -111,11 +126,11 @@ typename S::Floats SwiGlu(typename S::Floats gate, typename S::Floats up) {
 template <class S>
 void SwiGluRow(const float* gate, const float* up, int count, float* out) {
   int i = 0;
-  for (; i + 8 <= count; i += 8) {
+  for (; i + S::kLanes <= count; i += S::kLanes) {
     S::Store(SwiGlu<S>(S::Load(gate + i), S::Load(up + i)), out + i);
   }
   if (i == count) return;
-  float g[8] = {}, u[8] = {};
+  float g[S::kLanes] = {}, u[S::kLanes] = {};
   const size_t rest = (count - i) * sizeof(float);
   std::memcpy(g, gate + i, rest);
   std::memcpy(u, up + i, rest);
@@ -124,12 +139,28 @@ void SwiGluRow(const float* gate, const float* up, int count, float* out) {
 }
 
 template <class S>
+void Rotate(const float* turns, int columns, int heads, int head_dim, float* x) {
+  for (int head = 0; head < heads; ++head, x += head_dim) {
+    int i = 0;
+    for (; i + S::kLanes <= columns; i += S::kLanes) {
+      S::Store(S::Turn(S::Load(x + i), S::Load(turns + i)), x + i);
+    }
+    if (i == columns) continue;
+    float pairs[S::kLanes] = {}, rest[S::kLanes] = {};
+    std::memcpy(pairs, x + i, (columns - i) * sizeof(float));
+    std::memcpy(rest, turns + i, (columns - i) * sizeof(float));
+    S::Store(S::Turn(S::Load(pairs), S::Load(rest)), pairs);
+    std::memcpy(x + i, pairs, (columns - i) * sizeof(float));
+  }
+}
+
+template <class S>
 void ToHalf(const float* x, int count, uint16_t* out) {
   int i = 0;
-  for (; i + 8 <= count; i += 8) S::StoreHalf(S::Load(x + i), out + i);
+  for (; i + S::kLanes <= count; i += S::kLanes) S::StoreHalf(S::Load(x + i), out + i);
   if (i == count) return;
-  float rest[8] = {};
-  uint16_t halves[8];
+  float rest[S::kLanes] = {};
+  uint16_t halves[S::kLanes];
   std::memcpy(rest, x + i, (count - i) * sizeof(float));
   S::StoreHalf(S::Load(rest), halves);
   std::memcpy(out + i, halves, (count - i) * sizeof(uint16_t));
