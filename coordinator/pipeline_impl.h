@@ -143,7 +143,6 @@ class Pipeline::Impl {
   void Deliver();
   void DeliverEnd(const SchedulerEvent& event);
   void PublishStats();
-  void CountTokens() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // delivered since the last time
 
   const PipelineOptions options_;
 
@@ -154,10 +153,10 @@ class Pipeline::Impl {
   bool streaming_ = false;
   std::unordered_map<RequestId, Live> requests_;
   std::vector<Delivery> deliveries_;
-  std::deque<bool> after_idle_;    // one per step in flight: nothing was running when it was sent
-  bool had_result_ = false;        // in this round of the loop
-  uint64_t delivered_tokens_ = 0;  // likewise
-  SchedulerStats counted_;         // what stats_ has of this epoch's scheduler
+  std::deque<bool> after_idle_;  // one per step in flight: nothing was running when it was sent
+  bool had_result_ = false;      // in this round of the loop
+  uint64_t new_tokens_ = 0;      // that stats_ has not counted yet
+  SchedulerStats counted_;       // what stats_ has of this epoch's scheduler
 
   // --- Shared.
   mutable absl::Mutex mu_;

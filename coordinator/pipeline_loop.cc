@@ -143,6 +143,7 @@ void Pipeline::Impl::AddTimings(const v1::StepResult& result, bool after_idle) {
 void Pipeline::Impl::CollectEvents(StepOutcome* outcome, const Payload& payload) {
   for (SchedulerEvent& event : scheduler_->TakeEvents()) {
     Delivery delivery;
+    if (event.kind == SchedulerEvent::Kind::kToken) ++new_tokens_;
     if (event.kind == SchedulerEvent::Kind::kToken || event.kind == SchedulerEvent::Kind::kScores) {
       delivery.token = std::move(outcome->tokens[event.rows]);
       delivery.scores = std::move(outcome->scores[event.rows]);
@@ -190,7 +191,6 @@ void Pipeline::Impl::Deliver() {
         if (live.summary.completion_tokens == 0) live.first_token = now;
         live.last_token = now;
         ++live.summary.completion_tokens;
-        ++delivered_tokens_;
         live.observer->OnToken(event.choice, event.index, delivery.token);
         break;
       case SchedulerEvent::Kind::kChoiceEnd:
@@ -206,8 +206,6 @@ void Pipeline::Impl::Deliver() {
     }
   }
   deliveries_.clear();
-  absl::MutexLock lock(&mu_);
-  CountTokens();
 }
 
 void Pipeline::Impl::DeliverEnd(const SchedulerEvent& event) {
@@ -226,7 +224,6 @@ void Pipeline::Impl::DeliverEnd(const SchedulerEvent& event) {
   if (answered) summary.decode_seconds = absl::ToDoubleSeconds(live.last_token - live.first_token);
   {
     absl::MutexLock lock(&mu_);
-    CountTokens();  // whoever has seen the end finds its tokens counted
     const auto accepted = live_.extract(event.id);
     places_.Return(accepted.mapped().client, accepted.mapped().choices);
     if (event.status.ok()) {
@@ -244,7 +241,8 @@ void Pipeline::Impl::DeliverEnd(const SchedulerEvent& event) {
   live.observer->OnEnd(event.status, summary);
 }
 
-// Before Deliver: whoever has seen a request end finds its place and blocks given back.
+// Before Deliver: whoever has seen a request end finds its tokens counted and its blocks given
+// back.
 void Pipeline::Impl::PublishStats() {
   absl::MutexLock lock(&mu_);
   stats_.running = scheduler_ ? scheduler_->running() : 0;
@@ -256,13 +254,10 @@ void Pipeline::Impl::PublishStats() {
   stats_.cached_tokens += now.cached_tokens - counted_.cached_tokens;
   stats_.preemptions += now.preemptions - counted_.preemptions;
   counted_ = now;
-}
-
-void Pipeline::Impl::CountTokens() {
-  if (delivered_tokens_ == 0) return;
-  stats_.completion_tokens += delivered_tokens_;
-  rate_.Add(MonotonicNow(), delivered_tokens_);
-  delivered_tokens_ = 0;
+  if (new_tokens_ == 0) return;
+  stats_.completion_tokens += new_tokens_;
+  rate_.Add(MonotonicNow(), new_tokens_);
+  new_tokens_ = 0;
 }
 
 }  // namespace stagecoach

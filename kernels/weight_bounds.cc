@@ -9,7 +9,6 @@
 #include "model/dequantize.h"
 #include "model/gguf.h"
 #include "model/model_error.h"
-#include "model/status_macros.h"
 
 namespace stagecoach {
 namespace {
@@ -109,10 +108,10 @@ absl::Status CheckWeights(const TensorInfo& tensor, size_t first_row,
       }
       return absl::OkStatus();
     } else {
-      STAGECOACH_RETURN_IF_ERROR(WithName(tensor, FiniteScales(tensor.type, raw)));
       for (size_t i = 0; i < raw.size() / sizeof(Block); ++i) {
         Block block;
         memcpy(&block, raw.data() + i * sizeof(Block), sizeof(Block));
+        if (!HasFiniteScales(block)) return WithName(tensor, FiniteScales(tensor.type, raw));
         if (std::fabs(block.value()) <= bounds.weight) continue;
         return MakeModelError(
             ModelError::kUnsupported,

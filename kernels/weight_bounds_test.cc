@@ -81,7 +81,7 @@ TEST(WeightBounds, WeightsWithoutScales) {
   matrix.at(1, 2).bits = FloatToBfloat16(-65536);
   ExpectRefused(matrix.Check(kBounds), "row 1, column 2", "a weight of -65536 (65504 at most");
   EXPECT_TRUE(matrix.Check({}).ok());
-  matrix.at(2, 0).bits = 0x7fc0;  // NaN
+  matrix.at(1, 1).bits = 0x7fc0;  // NaN, and before the other
   EXPECT_EQ(GetModelError(matrix.Check(kBounds)), ModelError::kCorrupt);
 }
 

@@ -128,7 +128,7 @@ cudaError_t LaunchGeneralAttention(const AttentionPlan& plan, const AttentionTas
 inline constexpr int kTensorChunkPositions = 2 * kKvBlockPositions;
 inline constexpr int kTensorWarps = 8;
 // Of a block that merges the chunks of so many queries, a warp each: shared memory holds them.
-__host__ __device__ constexpr int WarpsThatMerge(int queries) {
+constexpr int WarpsThatMerge(int queries) {
   return queries <= kQueryTile / 2 ? 2 * kTensorWarps : kTensorWarps;
 }
 // Queries of a tile: of one row if each tile has one, as in decode steps.
