@@ -100,6 +100,25 @@ TEST_F(PipelineTest, StatsOfTheEndAreThereWhenItIsTold) {
   EXPECT_EQ(observer->stats.completion_tokens, 40u);
 }
 
+// On one stage the next row goes out before its token has come back.
+TEST_F(PipelineTest, SendsRowsAheadOfTheirTokens) {
+  Start(1);
+  stages_.Hold();
+  const std::vector<int32_t> prompt = {1, 2, 3}, other = {4};
+  const auto recorder = Submit(MakeRequest(prompt, 50));
+  stages_.AwaitSteps(2);  // nothing has been answered
+  Request stopped = MakeRequest(other, 50);
+  stopped.stop_token_ids = {Continuation(other, 5).back()};
+  const auto stopping = Submit(std::move(stopped));
+  stages_.Release();
+  EXPECT_TRUE(recorder->Wait().ok());
+  EXPECT_TRUE(stopping->Wait().ok());
+  EXPECT_EQ(recorder->tokens(), Continuation(prompt, 50));
+  EXPECT_EQ(stopping->tokens(), Continuation(other, 5));
+  EXPECT_GT(stages_.rows_ahead(), 0);
+  EXPECT_EQ(pipeline_.Stats().dropped_frames, 0u);
+}
+
 TEST_F(PipelineTest, ReportsAStopToken) {
   Start();
   const std::vector<int32_t> prompt = {1, 2, 3};

@@ -100,6 +100,7 @@ class FakeStages {
     return received_;
   }
   bool closed() const { return closed_; }
+  int rows_ahead() const { return rows_ahead_; }
   // Makes the sequence that starts with `token` fail.
   void FailSequence(int32_t token) { failing_token_ = token; }
   void SendWithout(bool what) { omit_sequences_ = what; }
@@ -161,15 +162,17 @@ class FakeStages {
       v1::SequenceResult& sequence = *result.add_sequences();
       sequence.set_slot(rows.slot());
       sequence.set_sequence_id(rows.sequence_id());
+      if (rows.ahead()) slot.sum += slot.sampled;  // its token id is 0
       for (uint32_t i = 0; i < rows.row_count(); ++i) slot.sum += step.token_ids(row++);
       slot.length += rows.row_count();
+      rows_ahead_ += rows.ahead();
       if (slot.failing) {
         sequence.set_status_code(static_cast<uint32_t>(absl::StatusCode::kDataLoss));
         sequence.set_status_message("non-finite");
         continue;
       }
       sequence.set_sampled(rows.sample());
-      if (rows.sample()) sequence.set_token_id(NextToken(slot.sum));
+      if (rows.sample()) sequence.set_token_id(slot.sampled = NextToken(slot.sum));
       for (int32_t target : rows.targets()) sequence.add_target_logprobs(-0.01f * target);
       if (!rows.logits()) continue;
       sequence.set_logits_rows(rows.row_count());
@@ -190,6 +193,7 @@ class FakeStages {
     uint32_t length = 0;
     uint32_t blocks = 0;
     int64_t sum = 0;
+    int32_t sampled = 0;
     bool failing = false;
   };
 
@@ -205,6 +209,7 @@ class FakeStages {
   int received_ ABSL_GUARDED_BY(mu_) = 0;
   std::atomic<bool> closed_ = false;
   std::atomic<int> credits_ = 0;
+  std::atomic<int> rows_ahead_ = 0;
   std::atomic<int32_t> failing_token_ = -1;
   std::atomic<bool> omit_sequences_ = false;
   std::thread thread_;

@@ -165,7 +165,7 @@ void Scheduler::OnToken(Sequence& sequence, int index, int32_t token) {
   } else if (sequence.generated >= request.max_tokens ||
              sequence.tokens.size() >= static_cast<size_t>(options_.max_context)) {
     EndChoice(sequence, absl::OkStatus(), Finish::kLength);
-  } else {
+  } else if (sequence.pending() > 0) {  // not sent ahead
     ready_.push_back(sequence.id);
   }
 }

@@ -8,6 +8,13 @@
 // many steps as there are stages, so that all stages have work - unless weights are streamed, where
 // each step costs a pass over them all: then the fewest steps win.
 //
+// Rows ahead. One stage would have nothing to do while the tokens of a step are on their way and
+// the next step on its own. So there the next decode step goes out before they have come back: the
+// stage, which samples them, fills them in. It holds all decoding sequences but those that are
+// known to end with the token in flight, so that all stay together in one step; if there is no
+// room for all, none goes ahead. What comes back for a sequence that has ended meanwhile is
+// ignored.
+//
 // Blocks. A sequence is admitted when there are blocks for all its tokens, less those that the
 // prefix cache holds, and one to spare; later blocks are taken as it grows. When none is left, the
 // sequence of the lowest priority, the newest of them, is preempted: its blocks are given away, it
@@ -113,6 +120,7 @@ struct StepRows {
   int row_count = 0;
   bool open = false;    // this step opens the sequence in its slot
   bool sample = false;  // sample the token after the last row
+  bool ahead = false;   // one row, of the token that is sampled after the row before it: here 0
   bool score = false;   // return log p(targets[i] | ... row i)
   bool logits = false;
   std::vector<int32_t> targets;  // score: the token after each row; one fewer at the prompt's end
@@ -132,7 +140,7 @@ struct Step {
   std::vector<Copy> copies;
   std::vector<StepRows> rows;
   std::vector<int32_t> token_ids;
-  int decode_rows = 0;  // of them, rows that continue a sampled token
+  int decode_rows = 0;  // of them, rows that continue a sampled token, those ahead included
 };
 
 // What came back for one StepRows.
@@ -231,6 +239,12 @@ class Scheduler {
   virtual bool OverShare(const std::string& client) const {
     return Crowded() && shares_.Over(client);
   }
+  // Whether a sequence of so many tokens, `generated` of them sampled, goes on for certain with the
+  // one in flight unless that is a stop token. forks: others are to begin with its KV.
+  virtual bool MayGoAhead(const SchedulerRequest& request, int tokens, int generated,
+                          bool forks) const {
+    return !forks && generated + 1 < request.max_tokens && tokens + 1 < options_.max_context;
+  }
 
  private:
   struct Sequence;
@@ -265,6 +279,7 @@ class Scheduler {
     SequenceId leader = 0;  // computes the beginning of its prompt
     size_t shared = 0;      // blocks of that; 0: it has not joined anybody yet
     bool running() const { return slot >= 0; }
+    // Tokens to send; -1: the row of one that has not come back yet is sent already (ahead).
     int pending() const { return static_cast<int>(tokens.size()) - sent; }
   };
 
@@ -310,7 +325,9 @@ class Scheduler {
   const FairEntry* FirstPrompt(bool over_share) const;
   void AddDecodeRows(Step& step, int& over_share_rows);
   bool PromptGoesFirst() const;
+  std::vector<Sequence*> Ahead() const;
   void AddReady(bool over_share, int rows, Step& step);
+  bool AddDecodeRow(Sequence& sequence, Step& step);
   void AddPromptRows(Step& step, int over_share_rows);
   int ShareOut(bool over_share, int rows, PromptRows& prompts);
   void MoveApart(Sequence& sequence);

@@ -207,6 +207,7 @@ class Simulation {
       if (rows.open) OnOpened(rows);
       if (rows.sample) expected_.at(rows.id - 1).choices.at(rows.choice).decoding = true;
       flying.results.push_back(AnswerTo(rows));
+      if (rows.sample) stages_.SetSampled(rows.slot, flying.results.back().token_id);
     }
     Check(scored <= kMaxScoredRows, "too many scored rows");
     CheckShares(step);
@@ -221,9 +222,12 @@ class Simulation {
     const std::vector<int32_t>& tokens = expected.choices.at(rows.choice).tokens;
     const std::vector<int32_t>& kv = slot.tokens;
     Check(!expected.ended && !expected.choices[rows.choice].ended, "rows of what has ended");
-    Check(kv.size() <= tokens.size() && std::equal(kv.begin(), kv.end(), tokens.begin()),
+    // The token of a row ahead is compared once it has come back, with the rows after.
+    const size_t known = kv.size() - (rows.ahead ? 1 : 0);
+    Check(known <= tokens.size() && std::equal(kv.begin(), kv.begin() + known, tokens.begin()),
           "tokens that are not the sequence's");
-    Check(rows.sample == (!expected.request.score && kv.size() == tokens.size()), "sampling");
+    Check(rows.sample == (!expected.request.score && known == tokens.size()), "sampling");
+    if (rows.ahead) CheckAhead(rows, expected);
     Check(rows.score == expected.request.score, "scoring");
     if (rows.score) {
       const size_t targets = rows.row_count - (kv.size() == tokens.size() ? 1 : 0);
@@ -233,6 +237,21 @@ class Simulation {
     }
     if (slot.failing) return {.status = absl::DataLossError("not finite")};
     return {.token_id = rows.sample ? NextToken(kv, rows.choice) : 0};
+  }
+
+  void CheckAhead(const StepRows& rows, const Expected& expected) {
+    ++report_.rows_ahead;
+    const SchedulerRequest& request = expected.request;
+    const SchedulerOptions& options = scheduler_->options();
+    Check(options.stages == 1 && !streaming_, "a row ahead where there is no gain");
+    const int tokens = rows.start_position;  // and one in flight
+    const int generated = tokens - static_cast<int>(request.prompt.size());
+    Check(generated + 1 < request.max_tokens && tokens + 1 < options.max_context,
+          "a row ahead of the end");
+    if (rows.choice > 0 || generated > 0) return;
+    const auto ended = [](const Choice& choice) { return choice.ended; };
+    Check(std::all_of(expected.choices.begin() + 1, expected.choices.end(), ended),
+          "a row ahead of a fork");
   }
 
   // Whoever waits may be overtaken by a bounded number of younger sequences.
@@ -395,6 +414,7 @@ void SimReport::Add(const SimReport& other) {
   cached_tokens += other.cached_tokens;
   preemptions += other.preemptions;
   shared_steps += other.shared_steps;
+  rows_ahead += other.rows_ahead;
 }
 
 SimReport RunSchedulerSim(uint64_t seed, const SchedulerFactory& make) {

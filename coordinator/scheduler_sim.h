@@ -23,6 +23,7 @@ struct SimReport {
   uint64_t cached_tokens = 0;
   uint64_t preemptions = 0;
   int64_t shared_steps = 0;  // in which a greedy client had to stand back
+  int64_t rows_ahead = 0;
 
   void Add(const SimReport& other);
 };
@@ -32,6 +33,9 @@ using SchedulerFactory = std::function<std::unique_ptr<Scheduler>(const Schedule
 // What must hold after every event:
 // - steps are numbered without gaps, fit their bounds, and open, fill and close slots in order;
 // - positions of a sequence go on without gap or repeat, and so do the indices of its tokens;
+// - what the stage samples and fills in for a row ahead is the token that the sequence goes on
+// with,
+//   and no row goes ahead of the end that is known;
 // - a sequence's table covers its rows exactly, and every position in it holds the keys and values
 //   of this sequence's tokens (and salt), finite ones;
 // - a block that is written is in one table only;

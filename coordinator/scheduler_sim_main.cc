@@ -54,11 +54,11 @@ int Run(const Flags& flags) {
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   fmt::print(
       "{} seeds in {:.1f} s, {:.0f} seeds/s: {} requests ended well and {} otherwise, {} steps, "
-      "{} tokens, {} tokens from the cache, {} preemptions, {} blocks copied, {} steps shared "
-      "out\n",
+      "{} tokens, {} rows ahead, {} tokens from the cache, {} preemptions, {} blocks copied, {} "
+      "steps shared out\n",
       flags.seeds, seconds, flags.seeds / seconds, total.ended_ok, total.ended_otherwise,
-      total.steps, total.tokens, total.cached_tokens, total.preemptions, total.forks,
-      total.shared_steps);
+      total.steps, total.tokens, total.rows_ahead, total.cached_tokens, total.preemptions,
+      total.forks, total.shared_steps);
   return 0;
 }
 

@@ -1,5 +1,7 @@
 #include "coordinator/scheduler_sim_stages.h"
 
+#include <utility>
+
 #include "fmt/format.h"
 
 namespace stagecoach {
@@ -38,9 +40,13 @@ std::string SimStages::Run(const Step& step, const std::function<std::string(Req
     }
     if (fails()) slot->failing = true;
     if (std::string wrong = Extend(rows, *slot); !wrong.empty()) return wrong;
-    if (std::string wrong = Write(rows, &step.token_ids[next], *slot); !wrong.empty()) {
-      return wrong;
+    const int32_t* tokens = &step.token_ids[next];
+    const std::optional<int32_t> sampled = std::exchange(slot->sampled, std::nullopt);
+    if (rows.ahead) {
+      if (rows.row_count != 1 || *tokens != 0 || !sampled) return "a row ahead behind no sample";
+      tokens = &*sampled;
     }
+    if (std::string wrong = Write(rows, tokens, *slot); !wrong.empty()) return wrong;
     next += rows.row_count;
     if (slot->failing) continue;
     if (std::string wrong = CheckHeld(*slot); !wrong.empty()) return wrong;

@@ -26,7 +26,8 @@ class SimStages {
     std::string salt;
     std::vector<int32_t> tokens;  // whose keys and values the table holds
     std::vector<int> table;
-    bool failing = false;  // its rows come out non-finite
+    bool failing = false;            // its rows come out non-finite
+    std::optional<int32_t> sampled;  // by its latest rows
   };
 
   SimStages(int slots, int blocks);
@@ -35,6 +36,9 @@ class SimStages {
   // non-finite. Returns the first thing that is wrong with the step; empty if nothing is.
   std::string Run(const Step& step, const std::function<std::string(RequestId)>& salt,
                   const std::function<bool()>& fails);
+
+  // What the rows just run in an open slot sampled: a row ahead may follow.
+  void SetSampled(int slot, int32_t token) { slots_.at(slot)->sampled = token; }
 
   const std::vector<std::optional<Slot>>& slots() const { return slots_; }
   int64_t copies() const { return copies_; }

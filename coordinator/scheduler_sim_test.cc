@@ -36,6 +36,7 @@ TEST(SchedulerSimTest, KeepsItsPromisesUnderRandomEvents) {
   EXPECT_GT(total.cached_tokens, 300000u);
   EXPECT_GT(total.forks, 1000);
   EXPECT_GT(total.shared_steps, 1000);
+  EXPECT_GT(total.rows_ahead, 10000);
 }
 
 // --- Mistakes planted in the scheduler. Each must be found in less than 1000 seeds.
@@ -104,10 +105,32 @@ class IgnoresShares : public Scheduler {
   bool OverShare(const std::string&) const override { return false; }
 };
 
+// Sends a row ahead though the token in flight is the last one.
+class RunsPastTheEnd : public Scheduler {
+ public:
+  using Scheduler::Scheduler;
+
+ protected:
+  bool MayGoAhead(const SchedulerRequest&, int tokens, int, bool forks) const override {
+    return !forks && tokens + 1 < options().max_context;
+  }
+};
+
+// Forks blocks that a row ahead, which may come out non-finite, has been written to.
+class ForksBehindARowAhead : public Scheduler {
+ public:
+  using Scheduler::Scheduler;
+
+ protected:
+  bool MayGoAhead(const SchedulerRequest& request, int tokens, int generated, bool) const override {
+    return Scheduler::MayGoAhead(request, tokens, generated, false);
+  }
+};
+
 template <typename S>
 class PlantedMistakeTest : public testing::Test {};
-using Mistakes =
-    testing::Types<LeaksABlock, ForgetsToClear, EndsTwice, LosesAnEnd, StarvesSome, IgnoresShares>;
+using Mistakes = testing::Types<LeaksABlock, ForgetsToClear, EndsTwice, LosesAnEnd, StarvesSome,
+                                IgnoresShares, RunsPastTheEnd, ForksBehindARowAhead>;
 TYPED_TEST_SUITE(PlantedMistakeTest, Mistakes);
 
 TYPED_TEST(PlantedMistakeTest, IsFound) {

@@ -84,14 +84,16 @@ const FairEntry* Scheduler::FirstPrompt(bool over_share) const {
 }
 
 // More decoding steps in flight than stages would only queue before a stage; the rows that wait
-// instead join the step after, which costs hardly more with them than without. Clients that are
-// over their share leave some of their rows to their prompts.
+// instead join the step after, which costs hardly more with them than without - unless all can go
+// ahead. Clients that are over their share leave some of their rows to their prompts.
 void Scheduler::AddDecodeRows(Step& step, int& over_share_rows) {
-  if (decode_steps_in_flight_ >= options_.stages) return;
+  const std::vector<Sequence*> ahead = Ahead();
+  if (decode_steps_in_flight_ >= options_.stages && ahead.empty()) return;
   if (PromptGoesFirst()) return;
   const int limit = DecodeRowLimit();
   const int rationed = std::min(over_share_rows, kRationedRows);
   AddReady(/*over_share=*/false, std::min(limit, options_.max_step_tokens - rationed), step);
+  for (Sequence* sequence : ahead) AddDecodeRow(*sequence, step);
   if (over_share_rows == 0) return;
   const bool prompts = FirstPrompt(/*over_share=*/true) != nullptr;
   const int most = over_share_rows - (prompts ? CeilDivide(over_share_rows, 4) : 0);
@@ -108,6 +110,32 @@ bool Scheduler::PromptGoesFirst() const {
   return front != nullptr && sequences_.at(front->order).pending() <= kMaxWholeRows;
 }
 
+// The decoding sequences whose next row may go before its token has come back. None if the step
+// cannot hold all of them and those that are ready, or some would find no block: then none would
+// stay together. Not while shares are looked at, which need the newest tokens to decide.
+std::vector<Scheduler::Sequence*> Scheduler::Ahead() const {
+  if (options_.stages > 1 || streaming_ || Crowded()) return {};
+  std::vector<Sequence*> ahead;
+  int blocks = 0;
+  const auto count_block = [&](const Sequence& sequence) {
+    if (static_cast<int>(sequence.blocks.size()) < KvBlocksFor(sequence.sent + 1)) ++blocks;
+  };
+  for (Sequence* sequence : by_slot_) {
+    if (sequence == nullptr || !sequence->decoding || sequence->pending() != 0) continue;
+    const Live& live = *sequence->live;
+    if (!MayGoAhead(live.request, static_cast<int>(sequence->tokens.size()), sequence->generated,
+                    !live.prompt_ready && live.sequences.size() > 1)) {
+      continue;
+    }
+    ahead.push_back(sequence);
+    count_block(*sequence);
+  }
+  for (SequenceId id : ready_) count_block(sequences_.at(id));
+  const bool room = static_cast<int>(ready_.size() + ahead.size()) <= DecodeRowLimit() &&
+                    blocks <= pool_.available();
+  return room ? ahead : std::vector<Sequence*>();
+}
+
 // Up to `rows` rows of sequences whose clients are over their share, or of the others.
 void Scheduler::AddReady(bool over_share, int rows, Step& step) {
   const bool crowded = Crowded();
@@ -120,15 +148,20 @@ void Scheduler::AddReady(bool over_share, int rows, Step& step) {
     if (ready == ready_.end()) return;
     Sequence& sequence = sequences_.at(*ready);
     ready_.erase(ready);
-    if (static_cast<int>(sequence.blocks.size()) < KvBlocksFor(sequence.sent + 1) &&
-        !AddBlock(sequence)) {
-      continue;  // preempted
-    }
-    AddRows(sequence, 1, step);
-    prompts_.Charge(sequence.entry, 1);
-    ++step.decode_rows;
-    --rows;
+    if (AddDecodeRow(sequence, step)) --rows;
   }
+}
+
+// False: it was preempted instead.
+bool Scheduler::AddDecodeRow(Sequence& sequence, Step& step) {
+  if (static_cast<int>(sequence.blocks.size()) < KvBlocksFor(sequence.sent + 1) &&
+      !AddBlock(sequence)) {
+    return false;
+  }
+  AddRows(sequence, 1, step);
+  prompts_.Charge(sequence.entry, 1);
+  ++step.decode_rows;
+  return true;
 }
 
 // An equal share for each stage's step (while streaming: everything), and room for prompts, which
@@ -244,10 +277,15 @@ void Scheduler::AddRows(Sequence& sequence, int count, Step& step) {
   if (!sequence.opened) OpenSequence(sequence, rows);
   shares_.Charge(request.client, count);
   const auto first = sequence.tokens.begin() + sequence.sent;
-  step.token_ids.insert(step.token_ids.end(), first, first + count);
+  rows.ahead = sequence.pending() == 0;
+  if (rows.ahead) {
+    step.token_ids.push_back(0);
+  } else {
+    step.token_ids.insert(step.token_ids.end(), first, first + count);
+  }
   sequence.sent += count;
   sequence.step = steps_ + 1;
-  rows.sample = !rows.score && sequence.pending() == 0;
+  rows.sample = !rows.score && sequence.pending() <= 0;
   if (rows.score) {
     const int targets = sequence.pending() == 0 ? count - 1 : count;
     rows.targets.assign(first + 1, first + 1 + targets);

@@ -96,6 +96,7 @@ Frame MakeStepFrame(uint64_t epoch, const Step& step,
     message.set_start_position(rows.start_position);
     message.set_row_count(rows.row_count);
     message.set_sample(rows.sample);
+    message.set_ahead(rows.ahead);
     message.set_logprobs(rows.score);
     message.set_logits(rows.logits);
     message.mutable_targets()->Add(rows.targets.begin(), rows.targets.end());

@@ -95,6 +95,16 @@ TEST(StepFrameTest, CarriesTheWholeStep) {
   EXPECT_THAT(frame.payload.values(), IsEmpty());
 }
 
+TEST(StepFrameTest, MarksRowsAhead) {
+  Step step{.number = 3, .token_ids = {0, 11}};
+  step.rows = {{.sequence = 5, .start_position = 8, .row_count = 1, .sample = true, .ahead = true},
+               {.sequence = 6, .slot = 1, .start_position = 9, .row_count = 1, .sample = true}};
+  const Frame frame = MakeStepFrame(6, step, [](RequestId) { return SequenceInfo{}; });
+  EXPECT_TRUE(frame.header.step().rows(0).ahead());
+  EXPECT_FALSE(frame.header.step().rows(1).ahead());
+  EXPECT_THAT(frame.header.step().token_ids(), ElementsAre(0, 11));
+}
+
 TEST(StepFrameTest, GivesEachChoiceItsSeed) {
   EXPECT_EQ(ChoiceSeed(5, 0), 5u);
   EXPECT_NE(ChoiceSeed(5, 1), 5u);

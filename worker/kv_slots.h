@@ -25,6 +25,8 @@ struct SlotState {
   int store = 0;           // which of the slot's two stores holds table and history
   SamplingParams sampling;
   size_t prompt_tokens = 0;
+  bool samples = false;  // its latest rows ask for a sample
+  int32_t sampled = 0;   // by its latest rows that have run; 0 if nothing was
 
   bool poisoned() const { return poisoned_from >= 0; }
   void Poison(int position) {

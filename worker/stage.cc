@@ -99,6 +99,7 @@ class Stage::Impl {
   std::vector<int32_t> cleared_;                // blocks, before the rows of this step
   std::vector<KvBlockCopy> copies_;             // likewise
   std::vector<BatchSequence> batch_sequences_;  // of this step
+  std::vector<int32_t> token_ids_;              // of its rows, those of rows ahead filled in
   StepBatch batch_;
   std::vector<float> residual_;  // last stage: [max_step_tokens][d_model]
   DeviceChannel* input_channel_ = nullptr;
@@ -118,6 +119,7 @@ Stage::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model, Laye
       workspace_(std::move(workspace)),
       slots_(config.max_slots, config.max_context, config.kv_blocks, /*keep_history=*/last()) {
   batch_sequences_.reserve(std::min(config.max_slots, config.max_step_tokens));
+  token_ids_.reserve(config.max_step_tokens);
   if (config.device_output) finite_.resize(config.max_step_tokens);
   if (!last()) return;
   output_.emplace(backend_, workspace_.get(), params_.vocab_size, config.max_step_tokens);
@@ -162,6 +164,7 @@ absl::Status Stage::Impl::ChangeBlocks(const v1::StepHeader& step) {
 
 void Stage::Impl::MakeBatch(const v1::StepHeader& step) {
   batch_sequences_.clear();
+  token_ids_.assign(step.token_ids().begin(), step.token_ids().end());
   int row = 0;
   for (const v1::SequenceRows& rows : step.rows()) {
     const int slot = static_cast<int>(rows.slot());
@@ -170,8 +173,9 @@ void Stage::Impl::MakeBatch(const v1::StepHeader& step) {
                                 .row_count = count,
                                 .start_position = static_cast<int>(rows.start_position()),
                                 .blocks = slots_.Blocks(slot)});
+    if (rows.ahead()) token_ids_[row] = slots_.next(slot).sampled;
     slots_.SetTokens(slot, rows.start_position(),
-                     {step.token_ids().data() + row, static_cast<size_t>(count)});
+                     {token_ids_.data() + row, static_cast<size_t>(count)});
     row += count;
   }
   batch_ = {.sequences = batch_sequences_, .rows = row};
@@ -202,11 +206,9 @@ absl::Status Stage::Impl::TakeActivations(const Frame& frame) {
 absl::Status Stage::Impl::RunLayers(const Frame& frame) {
   if (batch_.rows == 0) return absl::OkStatus();
   if (first()) {
-    const auto& ids = frame.header.step().token_ids();
     STAGECOACH_ASSIGN_OR_RETURN(const UnitLease embedding,
                                 Acquire({.kind = Unit::Kind::kEmbedding}));
-    STAGECOACH_RETURN_IF_ERROR(
-        backend_->Embed(*workspace_, *embedding, {ids.data(), static_cast<size_t>(ids.size())}));
+    STAGECOACH_RETURN_IF_ERROR(backend_->Embed(*workspace_, *embedding, token_ids_));
   } else {
     STAGECOACH_RETURN_IF_ERROR(TakeActivations(frame));
   }
@@ -286,6 +288,9 @@ absl::StatusOr<Frame> Stage::Impl::MakeResult(const Frame& frame) {
   STAGECOACH_ASSIGN_OR_RETURN(const UnitLease head, Acquire({.kind = Unit::Kind::kHead}));
   std::vector<float> logits;
   STAGECOACH_RETURN_IF_ERROR(output_->Run(*head, step, slots_, result, logits));
+  for (const v1::SequenceResult& sequence : result.sequences()) {
+    slots_.next(sequence.slot()).sampled = sequence.token_id();
+  }
   out.payload = Payload(std::move(logits));
   return out;
 }

@@ -58,16 +58,18 @@ class Stage {
   //   OUT_OF_RANGE         a step skipped; a position that is not the KV length; context exceeded
   //   NOT_FOUND            rows or close for a slot or sequence id that is not open
   //   INVALID_ARGUMENT     payload size, row counts, slot, token id or block out of range; open of
-  //   a
-  //                        slot that is open; sampling parameters out of range; blocks that do not
-  //                        cover a sequence's positions exactly; a block that would change (by
-  //                        rows, clear or copy) while another sequence has it, or twice
+  //                        a slot that is open; sampling parameters out of range; blocks that do
+  //                        not cover a sequence's positions exactly; a block that would change (by
+  //                        rows, clear or copy) while another sequence has it, or twice; a row
+  //                        ahead at one of several stages, behind rows that do not sample, or with
+  //                        a token id
   //   FAILED_PRECONDITION  d_model of another model
   // A weight that cannot be loaded, or a device fault, is returned as it is; the step then counts
   // as not run and may be run again.
   // Trouble of one sequence (non-finite values: DATA_LOSS) is reported in its SequenceResult and
   // leaves the others alone. Middle stages pass non-finite values on, so that the last stage sees
   // and reports them; it does so until the sequence is closed.
+  // A row ahead goes on with the token that was sampled last for its slot.
   // Device input is received after all checks of the frame, device output sent before the return.
   // Blocks that a sequence left non-finite values in are cleared when it is closed: the coordinator
   // asks for that too (clear_blocks), but may have closed it before it heard of them. Of blocks

@@ -247,7 +247,27 @@ absl::Status ExtendBlocks(const v1::SequenceRows& rows, int end, KvSlots& slots)
   return absl::OkStatus();
 }
 
-absl::Status Extend(const v1::SequenceRows& rows, const ModelParams& params, KvSlots& slots) {
+// A row whose token the stage knows better than the sender.
+absl::Status CheckAhead(const StageConfig& config, const v1::SequenceRows& rows,
+                        std::span<const int32_t> tokens, const SlotState& state) {
+  if (config.stages > 1) {
+    return Invalid(fmt::format("a row ahead for slot {}: stage {} of {} is not first and last",
+                               rows.slot(), config.stage, config.stages));
+  }
+  if (rows.row_count() != 1 || tokens[0] != 0) {
+    return Invalid(
+        fmt::format("{} rows ahead for slot {}, the first with token id {}; it is one, "
+                    "with token id 0",
+                    rows.row_count(), rows.slot(), tokens[0]));
+  }
+  if (state.samples) return absl::OkStatus();
+  return Invalid(
+      fmt::format("a row ahead for slot {}, whose rows before sample nothing", rows.slot()));
+}
+
+// tokens: from those of the rows on.
+absl::Status Extend(const StageConfig& config, const ModelParams& params,
+                    const v1::SequenceRows& rows, std::span<const int32_t> tokens, KvSlots& slots) {
   STAGECOACH_RETURN_IF_ERROR(CheckSlot(rows.slot(), slots));
   SlotState& state = slots.next(rows.slot());
   if (!state.open || state.sequence_id != rows.sequence_id()) {
@@ -266,9 +286,11 @@ absl::Status Extend(const v1::SequenceRows& rows, const ModelParams& params, KvS
         fmt::format("rows up to position {} in a context of {}", end, slots.max_context()));
   }
   STAGECOACH_RETURN_IF_ERROR(CheckTargets(rows, params));
+  if (rows.ahead()) STAGECOACH_RETURN_IF_ERROR(CheckAhead(config, rows, tokens, state));
   STAGECOACH_RETURN_IF_ERROR(ExtendBlocks(rows, static_cast<int>(end), slots));
   state.length = static_cast<int>(end);
   state.has_rows = true;
+  state.samples = rows.sample();
   return absl::OkStatus();
 }
 
@@ -322,8 +344,10 @@ absl::Status PrepareStep(const StageConfig& config, const ModelParams& params, c
   for (const v1::SequenceOpen& open : step.open()) {
     STAGECOACH_RETURN_IF_ERROR(Open(open, params, slots));
   }
+  std::span<const int32_t> tokens = Span(step.token_ids());
   for (const v1::SequenceRows& rows : step.rows()) {
-    STAGECOACH_RETURN_IF_ERROR(Extend(rows, params, slots));
+    STAGECOACH_RETURN_IF_ERROR(Extend(config, params, rows, tokens, slots));
+    tokens = tokens.subspan(rows.row_count());
   }
   return absl::OkStatus();
 }

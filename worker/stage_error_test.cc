@@ -2,6 +2,7 @@
 #include <functional>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -187,6 +188,8 @@ const std::vector<BadFrame> kBadFrames = {
        AddCopy(f, 0, 8);
        AddCopy(f, 8, 9);
      }},
+    {"RowAheadAtOneOfSeveralStages", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_rows(0)->set_ahead(true); }},
     {"PayloadLong", Code::kInvalidArgument,
      [](Frame& f) { ResizePayload(f, f.payload.values().size() + 1); }},
     {"TimingExtra", Code::kInvalidArgument, [](Frame& f) { Step(f).add_timings(); }},
@@ -299,6 +302,43 @@ TEST_F(StageErrorTest, PayloadBesideTheFrameMustBeTheOneThatIsDue) {
   ASSERT_TRUE(out.ok() && expected.ok()) << out.status() << expected.status();
   EXPECT_TRUE(SameBits(out->payload.values(), expected->payload.values()));
   EXPECT_EQ(out->header.nccl_floats(), 0u);
+}
+
+TEST_F(StageErrorTest, RowsAheadThatDoNotFit) {
+  const int32_t zero[] = {0, 0};
+  const auto ahead = [&](uint32_t slot, uint64_t id, uint32_t start, size_t rows) {
+    return StepBuilder(2).Rows(slot, id, start, {zero, rows}).Ahead();
+  };
+  StageRow row(backend_.get(), model_, {});
+  ASSERT_TRUE(row.Run(StepBuilder(1)
+                          .Open(0, 1)
+                          .Open(1, 2)
+                          .Rows(0, 1, 0, Tokens(0, 10))
+                          .Sample()
+                          .Rows(1, 2, 0, Tokens(30, 4))
+                          .Build())
+                  .ok());
+  const std::vector<std::pair<Frame, Code>> frames = {
+      {ahead(0, 1, 10, 2).Build(), Code::kInvalidArgument},  // two rows
+      {StepBuilder(2).Rows(0, 1, 10, Tokens(5, 1)).Ahead().Build(), Code::kInvalidArgument},
+      {ahead(1, 2, 4, 1).Build(), Code::kInvalidArgument},             // no sample before
+      {ahead(2, 3, 0, 1).Build(), Code::kNotFound},                    // not open
+      {ahead(2, 3, 0, 1).Open(2, 3).Build(), Code::kInvalidArgument},  // nothing before
+      {ahead(0, 9, 10, 1).Build(), Code::kNotFound},                   // another's slot
+      {ahead(0, 1, 10, 1).Close(0).Build(), Code::kNotFound},
+      {ahead(0, 1, 10, 1).Close(0).Open(0, 1).Build(), Code::kOutOfRange},
+      {ahead(0, 1, 11, 1).Build(), Code::kOutOfRange},
+  };
+  for (const auto& [frame, code] : frames) {
+    const absl::Status status = row.Run(frame).status();
+    EXPECT_EQ(status.code(), code) << status << frame.header.step().DebugString();
+  }
+  EXPECT_EQ(row[0].steps(), 1u);
+  // Once: the row ahead must sample itself for another one to follow.
+  EXPECT_TRUE(row.Run(ahead(0, 1, 10, 1).Build()).ok());
+  Frame again = ahead(0, 1, 11, 1).Build();
+  again.header.mutable_step()->set_step(3);
+  EXPECT_EQ(row.Run(again).status().code(), Code::kInvalidArgument);
 }
 
 TEST_F(StageErrorTest, ContextIsTheLimit) {

@@ -91,6 +91,10 @@ class StepBuilder {
     last_rows().set_sample(true);
     return *this;
   }
+  StepBuilder& Ahead() {
+    last_rows().set_ahead(true);
+    return *this;
+  }
   StepBuilder& Logits() {
     last_rows().set_logits(true);
     return *this;

@@ -242,6 +242,62 @@ TEST_F(StagePoisonTest, BlocksAreClearedAndCopiedWhenTheCoordinatorSaysSo) {
   EXPECT_EQ(kv.keys[9][3 * kKvBlockPositions], 0);
 }
 
+// Behind a row whose activations, or logits, are not finite a row ahead has no token to go on with:
+// it ends as that one did, and its company never hears of it.
+TEST_F(StagePoisonTest, ARowAheadBehindAFailedRowEndsAlike) {
+  class BadHead : public GlassBackend {
+   public:
+    absl::Status Head(Workspace& workspace, const UnitWeights& head, std::span<const int32_t> rows,
+                      std::span<float> logits) override {
+      auto status = GlassBackend::Head(workspace, head, rows, logits);
+      const size_t vocab = logits.size() / rows.size();
+      for (size_t i = 0; i < rows.size(); ++i) {
+        if (logits[i * vocab + 50 + 32] == 1.0f) logits[i * vocab] = kNan;
+      }
+      return status;
+    }
+  } backend;
+  backend.poison_layer = 31;
+  backend.poison_token = 100;
+  const int32_t zero[] = {0};
+  for (const int32_t bad : {100, 50}) {
+    StageRow row(&backend, model_, {.max_slots = 2});
+    const int32_t token[] = {bad}, good[] = {7};
+    auto out = row.Run(StepBuilder(1)
+                           .Open(0, 1)
+                           .Open(1, 2)
+                           .Rows(0, 1, 0, token)
+                           .Sample()
+                           .Rows(1, 2, 0, good)
+                           .Sample()
+                           .Build());
+    for (uint32_t step = 2;; ++step) {
+      ASSERT_TRUE(out.ok()) << out.status();
+      const v1::StepResult& result = out->header.result();
+      EXPECT_EQ(result.sequences(0).status_code(), static_cast<uint32_t>(Code::kDataLoss));
+      EXPECT_FALSE(result.sequences(0).sampled());
+      EXPECT_EQ(result.sequences(1).status_code(), 0u);
+      EXPECT_EQ(result.sequences(1).token_id(), 7 + 32 * (static_cast<int>(step) - 1));
+      if (step == 4) break;
+      out = row.Run(StepBuilder(step)
+                        .Rows(0, 1, step - 1, zero)
+                        .Ahead()
+                        .Sample()
+                        .Rows(1, 2, step - 1, zero)
+                        .Ahead()
+                        .Sample()
+                        .Build());
+    }
+    // Nothing is left for who comes next.
+    out = row.Run(StepBuilder(4).Close(0).Open(0, 3).Rows(0, 3, 0, good).Sample().Build());
+    ASSERT_TRUE(out.ok()) << out.status();
+    EXPECT_EQ(out->header.result().sequences(0).token_id(), 7 + 32);
+    for (const auto& layer : backend.caches.back()->keys) {
+      for (const float key : layer) EXPECT_TRUE(std::isfinite(key));
+    }
+  }
+}
+
 TEST_F(StagePoisonTest, NonFiniteLogitsEndTheSequenceOnly) {
   class BadHead : public GlassBackend {
    public:

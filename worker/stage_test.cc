@@ -148,6 +148,57 @@ TEST_P(StageTest, SamplesWithTheHistoryOfTheSequence) {
   }
 }
 
+// Three decode steps whose tokens the stage fills in, beside the same with tokens that came back:
+// with penalties, so that the history counts, and with a draw.
+TEST_P(StageTest, RowsAheadGoOnWithWhatWasSampled) {
+  v1::SamplingParams sampling;
+  sampling.set_repetition_penalty(1.3f);
+  sampling.set_temperature(0.8f);
+  sampling.set_seed(7);
+  StageRow known = Row(), ahead = Row();
+  const auto first = [&] {
+    return StepBuilder(1)
+        .Open(2, 1, sampling, 9)
+        .Open(0, 2, {}, 4)
+        .Rows(2, 1, 0, Tokens(0, 9))
+        .Sample()
+        .Rows(0, 2, 0, Tokens(9, 4))
+        .Sample()
+        .Build();
+  };
+  auto expected = known.Run(first());
+  ASSERT_TRUE(expected.ok()) << expected.status();
+  ASSERT_TRUE(ahead.Run(first()).ok());
+  const int32_t zero[] = {0};
+  for (uint32_t i = 0; i < 3; ++i) {
+    const int32_t tokens[] = {expected->header.result().sequences(0).token_id(),
+                              expected->header.result().sequences(1).token_id()};
+    expected = known.Run(StepBuilder(2 + i)
+                             .Rows(2, 1, 9 + i, {&tokens[0], 1})
+                             .Logits()
+                             .Sample()
+                             .Rows(0, 2, 4 + i, {&tokens[1], 1})
+                             .Sample()
+                             .Build());
+    ASSERT_TRUE(expected.ok()) << expected.status();
+    const auto out = ahead.Run(StepBuilder(2 + i)
+                                   .Rows(2, 1, 9 + i, zero)
+                                   .Ahead()
+                                   .Logits()
+                                   .Sample()
+                                   .Rows(0, 2, 4 + i, zero)
+                                   .Ahead()
+                                   .Sample()
+                                   .Build());
+    ASSERT_TRUE(out.ok()) << out.status();
+    EXPECT_TRUE(SameBits(out->payload.values(), expected->payload.values()));
+    for (int s : {0, 1}) {
+      EXPECT_EQ(out->header.result().sequences(s).token_id(),
+                expected->header.result().sequences(s).token_id());
+    }
+  }
+}
+
 TEST_P(StageTest, ScoresAreTheLogProbabilitiesOfTheLogits) {
   const std::vector<float> logits = Expected(50);
   StageRow row = Row({.splits = {1}});

@@ -15,7 +15,7 @@
 
 namespace stagecoach {
 
-inline constexpr uint32_t kProtocolVersion = 1;
+inline constexpr uint32_t kProtocolVersion = 2;
 inline constexpr int kMaxStepTokens = 16384;  // rows that a frame may carry, whatever the plan
 inline constexpr int kMaxSlots = 1024;
 inline constexpr size_t kMaxFrameHeaderBytes = 1 << 20;
