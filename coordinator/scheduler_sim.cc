@@ -97,7 +97,7 @@ class Simulation {
     options.kv_blocks = least + (Pick(0, 2) == 0 ? 0 : Pick(0, 3 * least));
     options.max_step_tokens = Pick(0, 4) == 0 ? Pick(1, 4) : Pick(8, 128);
     options.max_waiting = Pick(0, 10);
-    if (Pick(0, 3) == 0) options.max_in_flight = Pick(1, 2 * options.stages);
+    if (Pick(0, 3) == 0) options.max_in_flight = Pick(1, 2 * options.stages + 1);
     options.hash_seed = random_();
     return options;
   }
