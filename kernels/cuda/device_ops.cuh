@@ -27,6 +27,16 @@ __device__ inline void InitCopyBarrier(uint64_t* barrier) {
           SharedAddress(barrier))
       : "memory");
 }
+// The same, for phases that are complete after `arrivals` calls of Arrive.
+__device__ inline void InitBarrier(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+// What the thread has written is seen by those that have awaited the phase.
+__device__ inline void Arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+}
 // One thread: the phase is complete when copies of so many bytes are.
 __device__ inline void ExpectCopies(uint64_t* barrier, uint32_t bytes) {
   asm volatile(
@@ -43,8 +53,13 @@ __device__ inline void CopyBulk(void* shared, const void* global, uint32_t bytes
       "l"(global), "r"(bytes), "r"(SharedAddress(barrier))
       : "memory");
 }
-// Returns when the copies of this phase are complete and visible.
-__device__ inline void AwaitCopy(const uint64_t* barrier, uint32_t phase) {
+// Copies that begin after this come after the thread's reads of shared memory before it, which may
+// still be under way otherwise.
+__device__ inline void FenceBeforeCopies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// Returns when the phase is complete, and what it stands for visible.
+__device__ inline void AwaitPhase(const uint64_t* barrier, uint32_t phase) {
   asm volatile(
       "{\n\t.reg .pred done;\n"
       "AGAIN_%=:\n\t"
@@ -52,6 +67,30 @@ __device__ inline void AwaitCopy(const uint64_t* barrier, uint32_t phase) {
       "@!done bra AGAIN_%=;\n\t}" ::"r"(SharedAddress(barrier)),
       "r"(phase)
       : "memory");
+}
+
+// One lane of the warp, all of which call this, always the same one. Better than a lane's number:
+// the compiler knows that there is only one, and needs no loop around its copies.
+__device__ inline bool IsElected() {
+  uint32_t elected;
+  asm volatile(
+      "{\n\t.reg .pred one;\n\t"
+      "elect.sync _|one, 0xffffffff;\n\t"
+      "selp.u32 %0, 1, 0, one;\n\t}"
+      : "=r"(elected));
+  return elected != 0;
+}
+
+// --- Hints that memory will be read soon, for the second-level cache. What is there then is what
+// other kernels have written by the time of the read.
+
+// A cache line.
+__device__ inline void PrefetchLine(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
+}
+// bytes: a multiple of 16, as is the address.
+__device__ inline void PrefetchBulk(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 
 // --- Matrix products of a warp: d[16][8] += a[16][16] * b[16][8], halves into float32. With g =

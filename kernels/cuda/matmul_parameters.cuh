@@ -19,6 +19,16 @@ __host__ __device__ inline int SplitBegin(int split, int superblocks) {
   return split * superblocks / kSplits;
 }
 
+// How rows of tiles, or (gated) pairs of them, are dealt out to blocks.
+struct BlockShares {
+  int units;          // of a block,
+  int longer_blocks;  // the first of which have one more
+
+  static BlockShares Of(int units, int blocks) { return {units / blocks, units % blocks}; }
+  __device__ int Begin(int block) const { return block * units + min(block, longer_blocks); }
+  __device__ int Units(int block) const { return units + (block < longer_blocks ? 1 : 0); }
+};
+
 // Terms of one type over the same activations, by value in a kernel's parameters. Their tile rows
 // are numbered through.
 struct MatmulParameters {
@@ -30,6 +40,8 @@ struct MatmulParameters {
     int n;
     int first_tile_row;
     bool accumulate;
+
+    __device__ int TileRows() const { return (n + kTileRows - 1) / kTileRows; }
   };
   Term terms[kMaxMatmulTerms];
   int term_count;
@@ -37,11 +49,9 @@ struct MatmulParameters {
   int superblocks;   // per row
   int rows;          // of halves
   const uint8_t* x;  // [superblocks * 8][rows][32]
-  Fusion fusion;
+  Activations gated;
   // What LaunchStream adds.
-  int block_units;    // rows of tiles, or pairs of them, of a block,
-  int longer_blocks;  // the first of which have one more
-  int team_warps;     // which share the splits of a row of tiles evenly
+  BlockShares shares;
 
   __device__ const Term& TermOf(int tile_row) const {
     int i = 0;
@@ -70,20 +80,33 @@ __device__ inline float JoinParts(float first, float rest) {
   return Tile::kParts == 1 ? first : __fmaf_rn(rest, kRestScale, first);
 }
 
-// row: of activations. Rows outside the matrix and the activations are left out.
-template <typename Tile>
-__device__ inline void StoreResult(const MatmulParameters& p, int tile_row, int row_in_tile,
-                                   int row, float sum) {
-  if (row >= p.rows / Tile::kParts) return;
-  const MatmulParameters::Term& term = p.TermOf(tile_row);
-  const int n = (tile_row - term.first_tile_row) * kTileRows + row_in_tile;
-  if (n >= term.n) return;
-  float value = ResultOf<Tile>(sum);
-  if (term.bias != nullptr) value = __fadd_rn(value, __ldcg(term.bias + n));
-  float* y = term.y + static_cast<size_t>(row) * term.y_stride + n;
-  if (term.accumulate) value = __fadd_rn(__ldcg(y), value);
-  *y = value;
-}
+// Where one result goes, and what is added to it. Made ahead of the sum, since it reads memory.
+// Results outside the matrix and the activations are left out.
+class ResultPlace {
+ public:
+  ResultPlace() = default;  // left out
+  // row: of activations.
+  template <typename Tile>
+  static __device__ ResultPlace Of(const MatmulParameters& p, int tile_row, int row_in_tile,
+                                   int row) {
+    ResultPlace result;
+    if (row >= p.rows / Tile::kParts) return result;
+    const MatmulParameters::Term& term = p.TermOf(tile_row);
+    const int n = (tile_row - term.first_tile_row) * kTileRows + row_in_tile;
+    if (n >= term.n) return result;
+    result.y_ = term.y + static_cast<size_t>(row) * term.y_stride + n;
+    if (term.bias != nullptr) result.bias_ = __ldcg(term.bias + n);
+    if (term.accumulate) result.old_ = __ldcg(result.y_);
+    return result;
+  }
+  __device__ void Store(float result) const {
+    if (y_ != nullptr) *y_ = __fadd_rn(__fadd_rn(result, bias_), old_);
+  }
+
+ private:
+  float* y_ = nullptr;
+  float bias_ = 0, old_ = 0;
+};
 
 // What launchers must know of the current device.
 struct DeviceLimits {

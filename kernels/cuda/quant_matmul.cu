@@ -26,7 +26,7 @@ cudaError_t LaunchSameType(std::span<const MatmulTerm> terms, const Activations&
   for (const MatmulTerm& term : terms) AddTerm(term, &p);
   p.superblocks = x.PaddedColumns() / kSuperblock;
   p.rows = x.HalfRows();
-  p.fusion = fusion;
+  p.gated = fusion.gated;
   p.x = reinterpret_cast<const uint8_t*>(x.halves);
   return VisitTileType(terms[0].weights.type, cudaErrorInvalidValue, [&]<TensorType type>() {
     return LaunchTypedMatmul<type>(p, device, stream);
@@ -45,13 +45,15 @@ cudaError_t ReadLimits(DeviceLimits* limits) {
   return status;
 }
 
-// Whether the kernel for few rows, which alone fuses, runs.
-bool Streams(const PackedMatrix& weights, int rows) {
+// Whether the kernel for few rows, which alone fuses, runs for two such matrices.
+bool StreamsTwo(const PackedMatrix& weights, int rows) {
   DeviceLimits device;
   const int superblocks = (weights.k + kSuperblock - 1) / kSuperblock;
+  const int tile_rows = 2 * (weights.n + kTileRows - 1) / kTileRows;
   return ReadLimits(&device) == cudaSuccess &&
          VisitTileType(weights.type, false, [&]<TensorType type>() {
-           return StreamFits<TileOf<type>>(superblocks, rows, device);
+           return ChooseStream<TileOf<type>>(superblocks, rows, tile_rows, device) !=
+                  StreamChoice::kNone;
          });
 }
 
@@ -61,7 +63,7 @@ bool CanFuseGate(std::span<const MatmulTerm> terms, int rows) {
   const PackedMatrix& gate = terms[0].weights;
   return terms.size() == 2 && FormFor(gate.type) == ActivationForm::kHalf &&
          gate.type == terms[1].weights.type && gate.n == terms[1].weights.n &&
-         gate.n % kSuperblock == 0 && Streams(gate, rows);
+         gate.n % kSuperblock == 0 && StreamsTwo(gate, rows);
 }
 
 cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x,

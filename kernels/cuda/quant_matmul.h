@@ -128,8 +128,8 @@ struct MatmulTerm {
 inline constexpr int kMaxMatmulTerms = 4;
 
 // For few rows every kernel in a chain costs about as much as its weights, so a product of gate and
-// up can do its successor's work along with its own, with the same bits. (Norms are better made
-// once, by a kernel of their own, than by every block for itself.)
+// up can do its successor's work along with its own, with the same bits. (Norms are better made by
+// a kernel of their own: while it runs, the product's first tiles come.)
 struct Fusion {
   // The two terms are gate and up; all that is stored of them is LaunchSwiGlu(gate, up), in form
   // kHalf, not in the memory of x. Where CanFuseGate.

@@ -1,8 +1,9 @@
 // Products for 1 to 16 rows of activations at the speed of the weights' stream. A block has an even
-// share of the rows of tiles, and its teams take turns at them. The warps of a team share the
-// splits of k of the same 16 output rows, every tile fetched ahead into a ring of the warp's own,
-// so that no barrier stands in the stream; partial sums meet in shared memory once per 16 output
-// rows. The activations of all of k lie in shared memory. What Fusion says happens here, too.
+// share of the rows of tiles and takes two (or one) of them at a time, a pass. Each of its warps
+// has a split of k of them. A lane takes what the tiles hold for it into registers, so that the
+// next tiles are on their way while these are multiplied; warps go on at their own pace, at most
+// one pass apart, and the partial sums of a pass are added up while the next one is computed. What
+// Fusion says happens there, too.
 #ifndef STAGECOACH_KERNELS_CUDA_STREAM_KERNEL_CUH_
 #define STAGECOACH_KERNELS_CUDA_STREAM_KERNEL_CUH_
 
@@ -13,184 +14,277 @@
 
 namespace stagecoach::cuda {
 
-// What one team works on at a time: one row of tiles, or (gated) the same row of gate and of up.
-__device__ inline int TileRowOf(const MatmulParameters& p, int unit, int part, bool gated) {
-  return gated ? p.terms[part].first_tile_row + unit : unit;
-}
+// A block's rows of tiles, counted from 0: neighbours, or (gated) those of gate and up in turn.
+struct BlockRows {
+  bool gated;
+  int begin;
+  int count;
 
-// The walk of one warp over its tiles, ahead of the products, and its ring.
-template <typename Tile>
-class TileRing {
+  __device__ explicit BlockRows(const MatmulParameters& p)
+      : gated(p.gated.halves != nullptr),
+        begin(p.shares.Begin(blockIdx.x)),
+        count((gated ? 2 : 1) * p.shares.Units(blockIdx.x)) {}
+  __device__ int TileRow(const MatmulParameters& p, int i) const {
+    return gated ? begin + i / 2 + i % 2 * p.terms[1].first_tile_row : begin + i;
+  }
+};
+
+// One warp's tiles, in the order in which it multiplies them: pass after pass, of each its
+// superblocks. The same values in all lanes.
+template <typename Tile, int kTiles>
+class TileStream {
  public:
-  // Superblocks [first, last) of every `step`-th unit from `unit` to before `end`.
-  // barriers: [kStages].
-  __device__ TileRing(const MatmulParameters& p, uint8_t* ring, uint64_t* barriers, int lane,
-                      int unit, int end, int step, int first, int last)
-      : p_(p),
-        ring_(ring),
-        barriers_(barriers),
-        leader_(lane == 0),
-        gated_(p.fusion.gated.halves != nullptr),
-        unit_(unit),
-        end_(end),
-        step_(step),
-        first_(first),
-        last_(last),
-        superblock_(first) {
-    if (first_ == last_) unit_ = end_;  // nothing to fetch, ever
-    if (leader_) {
-      for (int i = 0; i < kStages; ++i) InitCopyBarrier(barriers + i);
-    }
-    __syncwarp();
-    Locate();
+  // Superblocks [first, last) of every pass. memory: shared, [kTiles * Tile::kBytes].
+  __device__ TileStream(const MatmulParameters& p, const BlockRows& rows, uint8_t* memory,
+                        uint64_t* barrier, int first, int last)
+      : p_(p), rows_(rows), memory_(memory), barrier_(barrier), first_(first), last_(last) {
+    if (first == last) next_row_ = rows.count;  // nothing to fetch, ever
+    const int step = rows.gated ? 1 : kTiles;   // in a term
+    to_next_pass_ = (step * p.superblocks - (last - first)) * Tile::kBytes;
+    superblock_ = last - 1;
+    Fetch();
   }
 
-  // Begins the copy of the next tile, if there is one, to stage `stage` of the ring.
-  __device__ void Fetch(int stage) {
-    if (unit_ >= end_) return;
-    if (leader_) {
-      ExpectCopies(barriers_ + stage, Tile::kBytes);
-      CopyBulk(ring_ + stage * Tile::kBytes, source_, Tile::kBytes, barriers_ + stage);
-    }
-    source_ += Tile::kBytes;
+  // The oldest tiles that have not been taken; the next ones are fetched in their place.
+  template <int kTaken>
+  __device__ void Take(int lane, LoadedTile<Tile> (&tiles)[kTaken]) {
+    AwaitPhase(barrier_, phase_);
+    phase_ ^= 1;
+#pragma unroll
+    for (int n = 0; n < kTaken; ++n) tiles[n] = LoadedTile<Tile>(memory_ + n * Tile::kBytes, lane);
+    FenceBeforeCopies();
+    __syncwarp();
+    Fetch();
+  }
+
+ private:
+  __device__ void Fetch() {
     if (++superblock_ == last_) {
+      if (next_row_ >= rows_.count) return;
       superblock_ = first_;
-      if (!gated_ || ++part_ == 2) {
-        part_ = 0;
-        unit_ += step_;
+      if (alike_ > 0) {
+        --alike_;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) source_[n] += to_next_pass_;
+      } else {
+        Locate();
       }
-      Locate();
+      next_row_ += kTiles;
+    }
+    if (IsElected()) {
+      ExpectCopies(barrier_, fetched_ * Tile::kBytes);
+      CopyBulk(memory_, source_[0], Tile::kBytes, barrier_);
+      if (kTiles == 2 && fetched_ == 2) {
+        CopyBulk(memory_ + Tile::kBytes, source_[kTiles - 1], Tile::kBytes, barrier_);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) source_[n] += Tile::kBytes;
+  }
+
+  // The first tiles of the pass at next_row_.
+  __device__ void Locate() {
+    const int left = rows_.count - next_row_;
+    fetched_ = min(kTiles, left);
+    int rows_alike = left;  // from here on, at the same distances from each other
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const int tile_row = rows_.TileRow(p_, next_row_ + min(n, fetched_ - 1));
+      const MatmulParameters::Term& term = p_.TermOf(tile_row);
+      const int row = tile_row - term.first_tile_row;
+      source_[n] = term.tiles + (static_cast<size_t>(row) * p_.superblocks + first_) * Tile::kBytes;
+      if (n == 0 && !rows_.gated) rows_alike = min(left, term.TileRows() - row);
+    }
+    if (kTiles == 1 && rows_.gated) rows_alike = 1;
+    alike_ = max(rows_alike / kTiles - 1, 0);
+  }
+
+  const MatmulParameters& p_;
+  const BlockRows& rows_;
+  uint8_t* memory_;
+  uint64_t* barrier_;
+  const uint8_t* source_[kTiles] = {};
+  int first_, last_;
+  int to_next_pass_;  // bytes from the end of this one
+  int superblock_;    // the last one fetched
+  int next_row_ = 0;  // of the block, of the next pass
+  int fetched_ = 0;   // rows of tiles, of this pass
+  int alike_ = 0;     // passes behind this one whose tiles are found without looking
+  uint32_t phase_ = 0;
+};
+
+// What a thread has to do with the results of a pass: each time other warps add them up.
+template <typename Tile, typename Layout>
+class PassSums {
+ public:
+  __device__ PassSums(const MatmulParameters& p, const BlockRows& rows) : p_(p), rows_(rows) {}
+
+  // Ahead of Finish, by threads that may read results of the kernel before.
+  __device__ void Begin(int pass) {
+    constexpr int kOutputs = Layout::kPassRows * Layout::kColumns / Tile::kParts;
+    constexpr int kThreads = (kOutputs + 31) / 32 * 32;
+    static_assert(kThreads <= kStreamThreads);
+    const int turn = kTiles == 1 ? pass / 2 : pass;  // gate and up by the same threads
+    const int index = (threadIdx.x - turn * kThreads) & (kStreamThreads - 1);
+    // Of two tiles of gate and up, a thread has a row of both.
+    const int rows = kTiles == 2 && rows_.gated ? kTileRows : Layout::kPassRows;
+    row_ = index % rows;
+    column_ = index / rows;
+    mine_ = column_ < p_.rows / Tile::kParts;
+    place_ = {};
+    const int i = pass * kTiles + row_ / kTileRows;
+    if (mine_ && !rows_.gated && i < rows_.count) {
+      place_ = ResultPlace::Of<Tile>(p_, rows_.TileRow(p_, i), row_ % kTileRows, column_);
     }
   }
 
-  // The oldest tile, once it is there.
-  __device__ const uint8_t* Front() const {
-    AwaitCopy(barriers_ + stage_, phase_);
-    return ring_ + stage_ * Tile::kBytes;
-  }
-  // Nobody needs the oldest tile any more: the next one is fetched in its place.
-  __device__ void Pop() {
-    __syncwarp();
-    Fetch(stage_);
-    if (++stage_ == kStages) {
-      stage_ = 0;
-      phase_ ^= 1;
+  // When the pass is complete. partials: [kSplits][kColumns][kColumnStride].
+  __device__ void Finish(int pass, const float* partials) {
+    if (!mine_) return;
+    const float sum = Sum(partials, row_);
+    if (!rows_.gated) {
+      place_.Store(ResultOf<Tile>(sum));
+    } else if (kTiles == 2) {
+      StoreGated(pass, ResultOf<Tile>(sum), ResultOf<Tile>(Sum(partials, kTileRows + row_)));
+    } else if (pass % 2 == 0) {
+      gate_ = ResultOf<Tile>(sum);
+    } else {
+      StoreGated(pass / 2, gate_, ResultOf<Tile>(sum));
     }
   }
 
  private:
-  __device__ void Locate() {
-    if (unit_ >= end_) return;
-    const int tile_row = TileRowOf(p_, unit_, part_, gated_);
-    source_ = TileRow<Tile>(p_, tile_row) + static_cast<size_t>(first_) * Tile::kBytes;
+  static constexpr int kTiles = Layout::kTiles;
+
+  __device__ float Sum(const float* partials, int row) const {
+    float parts[2] = {};
+#pragma unroll
+    for (int j = 0; j < kSplits; ++j) {
+#pragma unroll
+      for (int part = 0; part < Tile::kParts; ++part) {
+        const int column = j * Layout::kColumns + column_ * Tile::kParts + part;
+        parts[part] = __fadd_rn(parts[part], partials[column * Layout::kColumnStride + row]);
+      }
+    }
+    return JoinParts<Tile>(parts[0], parts[1]);
+  }
+  __device__ void StoreGated(int pair, float gate, float up) const {
+    const Activations& out = p_.gated;
+    out.halves[out.HalfPlace(column_, (rows_.begin + pair) * kTileRows + row_)] =
+        ToHalfActivation(SiluTimes(gate, up));
   }
 
   const MatmulParameters& p_;
-  uint8_t* ring_;
-  uint64_t* barriers_;
-  const uint8_t* source_ = nullptr;
-  bool leader_;
-  const bool gated_;
-  int unit_, end_, step_, first_, last_, superblock_;
-  int part_ = 0;  // of the unit
-  int stage_ = 0;
-  uint32_t phase_ = 0;
+  const BlockRows& rows_;
+  int row_ = 0, column_ = 0;
+  bool mine_ = false;
+  ResultPlace place_;
+  float gate_ = 0;
 };
 
-// kColumns: 1, 2, 4, 8 or 16, at least p.rows. Any number of blocks, of whole teams.
-template <typename Tile, int kColumns>
-__global__ void __launch_bounds__(kMaxStreamWarps * 32, 1)
+// Adds the products of kTaken tiles and the activations x of each superblock of the warp.
+// prepare(): before x is read.
+template <int kTaken, typename Tile, int kColumns, bool kShared, int kTiles, typename Prepare>
+__device__ inline void AddPass(TileStream<Tile, kTiles>& stream, int first, int last,
+                               const uint8_t* x, int rows, const Prepare& prepare,
+                               float (&acc)[kTiles][(kColumns + 7) / 8][4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int s = first; s < last; ++s) {
+    LoadedTile<Tile> tiles[kTaken];
+    stream.Take(lane, tiles);
+    prepare();
+    const SuperblockActivations<kShared> own = {x + s * ActivationBlockBytes(rows), rows};
+    AddSuperblock<Tile, kColumns>(tiles, own, lane, acc);
+  }
+}
+
+// kColumns: 1, 2, 4, 8 or 16, at least p.rows.
+template <typename Tile, int kColumns, bool kShared>
+__global__ void __launch_bounds__(kStreamThreads, 1)
     StreamKernel(const __grid_constant__ MatmulParameters p) {
-  constexpr int kPartials = kSplits * kTileRows * kColumns;  // of a team, twice
+  using Layout = StreamLayout<Tile, kColumns, kShared>;
+  constexpr int kTiles = Layout::kTiles, kColumnTiles = (kColumns + 7) / 8;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int warp = threadIdx.x / 32, team = warp / p.team_warps;
-  const int warps = blockDim.x / 32, teams = warps / p.team_warps;
-  const int splits = kSplits / p.team_warps;  // of a warp
-  const int first_split = (warp - team * p.team_warps) * splits;
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // the same in all lanes
+  const int rows = kColumns <= 2 ? kColumns : p.rows;
   uint8_t* shared = SharedMemory();
-  auto* all_partials = reinterpret_cast<float*>(shared + warps * kStages * Tile::kBytes);
-  float* both_partials = all_partials + team * 2 * kPartials;
-  auto* activations = reinterpret_cast<uint8_t*>(all_partials + teams * 2 * kPartials);
-  const uint32_t activation_bytes = p.superblocks * ActivationBlockBytes(p.rows);
-  auto* barriers = reinterpret_cast<uint64_t*>(activations + activation_bytes);
-  uint64_t* activation_barrier = barriers + warps * kStages;
+  auto* both_partials = reinterpret_cast<float*>(shared + kSplits * Layout::kPassBytes);
+  auto* activations = reinterpret_cast<uint8_t*>(both_partials + 2 * Layout::kPartials);
+  auto* barriers = reinterpret_cast<uint64_t*>(
+      activations + (kShared ? p.superblocks * ActivationBlockBytes(rows) : 0));
+  uint64_t* const tile_barrier = barriers + warp;
+  uint64_t* const activation_barrier = barriers + kSplits + warp;
+  uint64_t* const pass_barriers = barriers + 2 * kSplits;
 
-  const int first = SplitBegin(first_split, p.superblocks);
-  const int last = SplitBegin(first_split + splits, p.superblocks);
-  const int block = static_cast<int>(blockIdx.x);
-  const int begin = block * p.block_units + min(block, p.longer_blocks);
-  const int end = begin + p.block_units + (block < p.longer_blocks ? 1 : 0);
-  const bool gated = p.fusion.gated.halves != nullptr;
-  int unit = begin + team;
-  TileRing<Tile> ring(p, shared + warp * kStages * Tile::kBytes, barriers + warp * kStages, lane,
-                      unit, end, teams, first, last);
-#pragma unroll 1
-  for (int i = 0; i < kStages; ++i) ring.Fetch(i);
+  // Where splits are not all as long, the longer ones alternate: dealt out like this, the warps of
+  // each of the multiprocessor's four schedulers have some of them.
+  const int split = warp ^ (warp >> 3);
+  const int first = SplitBegin(split, p.superblocks), last = SplitBegin(split + 1, p.superblocks);
+  const BlockRows block_rows(p);
+  if (IsElected()) {
+    InitCopyBarrier(tile_barrier);
+    InitCopyBarrier(activation_barrier);
+    if (warp == 0) {
+      for (int i = 0; i < 2; ++i) InitBarrier(pass_barriers + i, kSplits);
+    }
+  }
+  __syncwarp();
+  TileStream<Tile, kTiles> stream(p, block_rows, shared + warp * Layout::kPassBytes, tile_barrier,
+                                  first, last);
   LetNextKernelStart();
-  if (threadIdx.x == 0) InitCopyBarrier(activation_barrier);
-  WaitForPreviousKernel();
   __syncthreads();
-  if (threadIdx.x == 0) {
-    ExpectCopies(activation_barrier, activation_bytes);
-    CopyBulk(activations, p.x, activation_bytes, activation_barrier);
-  }
-  AwaitCopy(activation_barrier, 0);
 
-  int half = 0, part = 0;
-  float gate = 0;
-#pragma unroll 1
-  while (unit < end) {
-    // While some warps still add up one half, others may write the other; none is two ahead.
-    float* partials = both_partials + half * kPartials;
-    half = 1 - half;
-    int s = first;
-#pragma unroll 1
-    for (int split = first_split; split < first_split + splits; ++split) {
-      float acc[1][(kColumns + 7) / 8][4] = {};
-#pragma unroll 1
-      for (const int split_end = SplitBegin(split + 1, p.superblocks); s < split_end; ++s) {
-        const SuperblockActivations x = {activations + s * ActivationBlockBytes(p.rows), p.rows};
-        const uint8_t* const tiles[] = {ring.Front()};
-        AddSuperblock<Tile, kColumns>(tiles, x, lane, acc);
-        ring.Pop();
+  PassSums<Tile, Layout> sums(p, block_rows);
+  const uint8_t* const x = kShared ? activations : p.x;
+  bool prepared = false;
+  // What has to wait for the kernel before this one.
+  const auto prepare = [&] {
+    if (prepared) return;
+    prepared = true;
+    WaitForPreviousKernel();
+    sums.Begin(0);
+    if (kShared && first < last) {
+      const int begin = first * ActivationBlockBytes(rows), end = last * ActivationBlockBytes(rows);
+      if (IsElected()) {
+        ExpectCopies(activation_barrier, end - begin);
+        CopyBulk(activations + begin, p.x + begin, end - begin, activation_barrier);
       }
-      float* own = partials + split * kTileRows * kColumns;  // [column][16]
-#pragma unroll
-      for (int i = 0; i < (kColumns + 7) / 8 * 4; ++i) {
-        const int column = i / 4 * 8 + 2 * t + i % 2;
-        if (column < kColumns) own[column * kTileRows + g + i % 4 / 2 * 8] = acc[0][i / 4][i % 4];
-      }
+      AwaitPhase(activation_barrier, 0);
     }
-    NamedBarrier(1 + team, p.team_warps * 32);
-    const int index = threadIdx.x - team * p.team_warps * 32;
-    float value = 0;
-    if (index < kTileRows * kColumns / Tile::kParts) {
-      const int row = index / kTileRows, row_in_tile = index % kTileRows;
-      float parts[2] = {};
-#pragma unroll
-      for (int j = 0; j < kSplits; ++j) {
-#pragma unroll
-        for (int part = 0; part < Tile::kParts; ++part) {
-          const int column = row * Tile::kParts + part;
-          parts[part] =
-              __fadd_rn(parts[part], partials[(j * kColumns + column) * kTileRows + row_in_tile]);
-        }
-      }
-      value = JoinParts<Tile>(parts[0], parts[1]);
-      if (!gated) {
-        StoreResult<Tile>(p, unit, row_in_tile, row, value);
-      } else if (part == 1 && row < p.rows / Tile::kParts) {
-        const Activations& out = p.fusion.gated;
-        out.halves[out.HalfPlace(row, unit * kTileRows + row_in_tile)] =
-            ToHalfActivation(SiluTimes(gate, ResultOf<Tile>(value)));
-      }
+  };
+  const auto finish = [&](int pass) {
+    AwaitPhase(pass_barriers + (pass & 1), pass / 2 & 1);
+    sums.Finish(pass, both_partials + (pass & 1) * Layout::kPartials);
+  };
+
+  int pass = 0;
+#pragma unroll 1
+  for (; pass * kTiles < block_rows.count; ++pass) {
+    float acc[kTiles][kColumnTiles][4] = {};
+    if (kTiles == 1 || pass * kTiles + 1 < block_rows.count) {
+      AddPass<kTiles, Tile, kColumns, kShared>(stream, first, last, x, rows, prepare, acc);
+    } else {
+      AddPass<1, Tile, kColumns, kShared>(stream, first, last, x, rows, prepare, acc);
     }
-    gate = ResultOf<Tile>(value);
-    if (!gated || ++part == 2) {
-      part = 0;
-      unit += teams;
+    prepare();
+    // Nobody reads what this overwrites: all of pass - 2 is stored before pass - 1 is complete.
+    if (pass > 0) {
+      finish(pass - 1);
+      sums.Begin(pass);
     }
+    float* own =
+        both_partials + (pass & 1) * Layout::kPartials + split * kColumns * Layout::kColumnStride;
+#pragma unroll
+    for (int i = 0; i < kTiles * kColumnTiles * 4; ++i) {
+      const int n = i / 4 / kColumnTiles, c = i / 4 % kColumnTiles;
+      const int column = c * 8 + 2 * t + i % 2, row = n * kTileRows + g + i % 4 / 2 * 8;
+      if (column < kColumns) own[column * Layout::kColumnStride + row] = acc[n][c][i % 4];
+    }
+    __syncwarp();
+    if (lane == 0) Arrive(pass_barriers + (pass & 1));
   }
+  finish(pass - 1);
 }
 
 }  // namespace stagecoach::cuda

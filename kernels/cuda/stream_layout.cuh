@@ -8,29 +8,64 @@
 
 namespace stagecoach::cuda {
 
-inline constexpr int kLeastTeamWarps = 8;   // more: twice as many
-inline constexpr int kMaxStreamWarps = 16;  // of a block
-inline constexpr int kStages = 2;           // of a ring, in tiles: more only stood in others' way
+inline constexpr int kStreamThreads = kSplits * 32;  // a warp for each split of k
 
 // Rows of activations, rounded up to what there is a kernel for.
 constexpr int StreamColumns(int rows) {
   return rows <= 2 ? rows : rows <= 4 ? 4 : rows <= 8 ? 8 : 16;
 }
 
-// Shared memory of a block of so many warps, in order: rings, partial sums (twice), activations,
-// copy barriers.
-template <typename Tile>
-constexpr size_t StreamBytes(int warps, int superblocks, int rows) {
-  const size_t partials = size_t{8} * kSplits * kTileRows * StreamColumns(rows);  // of a team
-  return static_cast<size_t>(warps) * kStages * (Tile::kBytes + 8) +
-         warps / kLeastTeamWarps * partials +
-         static_cast<size_t>(superblocks) * ActivationBlockBytes(rows) + 8;
-}
+// columns: of StreamColumns. kShared: the activations lie in shared memory.
+template <typename Tile, int columns, bool kShared>
+struct StreamLayout {
+  static constexpr int kColumns = columns;
+  // Rows of tiles that a block works on at a time. Of two, one's instructions fill the other's
+  // waits, and activations that are read serve both; but a lane has registers for so much only.
+  static constexpr int kTiles = (kColumns == 16 && kShared) || Tile::kBytes > 5000 ? 1 : 2;
+  static constexpr int kPassRows = kTiles * kTileRows;
+  static constexpr int kPassBytes = kTiles * Tile::kBytes;  // of one split and superblock
+  static constexpr int kColumnStride = kPassRows + 4;       // of partial sums; 4: other banks
+  static constexpr int kPartials = kSplits * kColumns * kColumnStride;  // floats of a pass
+  static constexpr int kFixedBytes = kSplits * kPassBytes + 2 * 4 * kPartials;
 
+  // In this order: tiles, partial sums of two passes, activations, barriers.
+  static constexpr size_t Bytes(int superblocks, int rows) {
+    const size_t activations =
+        kShared ? static_cast<size_t>(superblocks) * ActivationBlockBytes(rows) : 0;
+    return kFixedBytes + activations + 8 * (2 * kSplits + 2);
+  }
+};
+
+enum class StreamChoice { kSharedActivations, kDirectActivations, kNone };
+
+// rows: of activations. tile_rows: of all terms.
 template <typename Tile>
-bool StreamFits(int superblocks, int rows, const DeviceLimits& device) {
-  return rows <= kMostFusedRows &&
-         StreamBytes<Tile>(kLeastTeamWarps, superblocks, rows) <= device.shared_bytes;
+StreamChoice ChooseStream(int superblocks, int rows, int tile_rows, const DeviceLimits& device) {
+  const auto choose = [&]<int kColumns>() {
+    using Shared = StreamLayout<Tile, kColumns, true>;
+    using Direct = StreamLayout<Tile, kColumns, false>;
+    const auto fits = [&](size_t bytes) { return bytes <= device.shared_bytes; };
+    if (fits(Shared::Bytes(superblocks, rows))) return StreamChoice::kSharedActivations;
+    // So few that they fit in all but odd shapes need no other way. So many take longer than the
+    // weights if they are read once more for every pass.
+    const bool direct =
+        kColumns == 16 ? tile_rows <= Direct::kTiles * device.multiprocessors : kColumns >= 4;
+    return direct && fits(Direct::Bytes(superblocks, rows)) ? StreamChoice::kDirectActivations
+                                                            : StreamChoice::kNone;
+  };
+  if (rows > kMostFusedRows) return StreamChoice::kNone;
+  switch (StreamColumns(rows)) {
+    case 1:
+      return choose.template operator()<1>();
+    case 2:
+      return choose.template operator()<2>();
+    case 4:
+      return choose.template operator()<4>();
+    case 8:
+      return choose.template operator()<8>();
+    default:
+      return choose.template operator()<16>();
+  }
 }
 
 }  // namespace stagecoach::cuda

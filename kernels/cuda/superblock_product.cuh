@@ -10,8 +10,10 @@
 
 namespace stagecoach::cuda {
 
-// Activations of one superblock in shared memory: halves [kGroups][rows][32], `rows` of them the
-// columns of the products.
+// Activations of one superblock: halves [kGroups][rows][32], `rows` of them the columns of the
+// products. kShared: in shared memory; otherwise in device memory, past the first-level cache, for
+// the kernel that wrote them may have overlapped this one.
+template <bool kShared>
 struct SuperblockActivations {
   const uint8_t* halves;
   int rows;
@@ -19,33 +21,31 @@ struct SuperblockActivations {
   // The lane's 8 halves of column tile c. Lanes beyond the rows repeat the last; nobody reads what
   // they compute.
   __device__ uint4 Halves(int group, int c, int lane) const {
-    const int g = lane / 4;
-    const int row = min(c * 8 + g, rows - 1);
-    return *reinterpret_cast<const uint4*>(halves + (group * rows + row) * 64 + lane % 4 * 16);
+    const int row = min(c * 8 + lane / 4, rows - 1);
+    const auto* own =
+        reinterpret_cast<const uint4*>(halves + (group * rows + row) * 64 + lane % 4 * 16);
+    return kShared ? *own : __ldcg(own);
   }
 };
 
 // acc[n][c] += tile n * column tile c of the activations. acc[n][c][i]: rows g (i < 2) and g + 8 of
 // the tile, columns 2t + i % 2.
-template <typename Tile, int kColumns, int kTiles>
-__device__ inline void AddSuperblock(const uint8_t* const (&tiles)[kTiles],
-                                     const SuperblockActivations& x, int lane,
-                                     float (&acc)[kTiles][(kColumns + 7) / 8][4]) {
-  TileScales<Tile> scales[kTiles];
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) scales[n] = TileScales<Tile>(tiles[n], lane);
+template <typename Tile, int kColumns, int kTiles, int kSums, bool kShared>
+__device__ inline void AddSuperblock(const LoadedTile<Tile> (&tiles)[kTiles],
+                                     const SuperblockActivations<kShared>& x, int lane,
+                                     float (&acc)[kSums][(kColumns + 7) / 8][4]) {
+  static_assert(kTiles <= kSums);
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    PairScales pair_scales[kTiles];
+    PairScales scales[kTiles];
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) pair_scales[n] = scales[n].Pair(p);
+    for (int n = 0; n < kTiles; ++n) scales[n] = tiles[n].scales.Pair(p);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       GroupWeights weights[kTiles];
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        const TilePair<Tile> pair(tiles[n], p, lane);  // read once for both i
-        weights[n] = DecodeGroup<Tile>(pair, pair_scales[n], i);
+        weights[n] = DecodeGroup<Tile>(tiles[n].pairs[p], scales[n], i);
       }
 #pragma unroll
       for (int c = 0; c < (kColumns + 7) / 8; ++c) {

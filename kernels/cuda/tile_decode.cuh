@@ -51,6 +51,7 @@ struct TilePair {
   uint32_t bits = 0;
   uint4 bytes[2] = {};
 
+  TilePair() = default;
   // p: a constant after unrolling.
   __device__ TilePair(const uint8_t* tile, int p, int lane) {
     const int place = p * 32 + lane;
@@ -114,13 +115,21 @@ struct PairScales {
   __half2 offset[2];  // of types with a minimum and subnormal ones
 };
 
+// kHalves1024 in a register: as a constant it would take the place of another one in instructions
+// that can have one only, which then costs an instruction each time.
+__device__ inline uint32_t Halves1024() {
+  uint32_t bits;
+  asm("mov.b32 %0, 0x64006400;" : "=r"(bits));
+  return bits;
+}
+
 // The bytes 2p and 2p + 1 of 8, as two halves, `least` added, times `delta`.
 template <int least>
 __device__ inline __half2 ScaledBytes(uint2 bytes, int p, __half2 delta) {
   const __half2 minus_1024_deltas = __hmul2_rn(delta, __float2half2_rn(-1024));
   const uint32_t word = p < 2 ? bytes.x : bytes.y;
   const __half2 value =
-      AsHalves(__byte_perm(word, kHalves1024, p % 2 == 0 ? 0x7170 : 0x7372));  // 1024 + byte
+      AsHalves(__byte_perm(word, Halves1024(), p % 2 == 0 ? 0x7170 : 0x7372));  // 1024 + byte
   if constexpr (least == 0) {  // the same in one step: 1024 * delta is exact below 64
     return __hfma2(value, delta, minus_1024_deltas);
   } else {
@@ -133,11 +142,21 @@ template <typename Tile>
 class TileScales {
  public:
   TileScales() = default;
-  __device__ TileScales(const uint8_t* tile, int lane) : tile_(tile), g_(lane / 4) {
-    if constexpr (!Tile::kFloatScales) {
+  __device__ TileScales(const uint8_t* tile, int lane) {
+    const int g = lane / 4;
+    if constexpr (Tile::kFloatScales) {
+#pragma unroll
+      for (int i = 0; i < 2 * kPairs; ++i) {
+        const int place = i / 2 * 16 + i % 2 * 8 + g;
+        deltas_[i] = reinterpret_cast<const __half2*>(tile + Tile::kDeltas)[place];
+        if constexpr (Tile::kHasMin) {
+          delta_mins_[i] = reinterpret_cast<const __half2*>(tile + Tile::kDeltaMins)[place];
+        }
+      }
+    } else {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint8_t* row = tile + Tile::kScales + g_ * 32 + r * 16;
+        const uint8_t* row = tile + Tile::kScales + g * 32 + r * 16;
         if constexpr (Tile::kScaling == Scaling::kInteger32) {
           const uint4 both = *reinterpret_cast<const uint4*>(row);
           scales_[r] = {both.x, both.y};
@@ -148,8 +167,8 @@ class TileScales {
           scales_[r] = {bytes.x & kLow, bytes.y & kLow};
           mins_[r] = {(bytes.x >> 4) & kLow, (bytes.y >> 4) & kLow};
         }
-        const auto* deltas = reinterpret_cast<const __half*>(
-            tile + Tile::kDeltas + (g_ * 2 + r) * (Tile::kHasMin ? 4 : 2));
+        const auto* deltas = reinterpret_cast<const __half*>(tile + Tile::kDeltas +
+                                                             (g * 2 + r) * (Tile::kHasMin ? 4 : 2));
         delta_[r] = __half2half2(deltas[0]);
         if constexpr (Tile::kHasMin) minus_min_[r] = __half2half2(__hneg(deltas[1]));
       }
@@ -160,13 +179,12 @@ class TileScales {
   __device__ PairScales Pair(int p) const {
     PairScales result;
     if constexpr (Tile::kFloatScales) {
-      const auto* first = reinterpret_cast<const __half2*>(tile_ + Tile::kDeltas) + p * 16 + g_;
-      result.scale[0] = __lows2half2(first[0], first[8]);
-      result.scale[1] = __highs2half2(first[0], first[8]);
+      const __half2 *delta = deltas_ + 2 * p, *min = delta_mins_ + 2 * p;  // [group]
+      result.scale[0] = __lows2half2(delta[0], delta[1]);
+      result.scale[1] = __highs2half2(delta[0], delta[1]);
       if constexpr (Tile::kHasMin) {
-        const auto* mins = reinterpret_cast<const __half2*>(tile_ + Tile::kDeltaMins) + p * 16 + g_;
-        result.offset[0] = __hneg2(__lows2half2(mins[0], mins[8]));
-        result.offset[1] = __hneg2(__highs2half2(mins[0], mins[8]));
+        result.offset[0] = __hneg2(__lows2half2(min[0], min[1]));
+        result.offset[1] = __hneg2(__highs2half2(min[0], min[1]));
       }
     } else {
 #pragma unroll
@@ -193,9 +211,8 @@ class TileScales {
   }
 
  private:
-  const uint8_t* tile_ = nullptr;
-  int g_ = 0;
-  uint2 scales_[2] = {}, mins_[2] = {};  // [r]: 8 bytes
+  __half2 deltas_[2 * kPairs] = {}, delta_mins_[2 * kPairs] = {};  // of blocks of 32 columns
+  uint2 scales_[2] = {}, mins_[2] = {};                            // [r]: 8 bytes
   __half2 delta_[2] = {}, minus_min_[2] = {};
 };
 
@@ -237,8 +254,9 @@ __device__ inline GroupWeights DecodeGroup(const TilePair<Tile>& pair, const Pai
 // The same of tiles of halves, where there is nothing to decode.
 template <>
 struct TilePair<HalfTile> {
-  uint4 halves[2][2];  // [group of the pair][r]
+  uint4 halves[2][2] = {};  // [group of the pair][r]
 
+  TilePair() = default;
   __device__ TilePair(const uint8_t* tile, int p, int lane) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -268,6 +286,19 @@ __device__ inline GroupWeights DecodeGroup(const TilePair<HalfTile>& pair, const
   }
   return result;
 }
+
+// All that a tile holds for one lane.
+template <typename Tile>
+struct LoadedTile {
+  TilePair<Tile> pairs[kPairs];
+  TileScales<Tile> scales;
+
+  LoadedTile() = default;
+  __device__ LoadedTile(const uint8_t* tile, int lane) : scales(tile, lane) {
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) pairs[p] = TilePair<Tile>(tile, p, lane);
+  }
+};
 
 }  // namespace stagecoach::cuda
 

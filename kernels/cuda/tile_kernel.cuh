@@ -66,8 +66,8 @@ __device__ inline void StoreClusterSums(const MatmulParameters& p, int first_til
     }
     const int tile_row = first_tile_row + row / kTileRows;
     if (tile_row < p.tile_rows) {
-      StoreResult<Tile>(p, tile_row, row % kTileRows, first_row / Tile::kParts + output,
-                        JoinParts<Tile>(parts[0], parts[1]));
+      ResultPlace::Of<Tile>(p, tile_row, row % kTileRows, first_row / Tile::kParts + output)
+          .Store(ResultOf<Tile>(JoinParts<Tile>(parts[0], parts[1])));
     }
   }
 }
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
   uint32_t phase = 0;
 #pragma unroll 1
   for (int s = first; s < last; ++s) {
-    AwaitCopy(barriers + stage, phase);
+    AwaitPhase(barriers + stage, phase);
     if (s == split_end) {
 #pragma unroll
       for (int j = 0; j < kTiles * kColumnTiles * 4; ++j) {
@@ -146,10 +146,12 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
     }
     if (has_weights) {
       const uint8_t* own = shared + stage * Layout::kStageBytes;
-      const SuperblockActivations x = {own + Layout::kWeightBytes, kColumns};
-      const uint8_t* tiles[kTiles];
+      const SuperblockActivations<true> x = {own + Layout::kWeightBytes, kColumns};
+      LoadedTile<Tile> tiles[kTiles];
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) tiles[n] = own + (warp * kTiles + n) * Tile::kBytes;
+      for (int n = 0; n < kTiles; ++n) {
+        tiles[n] = LoadedTile<Tile>(own + (warp * kTiles + n) * Tile::kBytes, lane);
+      }
       AddSuperblock<Tile, kColumns>(tiles, x, lane, acc);
     }
     __syncthreads();  // nobody reads the stage any more
@@ -182,10 +184,10 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
       if (tile_row + n >= p.tile_rows || i % Tile::kParts != 0) continue;
       // The parts of a row are neighbouring columns, of the same lane.
       const int last = i + Tile::kParts - 1;
-      StoreResult<Tile>(p, tile_row + n, g + i / 2 * 8,
-                        (first_row + c * 8 + 2 * t + i % 2) / Tile::kParts,
-                        JoinParts<Tile>(__fadd_rn(totals[n][c][i], acc[n][c][i]),
-                                        __fadd_rn(totals[n][c][last], acc[n][c][last])));
+      ResultPlace::Of<Tile>(p, tile_row + n, g + i / 2 * 8,
+                            (first_row + c * 8 + 2 * t + i % 2) / Tile::kParts)
+          .Store(ResultOf<Tile>(JoinParts<Tile>(__fadd_rn(totals[n][c][i], acc[n][c][i]),
+                                                __fadd_rn(totals[n][c][last], acc[n][c][last]))));
     }
   }
 }

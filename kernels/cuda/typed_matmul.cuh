@@ -11,34 +11,39 @@
 
 namespace stagecoach::cuda {
 
-template <typename Tile, int kColumns>
-cudaError_t LaunchStream(const MatmulParameters& p, const DeviceLimits& device,
-                         cudaStream_t stream) {
+template <typename Tile, int kColumns, bool kShared>
+cudaError_t LaunchStreamKernel(const MatmulParameters& p, const DeviceLimits& device,
+                               cudaStream_t stream) {
   // With gate and up, rows of tiles go in pairs.
-  const int units = p.fusion.gated.halves != nullptr ? p.tile_rows / 2 : p.tile_rows;
+  const int units = p.gated.halves != nullptr ? p.tile_rows / 2 : p.tile_rows;
   const int blocks = std::min(units, device.multiprocessors);
-  const int block_units = (units + blocks - 1) / blocks;  // at most
-  int warps = kMaxStreamWarps;
-  while (StreamBytes<Tile>(warps, p.superblocks, p.rows) > device.shared_bytes) {
-    warps -= kLeastTeamWarps;
-  }
   MatmulParameters own = p;
-  // Small teams have less to do per row of tiles, but there must be rows for all of them.
-  own.team_warps = kLeastTeamWarps;
-  while (own.team_warps < kSplits && warps / own.team_warps > block_units) own.team_warps *= 2;
-  warps = std::min(warps / own.team_warps, block_units) * own.team_warps;
-  own.block_units = units / blocks;
-  own.longer_blocks = units % blocks;
+  own.shares = BlockShares::Of(units, blocks);
   LaunchShape shape;
   shape.grid = dim3(blocks);
-  shape.threads = warps * 32;
+  shape.threads = kStreamThreads;
   // One block at a time on a multiprocessor, so that all have the same share: where two fit, those
   // of the next kernel crowd on the multiprocessors that finish first.
-  shape.shared_bytes = std::max<size_t>(StreamBytes<Tile>(warps, p.superblocks, p.rows),
-                                        device.shared_bytes / 2 + 1024);
-  const cudaError_t status = AllowSharedMemory(StreamKernel<Tile, kColumns>, device.shared_bytes);
+  shape.shared_bytes =
+      std::max<size_t>(StreamLayout<Tile, kColumns, kShared>::Bytes(p.superblocks, p.rows),
+                       device.shared_bytes / 2 + 1024);
+  const auto kernel = StreamKernel<Tile, kColumns, kShared>;
+  const cudaError_t status = AllowSharedMemory(kernel, device.shared_bytes);
   if (status != cudaSuccess) return status;
-  return LaunchKernel(StreamKernel<Tile, kColumns>, shape, stream, own);
+  return LaunchKernel(kernel, shape, stream, own);
+}
+
+template <typename Tile, bool kShared>
+cudaError_t LaunchStream(const MatmulParameters& p, const DeviceLimits& device,
+                         cudaStream_t stream) {
+  const int columns = StreamColumns(p.rows);
+  if constexpr (kShared) {
+    if (columns == 1) return LaunchStreamKernel<Tile, 1, kShared>(p, device, stream);
+    if (columns == 2) return LaunchStreamKernel<Tile, 2, kShared>(p, device, stream);
+  }
+  if (columns <= 4) return LaunchStreamKernel<Tile, 4, kShared>(p, device, stream);
+  if (columns == 8) return LaunchStreamKernel<Tile, 8, kShared>(p, device, stream);
+  return LaunchStreamKernel<Tile, 16, kShared>(p, device, stream);
 }
 
 template <typename Tile, int kColumns, bool kSplitK>
@@ -74,19 +79,13 @@ template <TensorType type>
 cudaError_t LaunchTypedMatmul(const MatmulParameters& p, const DeviceLimits& device,
                               cudaStream_t stream) {
   using Tile = TileOf<type>;
-  if (StreamFits<Tile>(p.superblocks, p.rows, device)) {
-    switch (StreamColumns(p.rows)) {
-      case 1:
-        return LaunchStream<Tile, 1>(p, device, stream);
-      case 2:
-        return LaunchStream<Tile, 2>(p, device, stream);
-      case 4:
-        return LaunchStream<Tile, 4>(p, device, stream);
-      case 8:
-        return LaunchStream<Tile, 8>(p, device, stream);
-      default:
-        return LaunchStream<Tile, 16>(p, device, stream);
-    }
+  switch (ChooseStream<Tile>(p.superblocks, p.rows, p.tile_rows, device)) {
+    case StreamChoice::kSharedActivations:
+      return LaunchStream<Tile, true>(p, device, stream);
+    case StreamChoice::kDirectActivations:
+      return LaunchStream<Tile, false>(p, device, stream);
+    case StreamChoice::kNone:
+      break;
   }
   if (p.rows <= 8) return LaunchTiles<Tile, 8>(p, device, stream);
   if (p.rows <= 16) return LaunchTiles<Tile, 16>(p, device, stream);
