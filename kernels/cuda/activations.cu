@@ -33,20 +33,17 @@ __device__ void LoadColumns(const float* row, int k, int superblock, int lane,
   }
 }
 
-// The share of one of kNormWarps warps in a row's sum of squares; the same in all lanes.
-__device__ float SquaresOfWarp(const float* row, int k, int superblocks, int warp, int lane) {
-  float squares = 0;
-  for (int s = warp; s < superblocks; s += kNormWarps) {
-    float v[kLaneColumns];
-    LoadColumns(row, k, s, lane, v);
+// A lane's share in a row's sum of squares.
+__device__ void AddSquares(const float (&v)[kLaneColumns], float& sum) {
 #pragma unroll
-    for (float value : v) squares = __fmaf_rn(value, value, squares);
-  }
+  for (float value : v) sum = __fmaf_rn(value, value, sum);
+}
+__device__ float SumOfLanes(float sum) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) {
-    squares = __fadd_rn(squares, __shfl_xor_sync(0xffffffff, squares, mask));
+    sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffff, sum, mask));
   }
-  return squares;
+  return sum;
 }
 
 // What a row is multiplied by. squares: of the warps, in order.
@@ -58,14 +55,10 @@ __device__ float NormFactor(const float (&squares)[kNormWarps], int k, float eps
   return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, epsilon)));
 }
 
-// A lane's 8 columns of a row, normalised.
-__device__ void NormColumns(const float* row, const float* weight, float factor, int k,
-                            int superblock, int lane, float (&v)[kLaneColumns]) {
-  float w[kLaneColumns];
-  LoadColumns(row, k, superblock, lane, v);
-  LoadColumns(weight, k, superblock, lane, w);
+__device__ void Normalise(float factor, const float (&weight)[kLaneColumns],
+                          float (&v)[kLaneColumns]) {
 #pragma unroll
-  for (int i = 0; i < kLaneColumns; ++i) v[i] = __fmul_rn(__fmul_rn(v[i], factor), w[i]);
+  for (int i = 0; i < kLaneColumns; ++i) v[i] = __fmul_rn(__fmul_rn(v[i], factor), weight[i]);
 }
 
 // Writes a lane's 8 columns of row `row` in the form of `out`. Columns beyond out.k are zero.
@@ -122,19 +115,30 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kNormThreads)
     RmsNormKernel(const float* x, const float* weight, float epsilon,
                   const __grid_constant__ Activations out) {
-  LetNextKernelStart();
-  WaitForPreviousKernel();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = blockIdx.x;
   const int superblocks = out.PaddedColumns() / kSuperblock;
   const float* x_row = x + static_cast<size_t>(row) * out.k;
   __shared__ float squares[kNormWarps];
-  const float own = SquaresOfWarp(x_row, out.k, superblocks, warp, lane);
-  if (lane == 0) squares[warp] = own;
+  float v[kLaneColumns], w[kLaneColumns], sum = 0;
+  LetNextKernelStart();
+  const int column = warp * kSuperblock + lane * kLaneColumns;
+  if (column < out.k) PrefetchLine(weight + column);
+  WaitForPreviousKernel();
+  if (warp < superblocks) LoadColumns(weight, out.k, warp, lane, w);
+  for (int s = warp; s < superblocks; s += kNormWarps) {
+    LoadColumns(x_row, out.k, s, lane, v);
+    AddSquares(v, sum);
+  }
+  sum = SumOfLanes(sum);
+  if (lane == 0) squares[warp] = sum;
   __syncthreads();
   const float factor = NormFactor(squares, out.k, epsilon);
   for (int s = warp; s < superblocks; s += kNormWarps) {
-    float v[kLaneColumns];
-    NormColumns(x_row, weight, factor, out.k, s, lane, v);
+    if (superblocks > kNormWarps) {  // otherwise they are still there
+      LoadColumns(x_row, out.k, s, lane, v);
+      LoadColumns(weight, out.k, s, lane, w);
+    }
+    Normalise(factor, w, v);
     StoreColumns(v, out, row, s, lane);
   }
 }

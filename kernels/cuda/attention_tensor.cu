@@ -199,25 +199,38 @@ __device__ ChunkWeights WeighChunk(const AttentionTask& task, const Queries<kDim
   return result;
 }
 
-// Weighted sums of dims [kHalfDims * half, ...) over the chunk.
-template <int kDims, typename BlockOf>
-__device__ void SumValues(const ChunkWeights& chunk, int half, const BlockOf& block,
+// What a lane needs of the values' dims [kHalfDims * half, ...) in a chunk.
+template <int kDims>
+struct Values {
+  uint4 values[kTilesOfChunk][kHalfSums];
+
+  template <typename BlockOf>
+  __device__ void Load(int half, const BlockOf& block) {
+    const int lane = threadIdx.x % kWarpLanes, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < kTilesOfChunk; ++i) {
+      // They lie behind the keys, 32 positions of a dim in a row.
+      const uint4* own = block(i) + kDims / 8 * kKvBlockPositions + (half * kHalfDims + g) * 4 + t;
+#pragma unroll
+      for (int m = 0; m < kHalfSums; ++m) values[i][m] = own[m * 8 * 4];
+    }
+  }
+};
+
+// Their weighted sums over the chunk.
+template <int kDims>
+__device__ void SumValues(const ChunkWeights& chunk, const Values<kDims>& v,
                           float (&sums)[kHalfSums][4]) {
-  const int lane = threadIdx.x % kWarpLanes, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int m = 0; m < kHalfSums; ++m) sums[m][0] = sums[m][1] = sums[m][2] = sums[m][3] = 0;
 #pragma unroll
   for (int i = 0; i < kTilesOfChunk; ++i) {
-    // Values lie behind the keys, 32 positions of a dim in a row.
-    const uint4* values = block(i) + kDims / 8 * kKvBlockPositions + (half * kHalfDims + g) * 4 + t;
     const auto& w = chunk.weights[i];
-    uint4 v[kHalfSums];
-#pragma unroll
-    for (int m = 0; m < kHalfSums; ++m) v[m] = values[m * 8 * 4];
 #pragma unroll
     for (int m = 0; m < kHalfSums; ++m) {
-      MultiplyAdd(sums[m], w[0][0], w[0][1], w[1][0], w[1][1], v[m].x, v[m].y);
-      MultiplyAdd(sums[m], w[2][0], w[2][1], w[3][0], w[3][1], v[m].z, v[m].w);
+      const uint4& own = v.values[i][m];
+      MultiplyAdd(sums[m], w[0][0], w[0][1], w[1][0], w[1][1], own.x, own.y);
+      MultiplyAdd(sums[m], w[2][0], w[2][1], w[3][0], w[3][1], own.z, own.w);
     }
   }
 }
@@ -252,8 +265,10 @@ __device__ void Walk(const AttentionTask& task, const QueryTile& tile,
     }
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
+      Values<kDims> v;
+      v.Load(half, block);
       float sums[kHalfSums][4];
-      SumValues<kDims>(weights, half, block, sums);
+      SumValues(weights, v, sums);
 #pragma unroll
       for (int m = 0; m < kHalfSums; ++m) {
 #pragma unroll
@@ -285,27 +300,53 @@ __device__ void Walk(const AttentionTask& task, const QueryTile& tile,
   }
 }
 
-// One warp, one chunk; results of query m to partial(m), [kDims + 2] floats.
-template <int kHalves, int kDims, typename PartialOf>
-__device__ void RunChunk(const AttentionTask& task, const QueryTile& tile,
-                         const Queries<kDims>& queries, int kv_head, int chunk,
-                         const PartialOf& partial) {
+// What a warp knows of its chunk from the table alone, before queries, keys and values are there.
+template <int kDims>
+struct ChunkPlace {
+  int chunk;
+  bool needed;       // some query sees it
+  int positions[2];  // of rows g and g + 8
+  const uint4* tiles[kTilesOfChunk];
+
+  __device__ ChunkPlace(const AttentionTask& task, const QueryTile& tile, int kv_head, int chunk)
+      : chunk(chunk) {
+    const int g = threadIdx.x % kWarpLanes / 4;
+    const int32_t* const table = task.table.positions;
+    const int32_t* const blocks = task.table.blocks + task.table.first[tile.first_row];
+    const int last_position = table[tile.first_row + tile.rows - 1];
+    needed = chunk * kTensorChunkPositions <= last_position;
+    for (int i = 0; i < 2; ++i) positions[i] = tile.Position(g + 8 * i, table);
+    for (int i = 0; i < kTilesOfChunk; ++i) {
+      tiles[i] =
+          BlockOfTile<kDims>(task, blocks, kv_head, chunk * kTilesOfChunk + i, last_position);
+    }
+  }
+  // Has keys and values brought from memory to the second-level cache.
+  __device__ void Prefetch() const {
+    if (!needed || !IsElected()) return;
+    for (const uint4* tile : tiles) PrefetchBulk(tile, kKvBlockPositions * 2 * kDims * 2);
+  }
+};
+
+// One warp, one chunk; results of query m to partial(m), [kDims + 2] floats. kEarly: there are
+// registers for values before their weights are known.
+template <int kHalves, bool kEarly, int kDims, typename PartialOf>
+__device__ void RunChunk(const AttentionTask& task, const ChunkPlace<kDims>& place,
+                         const Queries<kDims>& queries, const PartialOf& partial) {
   const int lane = threadIdx.x % kWarpLanes, g = lane / 4, t = lane % 4;
-  const int32_t* const positions = task.table.positions;
-  const int32_t* const blocks = task.table.blocks + task.table.first[tile.first_row];
-  const int last_position = positions[tile.first_row + tile.rows - 1];
-  const int mine[2] = {tile.Position(g, positions), tile.Position(g + 8, positions)};
-  const auto block = [&](int i) {
-    return BlockOfTile<kDims>(task, blocks, kv_head, chunk * kTilesOfChunk + i, last_position);
-  };
-  const ChunkWeights weights = WeighChunk<kHalves>(task, queries, mine, chunk, block);
+  const auto block = [&](int i) { return place.tiles[i]; };
+  Values<kDims> v;
+  if constexpr (kEarly) v.Load(0, block);
+  const ChunkWeights weights =
+      WeighChunk<kHalves>(task, queries, place.positions, place.chunk, block);
 #pragma unroll
   for (int half = 0; half < kDims / kHalfDims; ++half) {
+    if (!kEarly || half > 0) v.Load(half, block);
     float sums[kHalfSums][4];
-    SumValues<kDims>(weights, half, block, sums);
+    SumValues(weights, v, sums);
 #pragma unroll
     for (int row = 0; row < kHalves; ++row) {
-      if (chunk * kTensorChunkPositions > mine[row]) continue;
+      if (place.chunk * kTensorChunkPositions > place.positions[row]) continue;
       float* out = partial(g + 8 * row);
 #pragma unroll
       for (int m = 0; m < kHalfSums; ++m) {
@@ -344,11 +385,13 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes)
   constexpr int kPartial = kDims + 2, kThreads = kWarps * kWarpLanes;
   __shared__ Queries<kDims> queries;
   LetNextKernelStart();
-  WaitForPreviousKernel();
   const int kv_head = task.groups.KvHead(blockIdx.y);
   const QueryTile tile = MakeTile(task, blockIdx.z, kv_head, task.groups.Slice(blockIdx.y));
   const int last_position = task.table.positions[tile.first_row + tile.rows - 1];
-  const int warp = threadIdx.x / kWarpLanes, chunk = blockIdx.x * kWarps + warp;
+  const int warp = threadIdx.x / kWarpLanes;
+  const ChunkPlace<kDims> place(task, tile, kv_head, blockIdx.x * kWarps + warp);
+  place.Prefetch();
+  WaitForPreviousKernel();
   // Queries by the threads behind those that store: both have to wait for memory.
   queries.Load(task, tile, (threadIdx.x + kThreads / 2) % kThreads, kThreads);
   // The block that attends to the row's own position puts it there.
@@ -359,13 +402,12 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes)
                                   task.in.turns + row * task.in.pairs, task.in.pairs);
   }
   __syncthreads();
-  const bool needed = chunk * kTensorChunkPositions <= last_position;
   if constexpr (kMergeInBlock) {
     float* const partials = reinterpret_cast<float*>(SharedMemory());  // [query][chunk][kPartial]
     const int queries_here = tile.rows * tile.heads;
-    if (needed) {
-      RunChunk<kHalves>(task, tile, queries, kv_head, chunk,
-                        [&](int m) { return partials + (m * kWarps + warp) * kPartial; });
+    if (place.needed) {
+      RunChunk<kHalves, kWarps == kTensorWarps>(
+          task, place, queries, [&](int m) { return partials + (m * kWarps + warp) * kPartial; });
     }
     __syncthreads();
     for (int i = threadIdx.x; i < queries_here * kDims; i += kThreads) {
@@ -376,9 +418,9 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes)
           .Store(d, MergeChunks(partials + m * kWarps * kPartial, chunks, kDims, d));
     }
   } else {
-    if (!needed) return;
-    RunChunk<kHalves>(task, tile, queries, kv_head, chunk, [&](int m) {
-      return task.partials + (tile.Head(m, task.heads) * task.chunks + chunk) * kPartial;
+    if (!place.needed) return;
+    RunChunk<kHalves, kWarps == kTensorWarps>(task, place, queries, [&](int m) {
+      return task.partials + (tile.Head(m, task.heads) * task.chunks + place.chunk) * kPartial;
     });
   }
 }

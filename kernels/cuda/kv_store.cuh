@@ -59,16 +59,22 @@ __device__ void StoreHead(const KvLayout& kv, const RowTable& table, size_t row,
   Element* const values = keys + kv.padded_keys() * kKvBlockPositions;
   k += (row * kv.kv_heads + head) * kv.key_length;
   v += (row * kv.kv_heads + head) * kv.value_length;
+  const auto turned = [&](int i) { return TurnedPair(k, i, kv.key_length, turns, pairs); };
+  const int key_pairs = kv.padded_keys() / 2;
+  int i = threadIdx.x;
+  float2 pair =
+      i < key_pairs ? turned(i) : make_float2(0, 0);  // before a barrier stands in the way
   bool broken = false;
   if constexpr (sizeof(Element) == sizeof(uint16_t)) {
     if (kv.tensor_cores()) {
       broken = StoreTransposed<kThreads>(v, kv.value_length, values, place);
     }
   }
-  for (int i = threadIdx.x; i < kv.padded_keys() / 2; i += kThreads) {
-    float2 pair = TurnedPair(k, i, kv.key_length, turns, pairs);
+  while (i < key_pairs) {
     if (broken) pair.x = NAN;
     StorePair(pair, keys + (i / 4 * kKvBlockPositions + place) * 8 + i % 4 * 2);
+    i += kThreads;
+    if (i < key_pairs) pair = turned(i);
   }
   if (kv.tensor_cores()) return;
   for (int i = threadIdx.x; i < kv.padded_values() / 2; i += kThreads) {
