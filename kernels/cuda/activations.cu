@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(kNormThreads)
   const int column = warp * kSuperblock + lane * kLaneColumns;
   if (column < out.k) PrefetchLine(weight + column);
   WaitForPreviousKernel();
-  if (warp < superblocks) LoadColumns(weight, out.k, warp, lane, w);
+  const bool once = superblocks <= kNormWarps;  // then a warp keeps what it has read
+  if (once && warp < superblocks) LoadColumns(weight, out.k, warp, lane, w);
   for (int s = warp; s < superblocks; s += kNormWarps) {
     LoadColumns(x_row, out.k, s, lane, v);
     AddSquares(v, sum);
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kNormThreads)
   __syncthreads();
   const float factor = NormFactor(squares, out.k, epsilon);
   for (int s = warp; s < superblocks; s += kNormWarps) {
-    if (superblocks > kNormWarps) {  // otherwise they are still there
+    if (!once) {
       LoadColumns(x_row, out.k, s, lane, v);
       LoadColumns(weight, out.k, s, lane, w);
     }

@@ -126,12 +126,8 @@ __device__ inline void LetNextKernelStart() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// --- Barriers and clusters (compute capability 9.0).
+// --- Clusters (compute capability 9.0).
 
-// A barrier among `threads` threads (whole warps) of the block; id: 1 .. 15.
-__device__ inline void NamedBarrier(int id, int threads) {
-  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 __device__ inline uint32_t ClusterRank() {
   uint32_t rank = 0;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

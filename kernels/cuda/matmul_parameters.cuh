@@ -50,7 +50,7 @@ struct MatmulParameters {
   int rows;          // of halves
   const uint8_t* x;  // [superblocks * 8][rows][32]
   Activations gated;
-  // What LaunchStream adds.
+  // What LaunchStreamKernel adds.
   BlockShares shares;
 
   __device__ const Term& TermOf(int tile_row) const {

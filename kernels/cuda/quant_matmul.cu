@@ -49,7 +49,7 @@ cudaError_t ReadLimits(DeviceLimits* limits) {
 bool StreamsTwo(const PackedMatrix& weights, int rows) {
   DeviceLimits device;
   const int superblocks = (weights.k + kSuperblock - 1) / kSuperblock;
-  const int tile_rows = 2 * (weights.n + kTileRows - 1) / kTileRows;
+  const int tile_rows = 2 * ((weights.n + kTileRows - 1) / kTileRows);
   return ReadLimits(&device) == cudaSuccess &&
          VisitTileType(weights.type, false, [&]<TensorType type>() {
            return ChooseStream<TileOf<type>>(superblocks, rows, tile_rows, device) !=

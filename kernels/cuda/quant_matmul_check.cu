@@ -276,41 +276,41 @@ bool RunActivationCheck() {
   return all_ok;
 }
 
-bool RunFusionCheck(TensorType type, int k) {
-  constexpr int kHidden = 768, kMostRows = kMostFusedRows + 1, kEmpty = 0xdd;
+// hidden: rows of gate and up; from some thousands on a block has several of them.
+bool RunFusionCheck(TensorType type, int hidden, int k) {
+  constexpr int kMostRows = kMostFusedRows + 1, kEmpty = 0xdd;
   std::mt19937 random(k);
   const int counts[] = {kMostRows};
-  const MatmulCheck check = {type, kHidden, k, counts};
-  const CheckedTerm gate = MakeTerm(random, check, kHidden, false);
-  const CheckedTerm up = MakeTerm(random, check, kHidden, false);
+  const MatmulCheck check = {type, hidden, k, counts};
+  const CheckedTerm gate = MakeTerm(random, check, hidden, false);
+  const CheckedTerm up = MakeTerm(random, check, hidden, false);
   const DeviceArray<float> values(RandomValues(random, size_t{kMostRows} * k, 2));
   bool ok = true;
   int fused = 0;
   for (int rows = 1; rows <= kMostRows; ++rows) {
-    const size_t outputs = static_cast<size_t>(rows) * kHidden;
+    const size_t outputs = static_cast<size_t>(rows) * hidden;
     const DeviceArray<float> gates(std::vector<float>(outputs, NAN)), ups(outputs);
     const DeviceArray<uint8_t> converted(ActivationBytes(rows, k));
-    const std::vector<uint8_t> empty(ActivationBytes(rows, kHidden), kEmpty);
+    const std::vector<uint8_t> empty(ActivationBytes(rows, hidden), kEmpty);
     const DeviceArray<uint8_t> expected(empty), actual(empty);
     const auto laid_out = [&](const DeviceArray<uint8_t>& memory, int columns) {
       return LayOutActivations(memory.get(), ActivationForm::kHalf, rows, columns);
     };
-    const MatmulTerm terms[] = {{{type, kHidden, k, gate.packed.get()}, gates.get(), kHidden},
-                                {{type, kHidden, k, up.packed.get()}, ups.get(), kHidden}};
+    const MatmulTerm terms[] = {{{type, hidden, k, gate.packed.get()}, gates.get(), hidden},
+                                {{type, hidden, k, up.packed.get()}, ups.get(), hidden}};
     if (!CanFuseGate(terms, rows)) continue;
     ++fused;
     const Activations x = laid_out(converted, k);
     CheckDevice(LaunchConvert(values.get(), x, nullptr));
     CheckDevice(LaunchMatmul(terms, x, nullptr));
-    CheckDevice(
-        LaunchSwiGlu(gates.get(), ups.get(), kHidden, laid_out(expected, kHidden), nullptr));
-    CheckDevice(LaunchMatmul(terms, x, nullptr, {.gated = laid_out(actual, kHidden)}));
+    CheckDevice(LaunchSwiGlu(gates.get(), ups.get(), hidden, laid_out(expected, hidden), nullptr));
+    CheckDevice(LaunchMatmul(terms, x, nullptr, {.gated = laid_out(actual, hidden)}));
     CheckDevice(cudaDeviceSynchronize());
     ok = ok && CopyToHost(expected.get(), empty.size()) == CopyToHost(actual.get(), empty.size());
   }
   ok = ok && fused > 0;
-  std::printf("%s %-5s k %5d: fused gates of %d row counts %s\n", ok ? "ok  " : "FAIL",
-              std::string(GetTensorTypeInfo(type).name).c_str(), k, fused,
+  std::printf("%s %-5s n %d k %5d: fused gates of %d row counts %s\n", ok ? "ok  " : "FAIL",
+              std::string(GetTensorTypeInfo(type).name).c_str(), hidden, k, fused,
               ok ? "have the same bits" : "DIFFER");
   return ok;
 }
@@ -318,19 +318,24 @@ bool RunFusionCheck(TensorType type, int k) {
 bool RunAllMatmulChecks(bool small) {
   bool ok = RunActivationCheck();
   constexpr int kFewRows[] = {1, 2, 3, 5, 8, 9, 17, 33, 70};
+  constexpr int kDirectRows[] = {1, 2, 3, 8, 16};  // which do not fit shared memory, if long
   constexpr int kManyRows[] = {1, 2, 4, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 200};
   for (const TensorTypeInfo& info : AllTensorTypes()) {
     const int ragged = info.block_elements == 32 ? 1312 : 1280;
     ok &= RunMatmulCheck({info.type, 277, ragged, kFewRows});
     ok &= RunMatmulCheck({info.type, 50, 512, kFewRows});
     if (FormFor(info.type) == ActivationForm::kHalf) {
-      ok &= RunFusionCheck(info.type, ragged);
-      ok &= RunFusionCheck(info.type, 4096);
+      ok &= RunFusionCheck(info.type, 768, ragged);
+      ok &= RunFusionCheck(info.type, 768, 4096);
+      ok &= RunFusionCheck(info.type, 4352, 512);
     }
     if (small) continue;
     ok &= RunMatmulCheck({info.type, 6229, 2048, kManyRows});
     ok &= RunMatmulCheck({info.type, 128, 14336, kManyRows});
+    ok &= RunMatmulCheck({info.type, 128, 28672, kDirectRows});
   }
+  // Blocks with several passes that read their activations directly.
+  if (!small) ok &= RunMatmulCheck({TensorType::kQ4_K, 4256, 8192, kDirectRows});
   return ok;
 }
 

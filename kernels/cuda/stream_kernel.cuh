@@ -123,13 +123,13 @@ class PassSums {
   __device__ void Begin(int pass) {
     constexpr int kOutputs = Layout::kPassRows * Layout::kColumns / Tile::kParts;
     constexpr int kThreads = (kOutputs + 31) / 32 * 32;
-    static_assert(kThreads <= kStreamThreads);
+    static_assert(kThreads <= kStreamThreads && (kStreamThreads & (kStreamThreads - 1)) == 0);
     const int turn = kTiles == 1 ? pass / 2 : pass;  // gate and up by the same threads
     const int index = (threadIdx.x - turn * kThreads) & (kStreamThreads - 1);
     // Of two tiles of gate and up, a thread has a row of both.
-    const int rows = kTiles == 2 && rows_.gated ? kTileRows : Layout::kPassRows;
-    row_ = index % rows;
-    column_ = index / rows;
+    const int outputs = kTiles == 2 && rows_.gated ? kTileRows : Layout::kPassRows;
+    row_ = index % outputs;
+    column_ = index / outputs;
     mine_ = column_ < p_.rows / Tile::kParts;
     place_ = {};
     const int i = pass * kTiles + row_ / kTileRows;
@@ -199,7 +199,7 @@ __device__ inline void AddPass(TileStream<Tile, kTiles>& stream, int first, int 
   }
 }
 
-// kColumns: 1, 2, 4, 8 or 16, at least p.rows.
+// kColumns: 1 and 2 for as many rows, 4, 8 and 16 for up to as many.
 template <typename Tile, int kColumns, bool kShared>
 __global__ void __launch_bounds__(kStreamThreads, 1)
     StreamKernel(const __grid_constant__ MatmulParameters p) {

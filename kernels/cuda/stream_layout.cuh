@@ -20,7 +20,8 @@ template <typename Tile, int columns, bool kShared>
 struct StreamLayout {
   static constexpr int kColumns = columns;
   // Rows of tiles that a block works on at a time. Of two, one's instructions fill the other's
-  // waits, and activations that are read serve both; but a lane has registers for so much only.
+  // waits, and activations that are read serve both. One, where partial sums of 16 columns leave no
+  // room beside the activations, and where a lane has no registers for more.
   static constexpr int kTiles = (kColumns == 16 && kShared) || Tile::kBytes > 5000 ? 1 : 2;
   static constexpr int kPassRows = kTiles * kTileRows;
   static constexpr int kPassBytes = kTiles * Tile::kBytes;  // of one split and superblock
@@ -43,13 +44,11 @@ template <typename Tile>
 StreamChoice ChooseStream(int superblocks, int rows, int tile_rows, const DeviceLimits& device) {
   const auto choose = [&]<int kColumns>() {
     using Shared = StreamLayout<Tile, kColumns, true>;
-    using Direct = StreamLayout<Tile, kColumns, false>;
+    using Direct = StreamLayout < Tile, kColumns<4 ? 4 : kColumns, false>;
     const auto fits = [&](size_t bytes) { return bytes <= device.shared_bytes; };
     if (fits(Shared::Bytes(superblocks, rows))) return StreamChoice::kSharedActivations;
-    // So few that they fit in all but odd shapes need no other way. So many take longer than the
-    // weights if they are read once more for every pass.
-    const bool direct =
-        kColumns == 16 ? tile_rows <= Direct::kTiles * device.multiprocessors : kColumns >= 4;
+    // So many take longer than the weights if they are read once more for every pass.
+    const bool direct = kColumns < 16 || tile_rows <= Direct::kTiles * device.multiprocessors;
     return direct && fits(Direct::Bytes(superblocks, rows)) ? StreamChoice::kDirectActivations
                                                             : StreamChoice::kNone;
   };

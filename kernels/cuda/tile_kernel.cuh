@@ -1,8 +1,8 @@
-// Products for more rows of activations than the stream kernel takes. A block computes 16 output
-// rows per warp for kColumns rows of activations, superblock after superblock through a ring of
-// stages. Either it walks all of k, or (kSplitK) it takes two splits of k, and the 8 blocks of a
-// cluster add their partial sums up through each other's shared memory: where there are too few
-// blocks otherwise. Both add in the same order.
+// Products for more rows of activations, or longer ones, than the stream kernel takes. A block
+// computes 16 output rows per warp for kColumns rows of activations, superblock after superblock
+// through a ring of stages. Either it walks all of k, or (kSplitK) it takes two splits of k, and
+// the 8 blocks of a cluster add their partial sums up through each other's shared memory: where
+// there are too few blocks otherwise. Both add in the same order.
 #ifndef STAGECOACH_KERNELS_CUDA_TILE_KERNEL_CUH_
 #define STAGECOACH_KERNELS_CUDA_TILE_KERNEL_CUH_
 

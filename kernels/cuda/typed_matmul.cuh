@@ -36,7 +36,7 @@ cudaError_t LaunchStreamKernel(const MatmulParameters& p, const DeviceLimits& de
 template <typename Tile, bool kShared>
 cudaError_t LaunchStream(const MatmulParameters& p, const DeviceLimits& device,
                          cudaStream_t stream) {
-  const int columns = StreamColumns(p.rows);
+  const int columns = StreamColumns(p.rows);  // fewer than 4 fit shared memory in most shapes
   if constexpr (kShared) {
     if (columns == 1) return LaunchStreamKernel<Tile, 1, kShared>(p, device, stream);
     if (columns == 2) return LaunchStreamKernel<Tile, 2, kShared>(p, device, stream);
