@@ -36,6 +36,7 @@ TEST(ClientSharesTest, WhoRanAloneIsOverAtOnceWhenAnotherComes) {
   shares.Begin("b", 0);
   shares.Update();
   EXPECT_TRUE(shares.any_over());
+  EXPECT_TRUE(shares.over_live());
   EXPECT_TRUE(shares.Over("a"));
   EXPECT_FALSE(shares.Over("b"));
   RunSteps(shares, 300, 10, 10);  // and no longer once it has kept to its share

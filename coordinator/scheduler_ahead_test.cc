@@ -1,6 +1,8 @@
 // Decode rows that go out before their token has come back, on one stage.
 #include <algorithm>
 #include <deque>
+#include <iterator>
+#include <map>
 #include <numeric>
 #include <vector>
 
@@ -13,6 +15,7 @@ namespace {
 
 using ::testing::Each;
 using ::testing::ElementsAre;
+using ::testing::ElementsAreArray;
 using ::testing::IsEmpty;
 using ::testing::SizeIs;
 
@@ -234,6 +237,52 @@ TEST(SchedulerAheadTest, APreemptedSequenceGoesOnFromItsKnownTokens) {
   for (size_t i = 30; i < replayed.size(); ++i) {
     EXPECT_EQ(replayed[i], static_cast<int32_t>(10 + i - 30));
   }
+}
+
+// A sequence loses its slot while its next row is in flight: another client has none.
+TEST(SchedulerAheadTest, WhatComesBackForARowAheadOfAPreemptedSequenceIsIgnored) {
+  SchedulerOptions options = Options(2);
+  options.max_step_tokens = 16;
+  options.max_context = 96;
+  Scheduler scheduler(options);
+  const auto add = [&](RequestId id, const char* client) {
+    SchedulerRequest request = MakeRequest(id, 5, 40);
+    request.client = client;
+    ASSERT_TRUE(scheduler.Add(request).ok());
+  };
+  add(1, "a");
+  add(2, "a");
+  std::deque<Step> flying;
+  std::map<RequestId, std::vector<int32_t>> tokens;
+  uint64_t preempted = 0;
+  for (int round = 0; round < 200; ++round) {
+    if (round == 6) add(3, "b");
+    std::ranges::move(TakeSteps(scheduler), std::back_inserter(flying));
+    if (flying.empty()) break;
+    if (preempted != scheduler.stats().preemptions) {
+      preempted = scheduler.stats().preemptions;
+      // The step that the next client opens its slot in, behind one with both rows ahead.
+      ASSERT_THAT(flying, SizeIs(2));
+      EXPECT_THAT(AreAhead(flying.front()), ElementsAre(true, true));
+      EXPECT_THAT(flying.back().close, SizeIs(1));
+    }
+    const Step step = std::move(flying.front());
+    flying.pop_front();
+    std::vector<RowsResult> results;  // each token says where it belongs
+    for (const StepRows& rows : step.rows) {
+      results.push_back({.token_id = rows.start_position + rows.row_count});
+    }
+    ASSERT_TRUE(scheduler.OnResult(step.number, results).ok());
+    for (const SchedulerEvent& event : scheduler.TakeEvents()) {
+      if (event.kind != SchedulerEvent::Kind::kToken) continue;
+      tokens[event.id].push_back(results[event.rows].token_id);
+    }
+    ASSERT_TRUE(scheduler.CheckBlocks().ok());
+  }
+  EXPECT_EQ(preempted, 1u);
+  std::vector<int32_t> expected(40);
+  std::iota(expected.begin(), expected.end(), 5);
+  for (RequestId id : {1, 2, 3}) EXPECT_THAT(tokens[id], ElementsAreArray(expected)) << id;
 }
 
 // How a sequence may end while its next row is in flight.

@@ -33,9 +33,8 @@ using SchedulerFactory = std::function<std::unique_ptr<Scheduler>(const Schedule
 // What must hold after every event:
 // - steps are numbered without gaps, fit their bounds, and open, fill and close slots in order;
 // - positions of a sequence go on without gap or repeat, and so do the indices of its tokens;
-// - what the stage samples and fills in for a row ahead is the token that the sequence goes on
-// with,
-//   and no row goes ahead of the end that is known;
+// - what the stage samples and fills in for a row ahead is the sequence's next token, and no row
+//   goes ahead of the end that is known;
 // - a sequence's table covers its rows exactly, and every position in it holds the keys and values
 //   of this sequence's tokens (and salt), finite ones;
 // - a block that is written is in one table only;

@@ -112,9 +112,9 @@ bool Scheduler::PromptGoesFirst() const {
 
 // The decoding sequences whose next row may go before its token has come back. None if the step
 // cannot hold all of them and those that are ready, or some would find no block: then none would
-// stay together. Not while shares are looked at, which need the newest tokens to decide.
+// stay together. Not while a client stands back: who goes on then, the newest tokens decide.
 std::vector<Scheduler::Sequence*> Scheduler::Ahead() const {
-  if (options_.stages > 1 || streaming_ || Crowded()) return {};
+  if (options_.stages > 1 || streaming_ || (Crowded() && shares_.over_live())) return {};
   std::vector<Sequence*> ahead;
   int blocks = 0;
   const auto count_block = [&](const Sequence& sequence) {

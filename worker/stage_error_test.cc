@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -188,8 +189,6 @@ const std::vector<BadFrame> kBadFrames = {
        AddCopy(f, 0, 8);
        AddCopy(f, 8, 9);
      }},
-    {"RowAheadAtOneOfSeveralStages", Code::kInvalidArgument,
-     [](Frame& f) { Step(f).mutable_rows(0)->set_ahead(true); }},
     {"PayloadLong", Code::kInvalidArgument,
      [](Frame& f) { ResizePayload(f, f.payload.values().size() + 1); }},
     {"TimingExtra", Code::kInvalidArgument, [](Frame& f) { Step(f).add_timings(); }},
@@ -263,6 +262,16 @@ TEST_P(StageBadFrameTest, ChangesNothing) {
   }
 }
 INSTANTIATE_TEST_SUITE_P(Stages, StageBadFrameTest, ::testing::Values(0, 1));
+
+TEST_F(StageErrorTest, RowAheadAtOneOfSeveralStages) {
+  const std::unique_ptr<StageRow> row = StartedRow();
+  ASSERT_TRUE(row->Run(StepBuilder(2).Rows(0, 1, 10, Tokens(10, 1)).Sample().Build()).ok());
+  const int32_t zero[] = {0};
+  const absl::Status status =
+      (*row)[0].Run(StepBuilder(3).Rows(0, 1, 11, zero).Ahead().Sample().Build()).status();
+  EXPECT_EQ(status.code(), Code::kInvalidArgument);
+  EXPECT_TRUE(absl::StrContains(status.message(), "is not first and last")) << status;
+}
 
 TEST_F(StageErrorTest, PayloadThatDoesNotMatchItsRows) {
   const std::unique_ptr<StageRow> row = StartedRow();

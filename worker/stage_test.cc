@@ -148,11 +148,14 @@ TEST_P(StageTest, SamplesWithTheHistoryOfTheSequence) {
   }
 }
 
-// Three decode steps whose tokens the stage fills in, beside the same with tokens that came back:
-// with penalties, so that the history counts, and with a draw.
+// Decode steps whose tokens the stage fills in, beside the same with tokens that came back: with
+// penalties, so that the history counts, and with a draw. In every third step one sequence's token
+// is known after all.
 TEST_P(StageTest, RowsAheadGoOnWithWhatWasSampled) {
   v1::SamplingParams sampling;
   sampling.set_repetition_penalty(1.3f);
+  sampling.set_presence_penalty(1.5f);
+  sampling.set_frequency_penalty(0.5f);
   sampling.set_temperature(0.8f);
   sampling.set_seed(7);
   StageRow known = Row(), ahead = Row();
@@ -170,7 +173,7 @@ TEST_P(StageTest, RowsAheadGoOnWithWhatWasSampled) {
   ASSERT_TRUE(expected.ok()) << expected.status();
   ASSERT_TRUE(ahead.Run(first()).ok());
   const int32_t zero[] = {0};
-  for (uint32_t i = 0; i < 3; ++i) {
+  for (uint32_t i = 0; i < 20; ++i) {
     const int32_t tokens[] = {expected->header.result().sequences(0).token_id(),
                               expected->header.result().sequences(1).token_id()};
     expected = known.Run(StepBuilder(2 + i)
@@ -181,15 +184,14 @@ TEST_P(StageTest, RowsAheadGoOnWithWhatWasSampled) {
                              .Sample()
                              .Build());
     ASSERT_TRUE(expected.ok()) << expected.status();
-    const auto out = ahead.Run(StepBuilder(2 + i)
-                                   .Rows(2, 1, 9 + i, zero)
-                                   .Ahead()
-                                   .Logits()
-                                   .Sample()
-                                   .Rows(0, 2, 4 + i, zero)
-                                   .Ahead()
-                                   .Sample()
-                                   .Build());
+    StepBuilder step(2 + i);
+    if (i % 3 == 2) {
+      step.Rows(2, 1, 9 + i, {&tokens[0], 1});
+    } else {
+      step.Rows(2, 1, 9 + i, zero).Ahead();
+    }
+    step.Logits().Sample().Rows(0, 2, 4 + i, zero).Ahead().Sample();
+    const auto out = ahead.Run(step.Build());
     ASSERT_TRUE(out.ok()) << out.status();
     EXPECT_TRUE(SameBits(out->payload.values(), expected->payload.values()));
     for (int s : {0, 1}) {
