@@ -56,7 +56,7 @@ void ClientShares::Update() {
     sum.live += level.live;
     level = sum;
   }
-  any_over_ = over_live_ = awaited_ = false;
+  any_over_ = awaited_ = false;
   for (auto& [name, client] : clients_) {
     const Level& level = levels.at(client.priority);
     const double others = level.clients - 1;
@@ -65,8 +65,7 @@ void ClientShares::Update() {
     if (client.steps < kMemory && others_live > 0) {
       client.over |= client.live > kMaxExcess * std::max(1.0, others_live / others);
     }
-    any_over_ |= client.over;
-    over_live_ |= client.over && client.live > 0;
+    any_over_ |= client.over && client.live > 0;
     awaited_ |= client.live == 0 && !client.over && client.steps_away < kAwaited;
   }
 }

@@ -26,9 +26,8 @@ class ClientShares {
   // Looks who is over its share. Until the next call Over tells what it found.
   void Update();
 
-  bool any_over() const { return any_over_; }    // likewise
-  bool over_live() const { return over_live_; }  // and with a request that is live
-  int away() const { return away_; }             // clients that have nothing live
+  bool any_over() const { return any_over_; }  // likewise; only clients that have something live
+  int away() const { return away_; }           // clients that have nothing live
   // Whether one within its share has just ended its last request: it may be back any moment.
   bool awaited() const { return awaited_; }
   // Whether the client has had more than kMaxExcess times what the other clients that are present,
@@ -48,7 +47,7 @@ class ClientShares {
 
   std::unordered_map<std::string, Client> clients_;  // those present
   int away_ = 0;
-  bool any_over_ = false, over_live_ = false;
+  bool any_over_ = false;
   bool awaited_ = false;
 };
 

@@ -36,9 +36,13 @@ TEST(ClientSharesTest, WhoRanAloneIsOverAtOnceWhenAnotherComes) {
   shares.Begin("b", 0);
   shares.Update();
   EXPECT_TRUE(shares.any_over());
-  EXPECT_TRUE(shares.over_live());
   EXPECT_TRUE(shares.Over("a"));
   EXPECT_FALSE(shares.Over("b"));
+  shares.End("a");  // nobody has to stand back, though what it had is remembered
+  shares.Update();
+  EXPECT_FALSE(shares.any_over());
+  EXPECT_TRUE(shares.Over("a"));
+  shares.Begin("a", 0);
   RunSteps(shares, 300, 10, 10);  // and no longer once it has kept to its share
   EXPECT_FALSE(shares.Over("a"));
 }

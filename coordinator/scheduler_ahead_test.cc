@@ -385,6 +385,15 @@ TEST(SchedulerAheadTest, NotWhileClientsAreOverTheirShare) {
     ASSERT_TRUE(Answer(scheduler, flying.front()).ok());
     flying.pop_front();
   }
+  // Who has had more than its share is gone, though not forgotten.
+  for (int id = 1; id <= 6; ++id) scheduler.Cancel(id);
+  for (int i = 0; i < 4; ++i) {
+    for (Step& step : TakeSteps(scheduler)) flying.push_back(std::move(step));
+    ASSERT_TRUE(Answer(scheduler, flying.front()).ok());
+    flying.pop_front();
+  }
+  ASSERT_THAT(flying, SizeIs(1));
+  EXPECT_THAT(AreAhead(flying.front()), ElementsAre(true));
 }
 
 }  // namespace

@@ -114,7 +114,7 @@ bool Scheduler::PromptGoesFirst() const {
 // cannot hold all of them and those that are ready, or some would find no block: then none would
 // stay together. Not while a client stands back: who goes on then, the newest tokens decide.
 std::vector<Scheduler::Sequence*> Scheduler::Ahead() const {
-  if (options_.stages > 1 || streaming_ || (Crowded() && shares_.over_live())) return {};
+  if (options_.stages > 1 || streaming_ || Crowded()) return {};
   std::vector<Sequence*> ahead;
   int blocks = 0;
   const auto count_block = [&](const Sequence& sequence) {

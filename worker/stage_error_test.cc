@@ -189,6 +189,8 @@ const std::vector<BadFrame> kBadFrames = {
        AddCopy(f, 0, 8);
        AddCopy(f, 8, 9);
      }},
+    {"SeveralRowsAhead", Code::kInvalidArgument,
+     [](Frame& f) { Step(f).mutable_rows(0)->set_ahead(true); }},
     {"PayloadLong", Code::kInvalidArgument,
      [](Frame& f) { ResizePayload(f, f.payload.values().size() + 1); }},
     {"TimingExtra", Code::kInvalidArgument, [](Frame& f) { Step(f).add_timings(); }},
@@ -267,10 +269,12 @@ TEST_F(StageErrorTest, RowAheadAtOneOfSeveralStages) {
   const std::unique_ptr<StageRow> row = StartedRow();
   ASSERT_TRUE(row->Run(StepBuilder(2).Rows(0, 1, 10, Tokens(10, 1)).Sample().Build()).ok());
   const int32_t zero[] = {0};
-  const absl::Status status =
-      (*row)[0].Run(StepBuilder(3).Rows(0, 1, 11, zero).Ahead().Sample().Build()).status();
+  const Frame bad = StepBuilder(3).Rows(0, 1, 11, zero).Ahead().Sample().Build();
+  const absl::Status status = (*row)[0].Run(bad).status();
   EXPECT_EQ(status.code(), Code::kInvalidArgument);
   EXPECT_TRUE(absl::StrContains(status.message(), "is not first and last")) << status;
+  EXPECT_EQ((*row)[0].steps(), 2);
+  EXPECT_TRUE(row->Run(StepBuilder(3).Rows(0, 1, 11, Tokens(11, 1)).Sample().Build()).ok());
 }
 
 TEST_F(StageErrorTest, PayloadThatDoesNotMatchItsRows) {

@@ -6,6 +6,7 @@
 #include "kernels/cuda/device_ops.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/quant_matmul.h"
+#include "kernels/cuda/warp.cuh"
 
 namespace stagecoach::cuda {
 namespace {
@@ -37,13 +38,6 @@ __device__ void LoadColumns(const float* row, int k, int superblock, int lane,
 __device__ void AddSquares(const float (&v)[kLaneColumns], float& sum) {
 #pragma unroll
   for (float value : v) sum = __fmaf_rn(value, value, sum);
-}
-__device__ float SumOfLanes(float sum) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) {
-    sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffff, sum, mask));
-  }
-  return sum;
 }
 
 // What a row is multiplied by. squares: of the warps, in order.
@@ -130,7 +124,7 @@ __global__ void __launch_bounds__(kNormThreads)
     LoadColumns(x_row, out.k, s, lane, v);
     AddSquares(v, sum);
   }
-  sum = SumOfLanes(sum);
+  sum = WarpSum(sum);
   if (lane == 0) squares[warp] = sum;
   __syncthreads();
   const float factor = NormFactor(squares, out.k, epsilon);

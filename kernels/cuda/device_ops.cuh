@@ -20,19 +20,16 @@ __device__ inline uint8_t* SharedMemory() {
 __device__ inline uint32_t SharedAddress(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
-// One thread; others may wait on it after a barrier of theirs.
-__device__ inline void InitCopyBarrier(uint64_t* barrier) {
+// One thread; others may wait on it after a barrier of theirs. A phase is complete after so many
+// calls of Arrive or ExpectCopies, and the copies that these expect.
+__device__ inline void InitBarrier(uint64_t* barrier, int arrivals) {
   asm volatile(
-      "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
-          SharedAddress(barrier))
+      "mbarrier.init.shared::cta.b64 [%0], %1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
+          SharedAddress(barrier)),
+      "r"(arrivals)
       : "memory");
 }
-// The same, for phases that are complete after `arrivals` calls of Arrive.
-__device__ inline void InitBarrier(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)),
-               "r"(arrivals)
-               : "memory");
-}
+__device__ inline void InitCopyBarrier(uint64_t* barrier) { InitBarrier(barrier, 1); }
 // What the thread has written is seen by those that have awaited the phase.
 __device__ inline void Arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");

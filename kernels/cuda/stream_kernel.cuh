@@ -15,6 +15,7 @@
 namespace stagecoach::cuda {
 
 // A block's rows of tiles, counted from 0: neighbours, or (gated) those of gate and up in turn.
+// Place: which of all terms' the i-th is.
 struct BlockRows {
   bool gated;
   int begin;
@@ -24,7 +25,7 @@ struct BlockRows {
       : gated(p.gated.halves != nullptr),
         begin(p.shares.Begin(blockIdx.x)),
         count((gated ? 2 : 1) * p.shares.Units(blockIdx.x)) {}
-  __device__ int TileRow(const MatmulParameters& p, int i) const {
+  __device__ int Place(const MatmulParameters& p, int i) const {
     return gated ? begin + i / 2 + i % 2 * p.terms[1].first_tile_row : begin + i;
   }
 };
@@ -89,13 +90,16 @@ class TileStream {
     int rows_alike = left;  // from here on, at the same distances from each other
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const int tile_row = rows_.TileRow(p_, next_row_ + min(n, fetched_ - 1));
-      const MatmulParameters::Term& term = p_.TermOf(tile_row);
-      const int row = tile_row - term.first_tile_row;
-      source_[n] = term.tiles + (static_cast<size_t>(row) * p_.superblocks + first_) * Tile::kBytes;
-      if (n == 0 && !rows_.gated) rows_alike = min(left, term.TileRows() - row);
+      const int tile_row = rows_.Place(p_, next_row_ + min(n, fetched_ - 1));
+      source_[n] = TileRow<Tile>(p_, tile_row) + static_cast<size_t>(first_) * Tile::kBytes;
     }
-    if (kTiles == 1 && rows_.gated) rows_alike = 1;
+    if (!rows_.gated) {
+      const int tile_row = rows_.Place(p_, next_row_);
+      const MatmulParameters::Term& term = p_.TermOf(tile_row);
+      rows_alike = min(left, term.first_tile_row + term.TileRows() - tile_row);
+    } else if (kTiles == 1) {
+      rows_alike = 1;  // gate and up in turn
+    }
     alike_ = max(rows_alike / kTiles - 1, 0);
   }
 
@@ -134,7 +138,7 @@ class PassSums {
     place_ = {};
     const int i = pass * kTiles + row_ / kTileRows;
     if (mine_ && !rows_.gated && i < rows_.count) {
-      place_ = ResultPlace::Of<Tile>(p_, rows_.TileRow(p_, i), row_ % kTileRows, column_);
+      place_ = ResultPlace::Of<Tile>(p_, rows_.Place(p_, i), row_ % kTileRows, column_);
     }
   }
 
