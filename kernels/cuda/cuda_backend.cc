@@ -33,7 +33,7 @@ namespace stagecoach {
 namespace cuda {
 namespace {
 
-constexpr char kKernelRevision[] = "cuda-5";
+constexpr char kKernelRevision[] = "cuda-6";
 
 struct StageWorkspace final : Workspace {
   StageWorkspace(const CudaDevice& device, std::unique_ptr<CudaWorkspace> allocated, bool graphs)
