@@ -111,7 +111,6 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
   if (CanFuseGate(inward) && FormFor(outward[0].weights.type) == ActivationForm::kHalf) {
     gate.gated =
         LayOutActivations(ws.gated.data(), ActivationForm::kHalf, ws.rows, params.ffn_length);
-    gate.next = outward[0].weights;
   }
   STAGECOACH_RETURN_IF_ERROR(
       ProjectNormed(ws, inward, w.vector(TensorRole::kFfnNorm), gate, stream));

@@ -45,32 +45,6 @@ struct BlockShares {
   __device__ int Units(int block) const { return units + (block < longer_blocks ? 1 : 0); }
 };
 
-// The split of a warp of the stream kernel. Where splits are not all as long, the longer ones
-// alternate: dealt out like this, the warps of each of the multiprocessor's four schedulers have
-// some of them.
-__device__ inline int StreamSplit(int warp) { return warp ^ (warp >> 3); }
-
-// The tiles with which the blocks of the next stream kernel begin, two rows of them each.
-struct NextTiles {
-  const uint8_t* tiles;  // null: not known
-  int tile_rows;
-  int superblocks;
-  int tile_bytes;
-  BlockShares shares;
-
-  // Has those of a warp brought from memory to the second-level cache.
-  __device__ void Prefetch() const {
-    if (tiles == nullptr || !IsElected()) return;
-    const int first = SplitBegin(StreamSplit(threadIdx.x / 32), superblocks);
-    const int row = shares.Begin(blockIdx.x);
-    const int end = min(row + min(shares.Units(blockIdx.x), 2), tile_rows);
-    for (int i = row; i < end; ++i) {
-      const size_t tile = static_cast<size_t>(i) * superblocks + first;
-      PrefetchBulk(tiles + tile * tile_bytes, tile_bytes);
-    }
-  }
-};
-
 // Terms of one type over the same activations, by value in a kernel's parameters. Their tile rows
 // are numbered through.
 struct MatmulParameters {
@@ -97,7 +71,6 @@ struct MatmulParameters {
   // Two kernels in turn may run side by side, as the second one reads nothing of the first: see
   // BeginReading.
   bool beside_next, beside_previous;
-  NextTiles next;
   // What LaunchStreamKernel adds.
   BlockShares shares;
 

@@ -1,7 +1,5 @@
 #include "kernels/cuda/quant_matmul.h"
 
-#include <algorithm>
-
 #include "kernels/cuda/float_matmul.cuh"
 #include "kernels/cuda/matmul_parameters.cuh"
 
@@ -30,17 +28,6 @@ MatmulParameters MakeParameters(std::span<const MatmulTerm> terms, const Activat
   p.gated = fusion.gated;
   p.x = reinterpret_cast<const uint8_t*>(x.halves);
   return p;
-}
-
-NextTiles MakeNext(const PackedMatrix& matrix, const DeviceLimits& device) {
-  if (matrix.data == nullptr || FormFor(matrix.type) == ActivationForm::kFloat) return {};
-  const int tile_rows = (matrix.n + kTileRows - 1) / kTileRows;
-  return {.tiles = static_cast<const uint8_t*>(matrix.data),
-          .tile_rows = tile_rows,
-          .superblocks = (matrix.k + kSuperblock - 1) / kSuperblock,
-          .tile_bytes = VisitTileType(
-              matrix.type, 0, [&]<TensorType type>() -> int { return TileOf<type>::kBytes; }),
-          .shares = BlockShares::Of(tile_rows, std::min(tile_rows, device.multiprocessors))};
 }
 
 // The kernel may run beside the one before it.
@@ -93,7 +80,6 @@ cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x
     MatmulParameters p = MakeParameters(terms.first(same), x, fusion);
     const bool beside_next = same < terms.size() && !beside_previous;
     SetBeside(scratch, beside_previous, beside_next, &p);
-    p.next = MakeNext(fusion.next, device);
     status = VisitTileType(type, cudaErrorInvalidValue, [&]<TensorType type>() {
       return LaunchTypedMatmul<type>(p, device, stream);
     });

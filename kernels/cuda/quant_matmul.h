@@ -150,9 +150,6 @@ struct Fusion {
   // The two terms are gate and up; all that is stored of them is LaunchSwiGlu(gate, up), in form
   // kHalf, not in the memory of x. Where CanFuseGate.
   Activations gated;
-  // Of few rows: the matrix of the next product, whose first tiles are sent for when there is
-  // nothing left to read here.
-  PackedMatrix next;
 };
 // False for F16 and BF16.
 bool CanFuseGate(std::span<const MatmulTerm> terms);

@@ -221,7 +221,9 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   uint64_t* const activation_barrier = barriers + kSplits + warp;
   uint64_t* const pass_barriers = barriers + 2 * kSplits;
 
-  const int split = StreamSplit(warp);
+  // Where splits are not all as long, the longer ones alternate: dealt out like this, the warps of
+  // each of the multiprocessor's four schedulers have some of them.
+  const int split = warp ^ (warp >> 3);
   const int first = SplitBegin(split, p.superblocks), last = SplitBegin(split + 1, p.superblocks);
   const BlockRows block_rows(p);
   if (IsElected()) {
@@ -286,7 +288,6 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     __syncwarp();
     if (lane == 0) Arrive(pass_barriers + (pass & 1));
   }
-  p.next.Prefetch();
   finish(pass - 1);
   EndReading(p);
 }
