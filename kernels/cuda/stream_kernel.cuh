@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     InitCopyBarrier(tile_barrier);
     InitCopyBarrier(activation_barrier);
     if (warp == 0) {
-      for (int i = 0; i < 2; ++i) InitBarrier(pass_barriers + i, kSplits);
+      for (int i = 0; i < 2; ++i) InitBarrier(pass_barriers + i, kStreamThreads);
     }
   }
   __syncwarp();
@@ -285,8 +285,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
       const int column = c * 8 + 2 * t + i % 2, row = n * kTileRows + g + i % 4 / 2 * 8;
       if (column < kColumns) own[column * Layout::kColumnStride + row] = acc[n][c][i % 4];
     }
-    __syncwarp();
-    if (lane == 0) Arrive(pass_barriers + (pass & 1));
+    Arrive(pass_barriers + (pass & 1));
   }
   finish(pass - 1);
   EndReading(p);
