@@ -66,10 +66,13 @@ __device__ inline void AwaitPhase(const uint64_t* barrier, uint32_t phase) {
       : "memory");
 }
 
-// One lane of the warp, all of which call this, always the same one. Better than a lane's number:
-// the compiler knows that there is only one, and needs no loop around its copies.
+// One lane of the warp, all of which call this and wait for each other, always the same one. Better
+// than a lane's number: the compiler knows that there is only one, and needs no loop around its
+// copies. But it takes for granted that the lanes are together: apart, there would be one in each
+// part.
 __device__ inline bool IsElected() {
   uint32_t elected;
+  __syncwarp();
   asm volatile(
       "{\n\t.reg .pred one;\n\t"
       "elect.sync _|one, 0xffffffff;\n\t"
@@ -88,6 +91,36 @@ __device__ inline void PrefetchLine(const void* global) {
 // bytes: a multiple of 16, as is the address.
 __device__ inline void PrefetchBulk(const void* global, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
+// --- Stores into the shared memory of a cluster's other blocks (compute capability 9.0). Every
+// thread of the cluster calls TellClusterOfStart, AwaitCluster, stores, and calls ArriveAtCluster
+// and AwaitCluster.
+
+// Others' stores into this block's shared memory need it to have started, and nothing else.
+__device__ inline void TellClusterOfStart() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+// What the thread has stored in the cluster is seen by those that have awaited this.
+__device__ inline void ArriveAtCluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+}
+// Returns when all threads of all blocks have arrived.
+__device__ inline void AwaitCluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+// For StoreInCluster: what is this block's shared memory at `own`, in the cluster's block `rank`.
+__device__ inline uint32_t AddressInCluster(const void* own, uint32_t rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(SharedAddress(own)), "r"(rank));
+  return address;
+}
+// Two floats, at a multiple of 8 bytes. Loads of the thread may move past it: it hides nothing.
+__device__ inline void StoreInCluster(uint32_t address, float2 pair) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(pair.x),
+               "f"(pair.y));
 }
 
 // --- Matrix products of a warp: d[16][8] += a[16][16] * b[16][8], halves into float32. With g =
