@@ -2,8 +2,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <unistd.h>
 
 #include <atomic>
+#include <fstream>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
 #include <vector>
@@ -247,6 +250,29 @@ TEST(ProcessTest, AWeightBudgetChangesNoToken) {
   const Finished refused = RunBinary(too_small);
   EXPECT_EQ(refused.exit_code, 2) << refused.output;
   EXPECT_THAT(refused.output, HasSubstr("the smallest that works is"));
+}
+
+TEST(ProcessTest, BenchServeInRoundsTellsPromptsFromDecoding) {
+  const std::string json = testing::TempDir() + "bench_rounds_" + std::to_string(getpid());
+  for (const bool decodes : {true, false}) {
+    const Finished bench = RunBinary({"stagecoach", "bench", "serve", "--model", kModel,
+                                      "--streams", "3", "--rounds", "2", "--prompt-tokens", "20",
+                                      "--tokens", decodes ? "100" : "2", "--json", json});
+    ASSERT_EQ(bench.exit_code, 0) << bench.output;
+    EXPECT_EQ(bench.output.find("more --tokens") == std::string::npos, decodes) << bench.output;
+    const auto report = nlohmann::json::parse(std::ifstream(json));
+    ASSERT_EQ(report["points"].size(), 1);
+    const nlohmann::json& point = report["points"][0];
+    const int requests = 2 * 3;
+    EXPECT_EQ(point["rounds"], 2);
+    EXPECT_EQ(point["completed"], requests) << point;
+    EXPECT_EQ(point["total_cached_tokens"], 0) << point;
+    EXPECT_EQ(point["total_output_tokens"], requests * (decodes ? 100 : 2)) << point;
+    EXPECT_EQ(point["prompt_samples"].size(), 2) << point;
+    EXPECT_EQ(point["decode_samples"].size(), decodes ? 2 : 0) << point;
+    EXPECT_GT(point["prompt_tokens_per_second"], 0) << point;
+    EXPECT_EQ(point["decode_tokens_per_second"].is_null(), !decodes) << point;
+  }
 }
 
 TEST(ProcessTest, AWorkerWithAnotherModelIsRefused) {

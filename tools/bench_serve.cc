@@ -1,10 +1,11 @@
-// stagecoach bench serve: many clients at once, closed or open loop.
+// stagecoach bench serve: many clients at once, closed or open loop or in rounds.
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <atomic>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
@@ -24,15 +25,16 @@ struct BenchServeFlags {
   std::vector<int> streams = {1, 8, 16, 32, 64};
   std::vector<double> rates;
   std::vector<std::string> clients;
+  int rounds = 0;
   int requests = 0;
   double seconds = 0;
   LoadOptions load;
   std::string json;
 };
 
-double Figure(const nlohmann::json& summary, const char* key) { return summary[key]; }
+double Figure(const nlohmann::json& summary, const std::string& key) { return summary[key]; }
 
-std::string Milliseconds(const nlohmann::json& summary, const char* key) {
+std::string Milliseconds(const nlohmann::json& summary, const std::string& key) {
   return fmt::format("{:.1f}", Figure(summary, key));
 }
 
@@ -41,6 +43,31 @@ std::string Shares(const std::vector<double>& shares) {
   for (const double share : shares)
     text += fmt::format("{}{:.0f}%", text.empty() ? "" : " ", 100 * share);
   return text;
+}
+
+// "-" if there is none.
+std::string Rate(const nlohmann::json& rate) {
+  return rate.is_null() ? "-" : fmt::format("{:.1f}", rate.get<double>());
+}
+
+// The rates of each round, and their medians: null if no round has one.
+void AddRounds(const LoadResult& result, int streams, nlohmann::json& out) {
+  std::vector<double> prompt, decode;
+  const auto samples = std::span(result.samples);
+  const auto size = static_cast<size_t>(streams);
+  for (size_t first = 0; first < samples.size(); first += size) {
+    const RoundRates rates = RatesOfRound(samples.subspan(first, size));
+    if (rates.prompt) prompt.push_back(*rates.prompt);
+    if (rates.decode) decode.push_back(*rates.decode);
+  }
+  const auto median = [](const std::vector<double>& rates) {
+    return rates.empty() ? nlohmann::json() : nlohmann::json(Median(rates));
+  };
+  out["rounds"] = samples.size() / size;
+  out["prompt_tokens_per_second"] = median(prompt);
+  out["decode_tokens_per_second"] = median(decode);
+  out["prompt_samples"] = prompt;
+  out["decode_samples"] = decode;
 }
 
 // Runs one load and summarises it, with the stages' busy and bubble shares and, with a private
@@ -78,47 +105,91 @@ absl::StatusOr<nlohmann::json> Measure(Service& service, const BenchServeFlags& 
   }
   if (first != result.samples.end()) out["first_request_ttft_ms"] = 1e3 * first->ttft;
   out["later_median_ttft_ms"] = 1e3 * Percentile(later, 50);
+  if (load.rounds > 0) AddRounds(result, load.streams, out);
   return out;
 }
 
+std::vector<std::string> TableHeader(const BenchServeFlags& flags) {
+  std::vector<std::string> header = {flags.rates.empty() ? "streams" : "requests/s"};
+  if (flags.rounds > 0) {
+    header.insert(header.end(), {"prompt tok/s", "decode tok/s", "vs first", "rounds"});
+  } else {
+    header.insert(header.end(), {"tok/s", "vs first", "done"});
+  }
+  header.insert(header.end(), {"failed", "TTFT p50 ms", "p99", "ITL p50 ms", "p99", "E2E p50 ms",
+                               "p99", "stages busy"});
+  return header;
+}
+
+std::vector<std::string> TableRow(const BenchServeFlags& flags, const nlohmann::json& first,
+                                  const nlohmann::json& summary) {
+  const char* speed = flags.rounds > 0 ? "decode_tokens_per_second" : "output_throughput";
+  std::vector<std::string> row = {flags.rates.empty()
+                                      ? fmt::format("{}", summary["streams"].get<int>())
+                                      : fmt::format("{:g}", Figure(summary, "request_rate"))};
+  if (flags.rounds > 0) row.push_back(Rate(summary["prompt_tokens_per_second"]));
+  row.push_back(Rate(summary[speed]));
+  row.push_back(first[speed].is_null() || summary[speed].is_null()
+                    ? "-"
+                    : fmt::format("{:.2f}x", Figure(summary, speed) / Figure(first, speed)));
+  for (const char* count : {flags.rounds > 0 ? "rounds" : "completed", "failed"})
+    row.push_back(fmt::format("{}", summary[count].get<uint64_t>()));
+  for (const char* name : {"ttft", "itl", "e2el"}) {
+    row.push_back(Milliseconds(summary, fmt::format("median_{}_ms", name)));
+    row.push_back(Milliseconds(summary, fmt::format("p99_{}_ms", name)));
+  }
+  row.push_back(Shares(summary["stage_busy_share"]));
+  return row;
+}
+
+// One turn. A round that does not count goes before the others.
+absl::StatusOr<nlohmann::json> RunPoint(Service& service, const BenchServeFlags& flags,
+                                        size_t index) {
+  LoadOptions load = flags.load;
+  load.seed += index;  // other prompts: nothing is found in the prefix cache of the point before
+  if (!flags.rates.empty()) {
+    load.rate = flags.rates[index];
+    load.requests = flags.requests > 0 ? flags.requests : 64;
+  } else {
+    load.streams = flags.streams[index];
+    load.requests = flags.requests > 0 ? flags.requests : std::max(8, 4 * load.streams);
+  }
+  if (flags.rounds > 0) {
+    load.requests = 0;
+    LoadOptions warm_up = load;
+    warm_up.seed = ~load.seed;
+    warm_up.rounds = 1;
+    (void)RunLoad(service.client(), warm_up);
+    load.rounds = flags.rounds;
+  }
+  if (flags.seconds > 0) {
+    load.requests = INT_MAX;
+    load.duration = absl::Seconds(flags.seconds);
+  }
+  STAGECOACH_ASSIGN_OR_RETURN(nlohmann::json summary, Measure(service, flags, load));
+  summary["streams"] = flags.rates.empty() ? load.streams : 0;
+  summary["request_rate"] = load.rate;
+  return summary;
+}
+
 absl::Status RunPoints(Service& service, const BenchServeFlags& flags, nlohmann::json& report) {
-  const bool open_loop = !flags.rates.empty();
-  std::vector<std::vector<std::string>> table = {
-      {open_loop ? "requests/s" : "streams", "tok/s", "vs first", "done", "failed", "TTFT p50 ms",
-       "p99", "ITL p50 ms", "p99", "E2E p50 ms", "p99", "stages busy"}};
-  const size_t points = open_loop ? flags.rates.size() : flags.streams.size();
-  double baseline = 0;
+  std::vector<std::vector<std::string>> table = {TableHeader(flags)};
+  const size_t points = flags.rates.empty() ? flags.streams.size() : flags.rates.size();
+  bool without_decode = false;
+  nlohmann::json& summaries = report["points"];
   for (size_t i = 0; i < points; ++i) {
-    LoadOptions load = flags.load;
-    load.seed += i;  // other prompts: nothing is found in the prefix cache of the point before
-    if (open_loop) {
-      load.rate = flags.rates[i];
-      load.requests = flags.requests > 0 ? flags.requests : 64;
-    } else {
-      load.streams = flags.streams[i];
-      load.requests = flags.requests > 0 ? flags.requests : std::max(8, 4 * load.streams);
-    }
-    if (flags.seconds > 0) {
-      load.requests = INT_MAX;
-      load.duration = absl::Seconds(flags.seconds);
-    }
-    STAGECOACH_ASSIGN_OR_RETURN(nlohmann::json summary, Measure(service, flags, load));
-    const double rate = summary["output_throughput"];
-    if (i == 0) baseline = rate;
-    summary["streams"] = open_loop ? 0 : load.streams;
-    summary["request_rate"] = load.rate;
-    table.push_back({open_loop ? fmt::format("{:g}", load.rate) : fmt::format("{}", load.streams),
-                     fmt::format("{:.1f}", rate), fmt::format("{:.2f}x", rate / baseline),
-                     fmt::format("{}", summary["completed"].get<uint64_t>()),
-                     fmt::format("{}", summary["failed"].get<uint64_t>()),
-                     Milliseconds(summary, "median_ttft_ms"), Milliseconds(summary, "p99_ttft_ms"),
-                     Milliseconds(summary, "median_itl_ms"), Milliseconds(summary, "p99_itl_ms"),
-                     Milliseconds(summary, "median_e2el_ms"), Milliseconds(summary, "p99_e2el_ms"),
-                     Shares(summary["stage_busy_share"])});
-    report["points"].push_back(summary);
+    STAGECOACH_ASSIGN_OR_RETURN(nlohmann::json summary, RunPoint(service, flags, i));
+    summaries.push_back(std::move(summary));
+    table.push_back(TableRow(flags, summaries.front(), summaries.back()));
+    without_decode |= flags.rounds > 0 && summaries.back()["decode_tokens_per_second"].is_null();
   }
   fmt::print("{}", FormatTable(table));
-  const nlohmann::json& last = report["points"].back();
+  if (without_decode) {
+    fmt::print(
+        "-: in no round came 8 tokens a stream while all decoded; more --tokens or fewer streams "
+        "may help\n");
+  }
+  const nlohmann::json& last = summaries.back();
   if (flags.load.shared_prefix > 0) {
     fmt::print(
         "first request's TTFT {:.1f} ms, the later ones' median {:.1f} ms ({:.1f}x shorter)\n",
@@ -271,8 +342,17 @@ void AddBenchServe(CLI::App& bench, Command& run) {
       ->add_option("--clients", flags->clients,
                    "NAME:STREAMS of several users, alone and all together (heavy:64,a:1,b:1)")
       ->delimiter(',');
+  command
+      ->add_option(
+          "--rounds", flags->rounds,
+          "So many (with --seconds at least): all streams send at once, and again when all "
+          "have ended. Prompts and decoding apart, like llama-batched-bench")
+      ->check(CLI::Range(1, 10000))
+      ->excludes("--rate")
+      ->excludes("--clients");
   command->add_option("--requests", flags->requests, "Requests in each turn; 0 = a few per stream")
-      ->check(CLI::NonNegativeNumber);
+      ->check(CLI::NonNegativeNumber)
+      ->excludes("--rounds");
   command->add_option("--seconds", flags->seconds, "Duration of each turn, instead of --requests")
       ->check(CLI::NonNegativeNumber);
   command->add_option("--prompt-tokens", flags->load.prompt_tokens, "Length of the prompts")
@@ -285,9 +365,10 @@ void AddBenchServe(CLI::App& bench, Command& run) {
   command->add_option("--tokens", flags->load.tokens, "Tokens to generate")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
-  command->add_flag(
-      "--mixed", flags->load.mixed,
-      "Prompts from an eighth to twice as long, some n = 2, some sampled, some given up");
+  command
+      ->add_flag("--mixed", flags->load.mixed,
+                 "Prompts from an eighth to twice as long, some n = 2, some sampled, some given up")
+      ->excludes("--rounds");
   command->add_option("--seed", flags->load.seed, "Of the prompts")->capture_default_str();
   command->add_option("--json", flags->json, "Write the results here too");
   command->callback([flags, &run] { run = [flags] { return RunBenchServe(*flags); }; });

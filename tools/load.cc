@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <latch>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <random>
@@ -16,6 +18,7 @@ namespace stagecoach {
 namespace {
 
 constexpr int kFirstOrdinaryToken = 3;
+constexpr size_t kMinDecodeTokens = 8;  // a stream
 constexpr absl::Duration kRequestTimeout = absl::Minutes(10);
 
 double SecondsSince(absl::Time start) { return absl::ToDoubleSeconds(absl::Now() - start); }
@@ -53,6 +56,22 @@ void RunClosedLoop(Client& client, const LoadOptions& options, absl::Time origin
     });
   }
   for (std::thread& stream : streams) stream.join();
+}
+
+void RunRounds(Client& client, const LoadOptions& options, absl::Time origin,
+               Collector& collector) {
+  int index = 0;
+  while (index < options.rounds * options.streams || MayStart(options, index, origin)) {
+    std::latch all_there(options.streams);
+    std::vector<std::thread> streams;
+    for (int s = 0; s < options.streams; ++s, ++index) {
+      streams.emplace_back([&, index] {
+        all_there.arrive_and_wait();
+        collector.Add(RunRequest(client, options, index, origin));
+      });
+    }
+    for (std::thread& stream : streams) stream.join();
+  }
 }
 
 void RunOpenLoop(Client& client, const LoadOptions& options, absl::Time origin,
@@ -138,8 +157,10 @@ RequestSample RunRequest(Client& client, const LoadOptions& options, int index, 
       }
       last = now;
     }
-    for (const v1::GeneratedToken& token : event.tokens())
+    for (const v1::GeneratedToken& token : event.tokens()) {
       sample.output.push_back(token.token_id());
+      sample.token_times.push_back(last);
+    }
     if (event.has_usage()) sample.cached_tokens = static_cast<int>(event.usage().cached_tokens());
     return !sample.given_up || 2 * static_cast<int>(sample.output.size()) < options.tokens;
   });
@@ -153,6 +174,8 @@ LoadResult RunLoad(Client& client, const LoadOptions& options) {
   const absl::Time origin = absl::Now();
   if (options.rate > 0) {
     RunOpenLoop(client, options, origin, collector);
+  } else if (options.rounds > 0) {
+    RunRounds(client, options, origin, collector);
   } else {
     RunClosedLoop(client, options, origin, collector);
   }
@@ -193,6 +216,31 @@ nlohmann::json SummariseLoad(const LoadResult& result) {
   AddFigures(out, "itl", itl);
   AddFigures(out, "e2el", e2el);
   return out;
+}
+
+RoundRates RatesOfRound(std::span<const RequestSample> round) {
+  constexpr double kNever = std::numeric_limits<double>::infinity();
+  double sent = kNever, all_decode = 0, first_end = kNever, prompt_tokens = 0;
+  for (const RequestSample& sample : round) {
+    if (!sample.status.ok() || sample.token_times.empty()) return {};
+    sent = std::min(sent, sample.start);
+    all_decode = std::max(all_decode, sample.start + sample.token_times.front());
+    first_end = std::min(first_end, sample.start + sample.token_times.back());
+    prompt_tokens += sample.input_tokens - sample.cached_tokens;
+  }
+  size_t decoded = 0;
+  for (const RequestSample& sample : round) {
+    decoded +=
+        std::count_if(sample.token_times.begin(), sample.token_times.end(), [&](double time) {
+          return sample.start + time > all_decode && sample.start + time <= first_end;
+        });
+  }
+  RoundRates rates;
+  if (all_decode > sent) rates.prompt = prompt_tokens / (all_decode - sent);
+  if (decoded > 0 && decoded >= kMinDecodeTokens * round.size()) {
+    rates.decode = static_cast<double>(decoded) / (first_end - all_decode);
+  }
+  return rates;
 }
 
 double Percentile(std::vector<double> values, double percent) {

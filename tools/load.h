@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstdint>
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -16,8 +18,10 @@ namespace stagecoach {
 struct LoadOptions {
   // Closed loop: so many streams, each sending its next request when the last has ended. Open loop
   // (rate > 0): requests arrive at random (Poisson) whatever has become of the earlier ones.
+  // In rounds (rounds > 0): all streams send at the same moment, and again when all have ended.
   int streams = 1;
   double rate = 0;  // requests per second
+  int rounds = 0;   // at least so many, also when requests or duration are used up
   int requests = 1;
   absl::Duration duration = absl::InfiniteDuration();  // no request begins after it
   const std::atomic<bool>* stop = nullptr;             // nor once this is true
@@ -45,6 +49,7 @@ struct RequestSample {
   int input_tokens = 0;
   int cached_tokens = 0;
   std::vector<int32_t> output;
+  std::vector<double> token_times;  // of each of output: when the message that brought it came
 };
 
 struct LoadResult {
@@ -58,13 +63,29 @@ std::vector<int32_t> LoadPrompt(const LoadOptions& options, int index);
 // One request, on the calling thread.
 RequestSample RunRequest(Client& client, const LoadOptions& options, int index, absl::Time origin);
 
-// Blocks until all requests have ended. Uses a thread per stream, or per request under way.
+// Blocks until all requests have ended. Uses a thread per stream, or per request under way. Samples
+// are in order of ending, so those of a round lie together.
 LoadResult RunLoad(Client& client, const LoadOptions& options);
 
 // With the keys of vLLM's serving benchmark: duration, completed, failed, total_input_tokens,
 // total_output_tokens, request_throughput, output_throughput, total_token_throughput,
 // {mean,median,p90,p99}_{ttft,tpot,itl,e2el}_ms; and total_cached_tokens.
 nlohmann::json SummariseLoad(const LoadResult& result);
+
+// A round as llama.cpp's llama-batched-bench counts: prompts and decoding apart, tok/s.
+struct RoundRates {
+  // The prompts' tokens (but for those from the prefix cache) over the time from the first request
+  // sent until the last stream has its first token. Streams that have theirs earlier decode
+  // already.
+  std::optional<double> prompt;
+  // All tokens that come from then until the first stream has its last one, over that time. Tokens
+  // of the step that ends it which come later are not counted: of n steps up to one is missed.
+  // None if fewer than 8 tokens a stream come in it.
+  std::optional<double> decode;
+};
+
+// Of a round's samples. Neither if a request failed.
+RoundRates RatesOfRound(std::span<const RequestSample> round);
 
 // Nearest-rank percentile of unsorted values; 0 of none.
 double Percentile(std::vector<double> values, double percent);

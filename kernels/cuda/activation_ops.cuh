@@ -20,12 +20,14 @@ __device__ inline float SiluTimes(float gate, float up) {
 __device__ inline uint16_t ToHalfActivation(float value) {
   return __half_as_ushort(__float2half_rn(__fmul_rn(value, kActivationScale)));
 }
+__device__ inline __half2 ToHalfActivations(float first, float second) {
+  return __floats2half2_rn(__fmul_rn(first, kActivationScale), __fmul_rn(second, kActivationScale));
+}
 __device__ inline uint4 ToHalfActivations(const float (&v)[kLaneColumns]) {
   __half2 pairs[kLaneColumns / 2];
 #pragma unroll
   for (int i = 0; i < kLaneColumns / 2; ++i) {
-    pairs[i] = __floats2half2_rn(__fmul_rn(v[2 * i], kActivationScale),
-                                 __fmul_rn(v[2 * i + 1], kActivationScale));
+    pairs[i] = ToHalfActivations(v[2 * i], v[2 * i + 1]);
   }
   uint4 bits;
   memcpy(&bits, pairs, sizeof(bits));
@@ -43,6 +45,19 @@ __device__ inline uint4 ToHalfActivations(const float (&v)[kLaneColumns],
     rest[i] = __fmul_rn(__fsub_rn(v[i], taken), 1 / kRestScale);
   }
   return bits;
+}
+
+// A row's halves of kLaneColumns columns from a multiple of that on.
+__device__ inline void StoreHalves(const Activations& out, int row, int column, uint4 bits) {
+  if (!out.IsWide()) {
+    *reinterpret_cast<uint4*>(out.halves + out.HalfPlace(row, column)) = bits;
+    return;
+  }
+  const uint32_t pairs[] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < kLaneColumns / 2; ++i) {
+    *reinterpret_cast<uint32_t*>(out.halves + out.HalfPlace(row, column + 2 * i)) = pairs[i];
+  }
 }
 
 }  // namespace stagecoach::cuda

@@ -67,13 +67,12 @@ __device__ void StoreColumns(const float (&v)[kLaneColumns], const Activations& 
     return;
   }
   if (out.form == ActivationForm::kHalf) {
-    *reinterpret_cast<uint4*>(out.halves + out.HalfPlace(row, column)) = ToHalfActivations(v);
+    StoreHalves(out, row, column, ToHalfActivations(v));
     return;
   }
-  auto* first = reinterpret_cast<uint4*>(out.halves + out.HalfPlace(2 * row, column));
   float rest[kLaneColumns];
-  first[0] = ToHalfActivations(v, rest);
-  first[32 / kLaneColumns] = ToHalfActivations(rest);  // the next row
+  StoreHalves(out, 2 * row, column, ToHalfActivations(v, rest));
+  StoreHalves(out, 2 * row + 1, column, ToHalfActivations(rest));
 }
 
 // Grid: x = groups of kWarps superblocks, y = rows. One superblock per warp.
@@ -163,8 +162,8 @@ ActivationForm FormFor(TensorType type) {
 size_t ActivationBytes(int rows, int k) {
   Activations shape;
   shape.k = k;
-  constexpr size_t kRowTileBytes = 64 * 64;
-  const size_t halves = size_t{4} * rows * shape.PaddedColumns() + kRowTileBytes;  // in pairs
+  const size_t half_rows = (size_t{2} * rows + 63) / 64 * 64;  // in pairs
+  const size_t halves = 2 * half_rows * shape.PaddedColumns();
   const size_t floats = size_t{4} * rows * k;
   return AlignUp(halves > floats ? halves : floats);
 }

@@ -71,8 +71,7 @@ class AttendedHead {
           make_float2(first, second);
     } else {
       *reinterpret_cast<__half2*>(out_.halves + out_.HalfPlace(row_, column_ + d)) =
-          __floats2half2_rn(__fmul_rn(first, kActivationScale),
-                            __fmul_rn(second, kActivationScale));
+          ToHalfActivations(first, second);
     }
   }
 

@@ -33,7 +33,7 @@ namespace stagecoach {
 namespace cuda {
 namespace {
 
-constexpr char kKernelRevision[] = "cuda-5";
+constexpr char kKernelRevision[] = "cuda-6";
 
 struct StageWorkspace final : Workspace {
   StageWorkspace(const CudaDevice& device, std::unique_ptr<CudaWorkspace> allocated, bool graphs)
@@ -323,9 +323,10 @@ absl::Status CudaBackend::MatMul(const TensorInfo& tensor, std::span<const std::
   const Activations activations =
       LayOutActivations(memory.data(), FormFor(tensor.type), rows, matrix.k);
   STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchConvert(in.data(), activations, device_->compute()));
+  STAGECOACH_ASSIGN_OR_RETURN(const auto scratch, NewMatmulScratch(*device_));
   const MatmulTerm term[] = {{.weights = matrix, .y = out.data(), .y_stride = matrix.n}};
-  STAGECOACH_RETURN_IF_ERROR(
-      LaunchOp([&] { return LaunchMatmul(term, activations, device_->compute()); }));
+  STAGECOACH_RETURN_IF_ERROR(LaunchOp(
+      [&] { return LaunchMatmul(term, activations, device_->compute(), {scratch.data()}); }));
   return ToHost(out, y);
 }
 

@@ -104,6 +104,13 @@ absl::Status StepInputs::SetBatch(const StepBatch& batch, bool* moved) {
   return Send(batch_, 3 * static_cast<size_t>(max_rows_) + used);
 }
 
+absl::StatusOr<DeviceBuffer<std::byte>> NewMatmulScratch(const CudaDevice& device) {
+  STAGECOACH_ASSIGN_OR_RETURN(auto scratch, device.NewBuffer<std::byte>(kMatmulScratchBytes));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      cudaMemsetAsync(scratch.data(), 0, kMatmulScratchBytes, device.compute()));
+  return scratch;
+}
+
 absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaDevice& device,
                                                                      const ModelParams& params,
                                                                      int max_rows) {
@@ -136,13 +143,14 @@ absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaD
   for (const auto& [array, rows, columns] : arrays) {
     STAGECOACH_ASSIGN_OR_RETURN(*array, device.NewBuffer<float>(rows * columns));
   }
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->scratch, NewMatmulScratch(device));
   const int widest = std::max({params.d_model, static_cast<int>(attended), params.ffn_length});
   STAGECOACH_ASSIGN_OR_RETURN(
       workspace->activations,
       device.NewBuffer<std::byte>(
           std::max(ActivationBytes(max_rows, widest), ActivationBytes(kHeadRows, params.d_model))));
-  STAGECOACH_ASSIGN_OR_RETURN(workspace->gated, device.NewBuffer<std::byte>(ActivationBytes(
-                                                    kMostFusedRows, params.ffn_length)));
+  STAGECOACH_ASSIGN_OR_RETURN(
+      workspace->gated, device.NewBuffer<std::byte>(ActivationBytes(max_rows, params.ffn_length)));
   const size_t tops = size_t{kHeadRows} * kMostTopLogits;
   STAGECOACH_ASSIGN_OR_RETURN(workspace->top, device.NewBuffer<TopKey>(tops));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->top_out, device.NewPinnedBuffer<TopKey>(tops));

@@ -12,6 +12,7 @@
 #include "kernels/backend.h"
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/cuda_device.h"
+#include "kernels/cuda/quant_matmul.h"
 #include "kernels/cuda/rope.h"
 #include "kernels/cuda/token_draw.h"
 #include "kernels/cuda/top_logits.h"
@@ -22,6 +23,9 @@ namespace stagecoach::cuda {
 // Rows that go through the head at once: bounds the logits held on the device.
 inline constexpr int kHeadRows = 64;
 inline constexpr int kMaxWorkspaceRows = 65535;  // a dimension of a launch
+
+// Memory of a MatmulScratch, for products on the compute stream.
+absl::StatusOr<DeviceBuffer<std::byte>> NewMatmulScratch(const CudaDevice& device);
 
 // The int32 inputs of a step, side by side in one array on the host and one on the device.
 class StepInputs {
@@ -88,8 +92,9 @@ struct CudaWorkspace {
   DeviceBuffer<float> gate;             // [max_rows][ffn_length]
   DeviceBuffer<float> up;               // [max_rows][ffn_length]
   DeviceBuffer<float> partials;         // of split attention
+  DeviceBuffer<std::byte> scratch;      // MatmulScratch
   DeviceBuffer<std::byte> activations;  // what the next matrices read, in any form
-  DeviceBuffer<std::byte> gated;        // what ffn_down reads of up to kMostFusedRows rows
+  DeviceBuffer<std::byte> gated;        // what ffn_down reads, if gate and up make it
   DeviceBuffer<float> head_input;       // [kHeadRows][d_model]
   DeviceBuffer<float> logits;           // [kHeadRows][vocab]
   DeviceBuffer<TopKey> top_scratch;     // for kMostTopLogits of kHeadRows rows
@@ -106,6 +111,8 @@ struct CudaWorkspace {
   PinnedBuffer<float> residual_in;   // [max_rows][d_model]
   PinnedBuffer<float> out;           // [max_rows][d_model] or [kHeadRows][vocab]
   Event residual_sent;               // the device has taken residual_in
+
+  MatmulScratch MatmulMemory() const { return {scratch.data()}; }
 
   int rows = 0;        // of the step under way
   AttentionPlan plan;  // of the step under way

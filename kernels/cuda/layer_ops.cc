@@ -28,7 +28,8 @@ absl::Status Project(const CudaWorkspace& workspace, std::span<const MatmulTerm>
     const Activations x =
         LayOutActivations(workspace.activations.data(), form, rows, same[0].weights.k);
     STAGECOACH_RETURN_IF_CUDA_ERROR(prepare(x));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(std::span(same).first(count), x, stream, fusion));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(
+        LaunchMatmul(std::span(same).first(count), x, stream, workspace.MatmulMemory(), fusion));
   }
   return absl::OkStatus();
 }
@@ -107,14 +108,15 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
   const MatmulTerm outward[] = {Term(w.matrix(TensorRole::kFfnDown), ws.residual.data(),
                                      /*bias=*/nullptr, /*accumulate=*/true)};
   Fusion gate;
-  if (CanFuseGate(inward, ws.rows) && FormFor(outward[0].weights.type) == ActivationForm::kHalf) {
+  if (CanFuseGate(inward) && FormFor(outward[0].weights.type) == ActivationForm::kHalf) {
     gate.gated =
         LayOutActivations(ws.gated.data(), ActivationForm::kHalf, ws.rows, params.ffn_length);
+    gate.next = outward[0].weights;
   }
   STAGECOACH_RETURN_IF_ERROR(
       ProjectNormed(ws, inward, w.vector(TensorRole::kFfnNorm), gate, stream));
   if (gate.gated.halves != nullptr) {
-    STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(outward, gate.gated, stream));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(outward, gate.gated, stream, ws.MatmulMemory()));
     return absl::OkStatus();
   }
   return Project(ws, outward, ws.rows, stream, [&](const Activations& x) {

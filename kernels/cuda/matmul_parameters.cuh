@@ -12,11 +12,27 @@
 
 namespace stagecoach::cuda {
 
-inline constexpr int kSplits = 16;  // of k; fixes the order of sums, so it is part of the contract
+// Of k, and how they are added up: part of the contract (quant_matmul.h).
+inline constexpr int kSplits = 16;
+inline constexpr int kQuarters = 4;
+inline constexpr int kQuarterSplits = kSplits / kQuarters;
 
 // The first superblock of a split.
 __host__ __device__ inline int SplitBegin(int split, int superblocks) {
   return split * superblocks / kSplits;
+}
+
+// What fits a MatmulScratch: groups of kQuarters blocks that add their sums up.
+inline constexpr int kMostSplitGroups = 64;  // of a kernel; two may run side by side
+inline constexpr int kSplitGroupFloats = kQuarters * 128 * 64;
+inline constexpr size_t kSplitBytes = 4 * (1 + kSplitGroupFloats) * kMostSplitGroups;
+static_assert(2 * kSplitBytes <= kMatmulScratchBytes);
+
+__device__ inline float SumOfQuarters(const float (&quarters)[kQuarters]) {
+  float sum = quarters[0];
+#pragma unroll
+  for (int i = 1; i < kQuarters; ++i) sum = __fadd_rn(sum, quarters[i]);
+  return sum;
 }
 
 // How rows of tiles, or (gated) pairs of them, are dealt out to blocks.
@@ -27,6 +43,32 @@ struct BlockShares {
   static BlockShares Of(int units, int blocks) { return {units / blocks, units % blocks}; }
   __device__ int Begin(int block) const { return block * units + min(block, longer_blocks); }
   __device__ int Units(int block) const { return units + (block < longer_blocks ? 1 : 0); }
+};
+
+// The split of a warp of the stream kernel. Where splits are not all as long, the longer ones
+// alternate: dealt out like this, the warps of each of the multiprocessor's four schedulers have
+// some of them.
+__device__ inline int StreamSplit(int warp) { return warp ^ (warp >> 3); }
+
+// The tiles with which the blocks of the next stream kernel begin, two rows of them each.
+struct NextTiles {
+  const uint8_t* tiles;  // null: not known
+  int tile_rows;
+  int superblocks;
+  int tile_bytes;
+  BlockShares shares;
+
+  // Has those of a warp brought from memory to the second-level cache.
+  __device__ void Prefetch() const {
+    if (tiles == nullptr || !IsElected()) return;
+    const int first = SplitBegin(StreamSplit(threadIdx.x / 32), superblocks);
+    const int row = shares.Begin(blockIdx.x);
+    const int end = min(row + min(shares.Units(blockIdx.x), 2), tile_rows);
+    for (int i = row; i < end; ++i) {
+      const size_t tile = static_cast<size_t>(i) * superblocks + first;
+      PrefetchBulk(tiles + tile * tile_bytes, tile_bytes);
+    }
+  }
 };
 
 // Terms of one type over the same activations, by value in a kernel's parameters. Their tile rows
@@ -50,6 +92,12 @@ struct MatmulParameters {
   int rows;          // of halves
   const uint8_t* x;  // [superblocks * 8][rows][32]
   Activations gated;
+  float* partials;  // of TileKernel: [groups of blocks][kQuarters][results of a block]
+  int* arrivals;    // [groups of blocks], zero
+  // Two kernels in turn may run side by side, as the second one reads nothing of the first: see
+  // BeginReading.
+  bool beside_next, beside_previous;
+  NextTiles next;
   // What LaunchStreamKernel adds.
   BlockShares shares;
 
@@ -59,6 +107,17 @@ struct MatmulParameters {
     return terms[i];
   }
 };
+
+// Before a thread reads anything but weights. Where two kernels run side by side, the second one is
+// let go only when all that is before the first is complete; it waits for the first itself
+// (EndReading) before it ends, so that whoever waits for the second waits for both.
+__device__ inline void BeginReading(const MatmulParameters& p) {
+  if (!p.beside_previous) WaitForPreviousKernel();
+  if (p.beside_next) LetNextKernelStart();
+}
+__device__ inline void EndReading(const MatmulParameters& p) {
+  if (p.beside_previous) WaitForPreviousKernel();
+}
 
 // The first tile of a row of tiles.
 template <typename Tile>

@@ -1,8 +1,9 @@
 #include "kernels/cuda/quant_matmul.h"
 
+#include <algorithm>
+
 #include "kernels/cuda/float_matmul.cuh"
 #include "kernels/cuda/matmul_parameters.cuh"
-#include "kernels/cuda/stream_layout.cuh"
 
 namespace stagecoach::cuda {
 namespace {
@@ -20,17 +21,36 @@ void AddTerm(const MatmulTerm& term, MatmulParameters* p) {
 }
 
 // Terms of one type.
-cudaError_t LaunchSameType(std::span<const MatmulTerm> terms, const Activations& x,
-                           const Fusion& fusion, const DeviceLimits& device, cudaStream_t stream) {
+MatmulParameters MakeParameters(std::span<const MatmulTerm> terms, const Activations& x,
+                                const Fusion& fusion) {
   MatmulParameters p = {};
   for (const MatmulTerm& term : terms) AddTerm(term, &p);
   p.superblocks = x.PaddedColumns() / kSuperblock;
   p.rows = x.HalfRows();
   p.gated = fusion.gated;
   p.x = reinterpret_cast<const uint8_t*>(x.halves);
-  return VisitTileType(terms[0].weights.type, cudaErrorInvalidValue, [&]<TensorType type>() {
-    return LaunchTypedMatmul<type>(p, device, stream);
-  });
+  return p;
+}
+
+NextTiles MakeNext(const PackedMatrix& matrix, const DeviceLimits& device) {
+  if (matrix.data == nullptr || FormFor(matrix.type) == ActivationForm::kFloat) return {};
+  const int tile_rows = (matrix.n + kTileRows - 1) / kTileRows;
+  return {.tiles = static_cast<const uint8_t*>(matrix.data),
+          .tile_rows = tile_rows,
+          .superblocks = (matrix.k + kSuperblock - 1) / kSuperblock,
+          .tile_bytes = VisitTileType(
+              matrix.type, 0, [&]<TensorType type>() -> int { return TileOf<type>::kBytes; }),
+          .shares = BlockShares::Of(tile_rows, std::min(tile_rows, device.multiprocessors))};
+}
+
+// The kernel may run beside the one before it.
+void SetBeside(const MatmulScratch& scratch, bool previous, bool next, MatmulParameters* p) {
+  p->beside_previous = previous;
+  p->beside_next = next;
+  if (scratch.memory == nullptr) return;
+  auto* memory = static_cast<std::byte*>(scratch.memory) + (previous ? kSplitBytes : 0);
+  p->arrivals = reinterpret_cast<int*>(memory);
+  p->partials = reinterpret_cast<float*>(memory) + kMostSplitGroups;
 }
 
 cudaError_t ReadLimits(DeviceLimits* limits) {
@@ -45,29 +65,17 @@ cudaError_t ReadLimits(DeviceLimits* limits) {
   return status;
 }
 
-// Whether the kernel for few rows, which alone fuses, runs for two such matrices.
-bool StreamsTwo(const PackedMatrix& weights, int rows) {
-  DeviceLimits device;
-  const int superblocks = (weights.k + kSuperblock - 1) / kSuperblock;
-  const int tile_rows = 2 * ((weights.n + kTileRows - 1) / kTileRows);
-  return ReadLimits(&device) == cudaSuccess &&
-         VisitTileType(weights.type, false, [&]<TensorType type>() {
-           return ChooseStream<TileOf<type>>(superblocks, rows, tile_rows, device) !=
-                  StreamChoice::kNone;
-         });
-}
-
 }  // namespace
 
-bool CanFuseGate(std::span<const MatmulTerm> terms, int rows) {
+bool CanFuseGate(std::span<const MatmulTerm> terms) {
   const PackedMatrix& gate = terms[0].weights;
   return terms.size() == 2 && FormFor(gate.type) == ActivationForm::kHalf &&
          gate.type == terms[1].weights.type && gate.n == terms[1].weights.n &&
-         gate.n % kSuperblock == 0 && StreamsTwo(gate, rows);
+         gate.n % kSuperblock == 0;
 }
 
 cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x,
-                         cudaStream_t stream, const Fusion& fusion) {
+                         cudaStream_t stream, const MatmulScratch& scratch, const Fusion& fusion) {
   if (x.form == ActivationForm::kFloat) {
     for (const MatmulTerm& term : terms) {
       const cudaError_t status = LaunchFloatMatmul(term, x, stream);
@@ -77,10 +85,19 @@ cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x
   }
   DeviceLimits device;
   cudaError_t status = ReadLimits(&device);
+  bool beside_previous = false;
   while (status == cudaSuccess && !terms.empty()) {
+    const TensorType type = terms[0].weights.type;
     size_t same = 1;  // neighbours of one type go together
-    while (same < terms.size() && terms[same].weights.type == terms[0].weights.type) ++same;
-    status = LaunchSameType(terms.first(same), x, fusion, device, stream);
+    while (same < terms.size() && terms[same].weights.type == type) ++same;
+    MatmulParameters p = MakeParameters(terms.first(same), x, fusion);
+    const bool beside_next = same < terms.size() && !beside_previous;
+    SetBeside(scratch, beside_previous, beside_next, &p);
+    p.next = MakeNext(fusion.next, device);
+    status = VisitTileType(type, cudaErrorInvalidValue, [&]<TensorType type>() {
+      return LaunchTypedMatmul<type>(p, device, stream);
+    });
+    beside_previous = beside_next;
     terms = terms.subspan(same);
   }
   return status;

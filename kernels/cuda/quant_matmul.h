@@ -11,7 +11,8 @@
 // superblocks:
 //
 //   partial[j] = superblocks [j * S / 16, (j + 1) * S / 16) in order, 16 columns after 16 columns
-//   y          = (((0 + partial[0]) + partial[1]) + ...) + partial[15] (+ bias) (then y_old + that)
+//   quarter[i] = ((partial[4i] + partial[4i + 1]) + partial[4i + 2]) + partial[4i + 3]
+//   y          = ((quarter[0] + quarter[1]) + quarter[2]) + quarter[3] (+ bias) (then y_old + that)
 //
 // Weights are decoded to halves (tile_decode.cuh), x is taken times kActivationScale, and y is
 // divided by it. Both are rounded to 11 bits, much less than int8 activations would lose. Where
@@ -72,6 +73,10 @@ ActivationForm FormFor(TensorType type);
 // an error of 5e-7 below.
 inline constexpr float kActivationScale = 1.0f / 16;
 
+// Rows of halves up to which products are made by the kernel for few rows, whose lanes read 8
+// columns at once. For more, halves lie as warpgroups read them: HalfPlace.
+inline constexpr int kMostStreamRows = 16;
+
 // What a second half says is this much smaller. Together they have 22 bits.
 inline constexpr float kRestScale = 1.0f / 2048;
 
@@ -81,7 +86,9 @@ struct Activations {
   int rows = 0;
   int k = 0;
   float* values = nullptr;  // kFloat: [rows][k]
-  // [PaddedColumns() / 32][HalfRows()][32], zero beyond k; of kHalfPairs each row, then its rest.
+  // Up to kMostStreamRows [PaddedColumns() / 32][HalfRows()][32]. For more, blocks of RowBlock()
+  // rows, [PaddedColumns() / 256][row blocks][8][4][RowBlock()][8]: of four times 8 columns each
+  // time the next two. Zero beyond k; of kHalfPairs each row, then its rest.
   uint16_t* halves = nullptr;
 
   STAGECOACH_HOST_DEVICE int PaddedColumns() const {
@@ -90,9 +97,16 @@ struct Activations {
   STAGECOACH_HOST_DEVICE int HalfRows() const {
     return form == ActivationForm::kHalfPairs ? 2 * rows : rows;
   }
-  // Where in `halves` a value is; row: of HalfRows().
+  STAGECOACH_HOST_DEVICE bool IsWide() const { return HalfRows() > kMostStreamRows; }
+  STAGECOACH_HOST_DEVICE int RowBlock() const { return HalfRows() <= 32 ? 32 : 64; }
+  // Where in `halves` a value is; row: of HalfRows(). An even column and the next are neighbours.
   STAGECOACH_HOST_DEVICE size_t HalfPlace(int row, int column) const {
-    return (static_cast<size_t>(column / 32) * HalfRows() + row) * 32 + column % 32;
+    if (!IsWide()) return (size_t(column / 32) * HalfRows() + row) * 32 + column % 32;
+    const int block = RowBlock(), blocks = (HalfRows() + block - 1) / block;
+    const size_t place = size_t(column / kSuperblock) * blocks + row / block;
+    return ((place * 32 + column % kSuperblock / 32 * 4 + column % 8 / 2) * block + row % block) *
+               8 +
+           column % 32 / 8 * 2 + column % 2;
   }
 };
 
@@ -128,22 +142,34 @@ struct MatmulTerm {
 
 inline constexpr int kMaxMatmulTerms = 4;
 
-// For few rows every kernel in a chain costs about as much as its weights, so a product of gate and
-// up can do its successor's work along with its own, with the same bits. (Norms are better made by
-// a kernel of their own: while it runs, the product's first tiles come.)
+// For few rows every kernel in a chain costs about as much as its weights, and for many what it
+// reads and writes counts, so a product of gate and up can do its successor's work along with its
+// own, with the same bits. (Norms are better made by a kernel of their own: while it runs, the
+// product's first tiles come.)
 struct Fusion {
   // The two terms are gate and up; all that is stored of them is LaunchSwiGlu(gate, up), in form
   // kHalf, not in the memory of x. Where CanFuseGate.
   Activations gated;
+  // Of few rows: the matrix of the next product, whose first tiles are sent for when there is
+  // nothing left to read here.
+  PackedMatrix next;
 };
-inline constexpr int kMostFusedRows = 16;  // CanFuseGate is false for more, and for F16, BF16
-bool CanFuseGate(std::span<const MatmulTerm> terms, int rows);
+// False for F16 and BF16.
+bool CanFuseGate(std::span<const MatmulTerm> terms);
+
+// Device memory in which products of some dozens of rows add up what blocks have of k: zero before
+// its first use, and for products that follow each other in one stream.
+struct MatmulScratch {
+  void* memory = nullptr;  // [kMatmulScratchBytes]; null: these products take longer
+};
+inline constexpr size_t kMatmulScratchBytes = size_t{17} << 20;
 
 // Matrices that read the same activations (q, k, v; gate, up), in one kernel where their types are
 // the same. All have x.k columns and a type whose form is x.form; outputs do not overlap; 1 to
 // kMaxMatmulTerms terms, x.rows >= 1.
 cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x,
-                         cudaStream_t stream, const Fusion& fusion = {});
+                         cudaStream_t stream, const MatmulScratch& scratch,
+                         const Fusion& fusion = {});
 
 }  // namespace stagecoach::cuda
 

@@ -40,15 +40,17 @@ __global__ void FillKernel(uint32_t* words, size_t count) {
 struct Bench {
   DeviceArray<uint8_t> pool{kPoolBytes};
   DeviceArray<uint8_t> activations{ActivationBytes(kMostRows, kMostColumns)};
-  DeviceArray<uint8_t> gated{ActivationBytes(kMostFusedRows, kMostColumns)};
+  DeviceArray<uint8_t> gated{ActivationBytes(kMostRows, kMostColumns)};
   DeviceArray<float> x{size_t{kMostRows} * kMostColumns * 2};
   DeviceArray<float> y{size_t{64} * kMostOutputs > size_t{kMostRows} * 2 * kMostColumns
                            ? size_t{64} * kMostOutputs
                            : size_t{kMostRows} * 2 * kMostColumns};
+  DeviceArray<uint8_t> scratch_memory{kMatmulScratchBytes};
   cudaStream_t stream = nullptr;
   double copy_bytes_per_second = 0;
   size_t next = 0;  // in the pool
 
+  MatmulScratch scratch() const { return {scratch_memory.get()}; }
   // The next matrix of this shape in the pool, from its beginning again when it ends.
   PackedMatrix Take(TensorType type, int n, int k) {
     const size_t bytes = PackedBytes(type, n, k);
@@ -103,6 +105,7 @@ void Prepare(Bench& bench) {
   cudaDeviceProp properties;
   CheckDevice(cudaGetDeviceProperties(&properties, 0));
   CheckDevice(cudaStreamCreate(&bench.stream));
+  CheckDevice(cudaMemset(bench.scratch_memory.get(), 0, kMatmulScratchBytes));
   FillKernel<<<1024, 256, 0, bench.stream>>>(reinterpret_cast<uint32_t*>(bench.pool.get()),
                                              bench.pool.size() / 4);
   FillKernel<<<1024, 256, 0, bench.stream>>>(reinterpret_cast<uint32_t*>(bench.activations.get()),
@@ -132,7 +135,7 @@ void MeasureShape(Bench& bench, TensorType type, int n, int k) {
                 [&] {
                   for (int i = 0; i < launches; ++i) {
                     const MatmulTerm term = {bench.Take(type, n, k), bench.y.get(), n};
-                    CheckDevice(LaunchMatmul({&term, 1}, x, bench.stream));
+                    CheckDevice(LaunchMatmul({&term, 1}, x, bench.stream, bench.scratch()));
                   }
                 }) /
         launches;
@@ -184,18 +187,18 @@ void RecordLayer(Bench& bench, const ModelShape& shape, const LayerWeights& w, i
   // As in a layer: normed, and gate and up fused where that can be done.
   const auto project = [&](std::span<const MatmulTerm> terms, const Fusion& fusion) {
     if (whole) CheckDevice(LaunchRmsNorm(residual, residual, 1e-5f, x, bench.stream));
-    CheckDevice(LaunchMatmul(terms, x, bench.stream, fusion));
+    CheckDevice(LaunchMatmul(terms, x, bench.stream, bench.scratch(), fusion));
   };
   const int qkv = shape.width + 2 * shape.kv_width;
   const MatmulTerm qkv_terms[] = {
       {w.q, y, qkv}, {w.k, y + shape.width, qkv}, {w.v, y + shape.width + shape.kv_width, qkv}};
   project(qkv_terms, {});
   const MatmulTerm output = {w.output, residual, shape.width, nullptr, true};
-  CheckDevice(LaunchMatmul({&output, 1}, x, bench.stream));
+  CheckDevice(LaunchMatmul({&output, 1}, x, bench.stream, bench.scratch()));
   const MatmulTerm gate_up[] = {{w.gate, y, 2 * shape.hidden},
                                 {w.up, y + shape.hidden, 2 * shape.hidden}};
   Fusion gate;
-  if (whole && CanFuseGate(gate_up, rows)) {
+  if (whole && CanFuseGate(gate_up)) {
     gate.gated = LayOutActivations(bench.gated.get(), ActivationForm::kHalf, rows, shape.hidden);
   }
   project(gate_up, gate);
@@ -204,7 +207,7 @@ void RecordLayer(Bench& bench, const ModelShape& shape, const LayerWeights& w, i
     CheckDevice(LaunchSwiGlu(y, y + shape.hidden, 2 * shape.hidden, hidden, bench.stream));
   }
   const MatmulTerm down = {w.down, residual, shape.width, nullptr, true};
-  CheckDevice(LaunchMatmul({&down, 1}, hidden, bench.stream));
+  CheckDevice(LaunchMatmul({&down, 1}, hidden, bench.stream, bench.scratch()));
 }
 
 // All products of one pass through a Q4_K_M file of this shape.
@@ -241,7 +244,7 @@ void MeasureModel(Bench& bench, const ModelShape& shape) {
         const int head_rows = std::min(rows, 64);
         const Activations x = bench.Converted(TensorType::kQ6_K, head_rows, shape.width);
         const MatmulTerm term = {head, bench.y.get(), shape.vocab};
-        CheckDevice(LaunchMatmul({&term, 1}, x, bench.stream));
+        CheckDevice(LaunchMatmul({&term, 1}, x, bench.stream, bench.scratch()));
       });
     }
     const double rate = bytes / seconds[0];

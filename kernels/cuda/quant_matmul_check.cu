@@ -98,7 +98,7 @@ std::vector<double> ReadActivations(const Activations& x) {
     const auto values = CopyToHost(x.values, result.size());
     return {values.begin(), values.end()};
   }
-  const auto halves = CopyToHost(x.halves, static_cast<size_t>(x.HalfRows()) * x.PaddedColumns());
+  const auto halves = CopyToHost(x.halves, ActivationBytes(x.rows, x.k) / 2);
   const bool pairs = x.form == ActivationForm::kHalfPairs;
   for (size_t i = 0; i < result.size(); ++i) {
     const int row = static_cast<int>(i / x.k), column = static_cast<int>(i % x.k);
@@ -118,6 +118,16 @@ double RelativeRms(const std::vector<double>& actual, const std::vector<double>&
   }
   return std::sqrt(error / norm);
 }
+
+// Memory for products, as new.
+class ScratchArray {
+ public:
+  ScratchArray() { CheckDevice(cudaMemset(memory_.get(), 0, kMatmulScratchBytes)); }
+  MatmulScratch of() const { return {memory_.get()}; }
+
+ private:
+  DeviceArray<uint8_t> memory_{kMatmulScratchBytes};
+};
 
 // One matrix on the device with its result.
 struct CheckedTerm {
@@ -170,7 +180,8 @@ std::vector<std::vector<float>> Multiply(const MatmulCheck& check,
                         term.accumulate ? term.bias.get() : nullptr,
                         term.accumulate});
   }
-  CheckDevice(LaunchMatmul(launched, activations, nullptr));
+  const ScratchArray scratch;
+  CheckDevice(LaunchMatmul(launched, activations, nullptr, scratch.of()));
   CheckDevice(cudaDeviceSynchronize());
   if (converted != nullptr) *converted = ReadActivations(activations);
   std::vector<std::vector<float>> result;
@@ -278,7 +289,7 @@ bool RunActivationCheck() {
 
 // hidden: rows of gate and up; from some thousands on a block has several of them.
 bool RunFusionCheck(TensorType type, int hidden, int k) {
-  constexpr int kMostRows = kMostFusedRows + 1, kEmpty = 0xdd;
+  constexpr int kMostRows = 130, kEmpty = 0xdd;
   std::mt19937 random(k);
   const int counts[] = {kMostRows};
   const MatmulCheck check = {type, hidden, k, counts};
@@ -287,7 +298,7 @@ bool RunFusionCheck(TensorType type, int hidden, int k) {
   const DeviceArray<float> values(RandomValues(random, size_t{kMostRows} * k, 2));
   bool ok = true;
   int fused = 0;
-  for (int rows = 1; rows <= kMostRows; ++rows) {
+  for (int rows = 1; rows <= kMostRows; rows += rows < kMostStreamRows + 1 ? 1 : 23) {
     const size_t outputs = static_cast<size_t>(rows) * hidden;
     const DeviceArray<float> gates(std::vector<float>(outputs, NAN)), ups(outputs);
     const DeviceArray<uint8_t> converted(ActivationBytes(rows, k));
@@ -298,13 +309,13 @@ bool RunFusionCheck(TensorType type, int hidden, int k) {
     };
     const MatmulTerm terms[] = {{{type, hidden, k, gate.packed.get()}, gates.get(), hidden},
                                 {{type, hidden, k, up.packed.get()}, ups.get(), hidden}};
-    if (!CanFuseGate(terms, rows)) continue;
+    if (!CanFuseGate(terms)) continue;
     ++fused;
     const Activations x = laid_out(converted, k);
     CheckDevice(LaunchConvert(values.get(), x, nullptr));
-    CheckDevice(LaunchMatmul(terms, x, nullptr));
+    CheckDevice(LaunchMatmul(terms, x, nullptr, {}));
     CheckDevice(LaunchSwiGlu(gates.get(), ups.get(), hidden, laid_out(expected, hidden), nullptr));
-    CheckDevice(LaunchMatmul(terms, x, nullptr, {.gated = laid_out(actual, hidden)}));
+    CheckDevice(LaunchMatmul(terms, x, nullptr, {}, {.gated = laid_out(actual, hidden)}));
     CheckDevice(cudaDeviceSynchronize());
     ok = ok && CopyToHost(expected.get(), empty.size()) == CopyToHost(actual.get(), empty.size());
   }
@@ -312,6 +323,48 @@ bool RunFusionCheck(TensorType type, int hidden, int k) {
   std::printf("%s %-5s n %d k %5d: fused gates of %d row counts %s\n", ok ? "ok  " : "FAIL",
               std::string(GetTensorTypeInfo(type).name).c_str(), hidden, k, fused,
               ok ? "have the same bits" : "DIFFER");
+  return ok;
+}
+
+// Terms of several types, whose kernels may run side by side, against each of them alone.
+bool RunMixedCheck(std::span<const TensorType> types, int n, int k) {
+  constexpr int kRows[] = {1, 2, 7, 16, 17, 40, 64, 130};
+  std::mt19937 random(n);
+  std::vector<CheckedTerm> terms;
+  for (const TensorType type : types) {
+    terms.push_back(MakeTerm(random, {type, n, k, kRows}, n, /*accumulate=*/true));
+  }
+  const DeviceArray<float> values(RandomValues(random, size_t{130} * k, 1));
+  const ScratchArray scratch;
+  bool ok = true;
+  for (const int rows : kRows) {
+    const DeviceArray<uint8_t> memory(ActivationBytes(rows, k));
+    const Activations x = LayOutActivations(memory.get(), ActivationForm::kHalf, rows, k);
+    std::vector<DeviceArray<float>> together, alone;
+    std::vector<MatmulTerm> launched;
+    for (size_t i = 0; i < terms.size(); ++i) {
+      together.emplace_back(terms[i].start);
+      alone.emplace_back(terms[i].start);
+      launched.push_back({{types[i], n, k, terms[i].packed.get()},
+                          together.back().get(),
+                          n,
+                          terms[i].bias.get(),
+                          true});
+    }
+    CheckDevice(LaunchConvert(values.get(), x, nullptr));
+    CheckDevice(LaunchMatmul(launched, x, nullptr, scratch.of()));
+    for (size_t i = 0; i < terms.size(); ++i) {
+      launched[i].y = alone[i].get();
+      CheckDevice(LaunchMatmul({&launched[i], 1}, x, nullptr, scratch.of()));
+    }
+    CheckDevice(cudaDeviceSynchronize());
+    const size_t outputs = static_cast<size_t>(rows) * n;
+    for (size_t i = 0; i < terms.size(); ++i) {
+      ok &= CopyToHost(together[i].get(), outputs) == CopyToHost(alone[i].get(), outputs);
+    }
+  }
+  std::printf("%s %zu types n %d k %d: %s\n", ok ? "ok  " : "FAIL", types.size(), n, k,
+              ok ? "together the same bits as alone" : "DIFFER");
   return ok;
 }
 
@@ -331,9 +384,13 @@ bool RunAllMatmulChecks(bool small) {
     }
     if (small) continue;
     ok &= RunMatmulCheck({info.type, 6229, 2048, kManyRows});
+    ok &= RunMatmulCheck({info.type, 128, 11008, kManyRows});
     ok &= RunMatmulCheck({info.type, 128, 14336, kManyRows});
     ok &= RunMatmulCheck({info.type, 128, 28672, kDirectRows});
   }
+  constexpr TensorType kTypes[] = {TensorType::kQ4_K, TensorType::kQ6_K, TensorType::kQ5_K};
+  ok &= RunMixedCheck(std::span(kTypes).first(2), 277, 1280);
+  ok &= RunMixedCheck(kTypes, 1024, 4096);
   // Blocks with several passes that read their activations directly.
   if (!small) ok &= RunMatmulCheck({TensorType::kQ4_K, 4256, 8192, kDirectRows});
   return ok;

@@ -54,7 +54,6 @@ class TileStream {
 #pragma unroll
     for (int n = 0; n < kTaken; ++n) tiles[n] = LoadedTile<Tile>(memory_ + n * Tile::kBytes, lane);
     FenceBeforeCopies();
-    __syncwarp();
     Fetch();
   }
 
@@ -161,16 +160,17 @@ class PassSums {
   static constexpr int kTiles = Layout::kTiles;
 
   __device__ float Sum(const float* partials, int row) const {
-    float parts[2] = {};
+    float quarters[Tile::kParts][kQuarters] = {};
 #pragma unroll
     for (int j = 0; j < kSplits; ++j) {
 #pragma unroll
       for (int part = 0; part < Tile::kParts; ++part) {
         const int column = j * Layout::kColumns + column_ * Tile::kParts + part;
-        parts[part] = __fadd_rn(parts[part], partials[column * Layout::kColumnStride + row]);
+        float& quarter = quarters[part][j / kQuarterSplits];
+        quarter = __fadd_rn(quarter, partials[column * Layout::kColumnStride + row]);
       }
     }
-    return JoinParts<Tile>(parts[0], parts[1]);
+    return JoinParts<Tile>(SumOfQuarters(quarters[0]), SumOfQuarters(quarters[Tile::kParts - 1]));
   }
   __device__ void StoreGated(int pair, float gate, float up) const {
     const Activations& out = p_.gated;
@@ -221,9 +221,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   uint64_t* const activation_barrier = barriers + kSplits + warp;
   uint64_t* const pass_barriers = barriers + 2 * kSplits;
 
-  // Where splits are not all as long, the longer ones alternate: dealt out like this, the warps of
-  // each of the multiprocessor's four schedulers have some of them.
-  const int split = warp ^ (warp >> 3);
+  const int split = StreamSplit(warp);
   const int first = SplitBegin(split, p.superblocks), last = SplitBegin(split + 1, p.superblocks);
   const BlockRows block_rows(p);
   if (IsElected()) {
@@ -236,7 +234,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   __syncwarp();
   TileStream<Tile, kTiles> stream(p, block_rows, shared + warp * Layout::kPassBytes, tile_barrier,
                                   first, last);
-  LetNextKernelStart();
+  if (!p.beside_next) LetNextKernelStart();
   __syncthreads();
 
   PassSums<Tile, Layout> sums(p, block_rows);
@@ -246,7 +244,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   const auto prepare = [&] {
     if (prepared) return;
     prepared = true;
-    WaitForPreviousKernel();
+    BeginReading(p);
     sums.Begin(0);
     if (kShared && first < last) {
       const int begin = first * ActivationBlockBytes(rows), end = last * ActivationBlockBytes(rows);
@@ -288,7 +286,9 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     __syncwarp();
     if (lane == 0) Arrive(pass_barriers + (pass & 1));
   }
+  p.next.Prefetch();
   finish(pass - 1);
+  EndReading(p);
 }
 
 }  // namespace stagecoach::cuda

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul_parameters.cuh"
 
 namespace stagecoach::cuda {
@@ -37,33 +38,25 @@ struct StreamLayout {
   }
 };
 
-enum class StreamChoice { kSharedActivations, kDirectActivations, kNone };
-
-// rows: of activations. tile_rows: of all terms.
+// Whether so many rows of activations fit shared memory; if not, they are read as they are needed,
+// for which there is always room.
 template <typename Tile>
-StreamChoice ChooseStream(int superblocks, int rows, int tile_rows, const DeviceLimits& device) {
-  const auto choose = [&]<int kColumns>() {
-    using Shared = StreamLayout<Tile, kColumns, true>;
-    using Direct = StreamLayout < Tile, kColumns<4 ? 4 : kColumns, false>;
-    const auto fits = [&](size_t bytes) { return bytes <= device.shared_bytes; };
-    if (fits(Shared::Bytes(superblocks, rows))) return StreamChoice::kSharedActivations;
-    // So many take longer than the weights if they are read once more for every pass.
-    const bool direct = kColumns < 16 || tile_rows <= Direct::kTiles * device.multiprocessors;
-    return direct && fits(Direct::Bytes(superblocks, rows)) ? StreamChoice::kDirectActivations
-                                                            : StreamChoice::kNone;
+bool SharesActivations(int superblocks, int rows, const DeviceLimits& device) {
+  const auto fits = [&]<int kColumns>() {
+    static_assert(StreamLayout<Tile, kColumns, false>::Bytes(0, 0) <= kMostSharedBytes);
+    return StreamLayout<Tile, kColumns, true>::Bytes(superblocks, rows) <= device.shared_bytes;
   };
-  if (rows > kMostFusedRows) return StreamChoice::kNone;
   switch (StreamColumns(rows)) {
     case 1:
-      return choose.template operator()<1>();
+      return fits.template operator()<1>();
     case 2:
-      return choose.template operator()<2>();
+      return fits.template operator()<2>();
     case 4:
-      return choose.template operator()<4>();
+      return fits.template operator()<4>();
     case 8:
-      return choose.template operator()<8>();
+      return fits.template operator()<8>();
     default:
-      return choose.template operator()<16>();
+      return fits.template operator()<16>();
   }
 }
 

@@ -1,193 +1,405 @@
-// Products for more rows of activations, or longer ones, than the stream kernel takes. A block
-// computes 16 output rows per warp for kColumns rows of activations, superblock after superblock
-// through a ring of stages. Either it walks all of k, or (kSplitK) it takes two splits of k, and
-// the 8 blocks of a cluster add their partial sums up through each other's shared memory: where
-// there are too few blocks otherwise. Both add in the same order.
+// Products for more rows of activations than the stream kernel takes, by products of warpgroups
+// (device_ops.cuh): of weights, decoded to registers, and activations as they lie in shared memory.
+// Each warp of a warpgroup has a row of tiles. Other warps fetch, superblock after superblock,
+// through a ring of stages. A block walks all of k or (kSplitK), where there would be too few
+// blocks, a quarter of it, half by one warpgroup and half by another; then the four blocks add
+// their sums up, each some of them. Both add in the same order.
 #ifndef STAGECOACH_KERNELS_CUDA_TILE_KERNEL_CUH_
 #define STAGECOACH_KERNELS_CUDA_TILE_KERNEL_CUH_
 
+#include "kernels/cuda/activation_ops.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul_parameters.cuh"
-#include "kernels/cuda/superblock_product.cuh"
+#include "kernels/cuda/tile_decode.cuh"
 
 namespace stagecoach::cuda {
 
-inline constexpr int kCluster = 8;  // blocks, with kSplitK
-inline constexpr int kBlockSplits = kSplits / kCluster;
-static_assert(kBlockSplits == 2);
+inline constexpr int kWarpgroup = 128;  // threads
 
+// kColumns: 32 or 64.
 template <typename Tile, int kColumns, bool kSplitK>
 struct TileLayout {
-  static constexpr int kWarps = 8;
-  static constexpr int kThreads = kWarps * 32;
-  // Blocks of 64 columns are large, so that activations that are read serve many rows, if two
-  // stages of them fit.
-  static constexpr int kTwoTilesBytes = 2 * kWarps * Tile::kBytes + ActivationBlockBytes(64);
-  static constexpr int kWarpTiles =
-      kColumns == 64 && !kSplitK && 2 * kTwoTilesBytes < kMostSharedBytes - 64 ? 2 : 1;
-  static constexpr int kBlockTiles = kWarps * kWarpTiles;
-  static constexpr int kBlockRows = kBlockTiles * kTileRows;  // output rows of a block
+  static constexpr int kActivationBytes = ActivationBlockBytes(kColumns);
+  static constexpr int kThreadSums = kColumns / 2;           // of a warp's 16 x kColumns results
+  static constexpr int kFreeBytes = kMostSharedBytes - 256;  // barriers and such take less
+  // Warps that multiply: 16, so that activations serve many rows, if two stages and sums fit.
+  static constexpr int kWideBytes =
+      2 * (16 * Tile::kBytes + kActivationBytes) + 16 * 32 * kThreadSums * 4;
+  static constexpr int kWarps = kSplitK || kWideBytes <= kFreeBytes ? 16 : 8;
+  static constexpr int kMultiplying = kWarps * 32;  // threads
+  static constexpr int kThreads = kMultiplying + kWarpgroup;
+  // Of a thread that multiplies, and of one that fetches.
+  static constexpr int kRegisters = kWarps == 16 ? 112 : 232;
+  static constexpr int kFetchRegisters = kWarps == 16 ? 32 : 40;
+
+  static constexpr int kBlockTiles = kSplitK ? kWarps / 2 : kWarps;
+  static constexpr int kStoring = kBlockTiles * 32;  // threads that end up with results
   static constexpr int kWeightBytes = kBlockTiles * Tile::kBytes;
-  static constexpr int kStageBytes = kWeightBytes + ActivationBlockBytes(kColumns);
-  static constexpr int kHalfBytes = 113 * 1024;  // of two blocks on a multiprocessor
-  static constexpr int kBlocks = kWarpTiles == 2 || 2 * kStageBytes > kHalfBytes - 64 ? 1 : 2;
-  static constexpr int kMostBytes = kBlocks == 1 ? kMostSharedBytes : kHalfBytes;
-  static constexpr int kFitting = (kMostBytes - 64) / kStageBytes;
-  static constexpr int kStages = kFitting > 4 ? 4 : kFitting;
-  static_assert(kStages >= 2);
+  static constexpr int kStageBytes = kWeightBytes + kActivationBytes;
+  // Sums put by behind the ring, [kThreadSums][kStoring]: of the quarters so far, or of the halves
+  // that come first.
+  static constexpr int kSumsBytes = kThreadSums * kStoring * 4;
+  static constexpr int kFitting = (kFreeBytes - kSumsBytes) / kStageBytes;
+  static constexpr int kStages = kFitting > 6 ? 6 : kFitting;
+  static_assert(kStages >= 2 && kStageBytes % 128 == 0 && 2 * kStages * 8 <= 128);
   static constexpr int kRingBytes = kStages * kStageBytes;
-  static constexpr int kSumsBytes = kSplitK ? kBlockSplits * kColumns * kBlockRows * 4 : 0;
-  // Copy barriers, [kStages], lie behind the ring.
-  static constexpr int kSharedBytes =
-      kRingBytes + kStages * 8 > kSumsBytes ? kRingBytes + kStages * 8 : kSumsBytes;
+  static constexpr int kSharedBytes = kRingBytes + kSumsBytes + 2 * kStages * 8;
 };
 
-// Adds the partial sums of the cluster's blocks up, [2 splits][kColumns][kBlockRows] in each, and
-// stores them; a block does its share of the columns.
-template <typename Tile, int kColumns>
-__device__ inline void StoreClusterSums(const MatmulParameters& p, int first_tile_row,
-                                        int first_row, const float* partials) {
-  using Layout = TileLayout<Tile, kColumns, true>;
-  constexpr int kOutputs = kColumns / Tile::kParts, kRows = Layout::kBlockRows;
-  constexpr int kShare = (kOutputs + kCluster - 1) / kCluster;
-  const int first_output = static_cast<int>(ClusterRank()) * kShare;
-  for (int i = threadIdx.x; i < kShare * kRows; i += Layout::kThreads) {
-    const int output = first_output + i / kRows, row = i % kRows;
-    if (output >= kOutputs) break;
-    float parts[2] = {};
-#pragma unroll
-    for (int j = 0; j < kSplits; ++j) {
-#pragma unroll
-      for (int part = 0; part < Tile::kParts; ++part) {
-        const int column = output * Tile::kParts + part;
-        const float* partial = partials + (j % kBlockSplits * kColumns + column) * kRows + row;
-        parts[part] = __fadd_rn(parts[part], LoadFromCluster(partial, j / kBlockSplits));
-      }
-    }
-    const int tile_row = first_tile_row + row / kTileRows;
-    if (tile_row < p.tile_rows) {
-      ResultPlace::Of<Tile>(p, tile_row, row % kTileRows, first_row / Tile::kParts + output)
-          .Store(ResultOf<Tile>(JoinParts<Tile>(parts[0], parts[1])));
-    }
-  }
-}
-
-// kColumns: 8, 16, 32 or 64. Grid: x = groups of kColumns rows of activations (times kCluster, in
-// clusters of that size), y = groups of kBlockRows output rows.
+// What a block computes. Slots: superblocks in the order in which its ring holds them; the two
+// halves' in turn, if there are two.
 template <typename Tile, int kColumns, bool kSplitK>
-__global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
-                                  TileLayout<Tile, kColumns, kSplitK>::kBlocks)
-    TileKernel(const __grid_constant__ MatmulParameters p) {
+struct TileShare {
   using Layout = TileLayout<Tile, kColumns, kSplitK>;
-  constexpr int kColumnTiles = kColumns / 8;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  constexpr int kTiles = Layout::kWarpTiles;
-  const int first_tile_row = static_cast<int>(blockIdx.y) * Layout::kBlockTiles;
-  const int tile_row = first_tile_row + warp * kTiles;
-  const int first_row = static_cast<int>(blockIdx.x) / (kSplitK ? kCluster : 1) * kColumns;
-  const int first_split = kSplitK ? static_cast<int>(ClusterRank()) * kBlockSplits : 0;
-  const int end_split = kSplitK ? first_split + kBlockSplits : kSplits;
-  const int first = SplitBegin(first_split, p.superblocks);
-  const int last = SplitBegin(end_split, p.superblocks);
-  // What there are no weights for becomes anything; nobody stores it.
-  const bool has_weights = tile_row < p.tile_rows;
-  const bool fetches = lane < kTiles && tile_row + lane < p.tile_rows;  // the row of its number
-  const uint8_t* weights = fetches ? TileRow<Tile>(p, tile_row + lane) : nullptr;
-  uint8_t* shared = SharedMemory();
+  int superblocks;
+  int row_block, row_blocks;  // of kColumns rows of activations
+  int first_tile_row;
+  int quarter;
 
-  auto* barriers = reinterpret_cast<uint64_t*>(shared + Layout::kRingBytes);
-  if (threadIdx.x < Layout::kStages) InitCopyBarrier(barriers + threadIdx.x);
-  __syncthreads();
-  // Superblock s is the i-th of this block, in stage i % kStages.
-  const auto fetch_weights = [&](int s, int stage) {
-    if (s >= last || !fetches) return;
-    CopyBulk(shared + stage * Layout::kStageBytes + (warp * kTiles + lane) * Tile::kBytes,
-             weights + static_cast<size_t>(s) * Tile::kBytes, Tile::kBytes, barriers + stage);
-  };
-  // Columns beyond the last row get what lies behind it; nobody reads what becomes of them.
-  const auto fetch_activations = [&](int s, int stage) {
-    if (s >= last || warp != 0) return;
-    uint8_t* to = shared + stage * Layout::kStageBytes + Layout::kWeightBytes;
-    if (lane == 0) {
-      const int tiles = min(Layout::kBlockTiles, p.tile_rows - first_tile_row);
-      ExpectCopies(barriers + stage, tiles * Tile::kBytes + ActivationBlockBytes(kColumns));
-    }
-    if (lane < kGroups) {
-      CopyBulk(to + lane * kColumns * 64,
-               p.x + (static_cast<size_t>(s * kGroups + lane) * p.rows + first_row) * 64,
-               kColumns * 64, barriers + stage);
-    }
-  };
+  __device__ explicit TileShare(const MatmulParameters& p)
+      : superblocks(p.superblocks),
+        row_block(static_cast<int>(blockIdx.x) / (kSplitK ? kQuarters : 1)),
+        row_blocks(static_cast<int>(gridDim.x) / (kSplitK ? kQuarters : 1)),
+        first_tile_row(static_cast<int>(blockIdx.y) * Layout::kBlockTiles),
+        quarter(kSplitK ? static_cast<int>(blockIdx.x) % kQuarters : 0) {}
+  // Of the block's tiles, in shared memory. Gate and up in turn.
+  __device__ int TileRowOf(const MatmulParameters& p, int tile) const {
+    if (p.gated.halves == nullptr) return first_tile_row + tile;
+    return first_tile_row / 2 + tile / 2 + tile % 2 * p.terms[1].first_tile_row;
+  }
+  __device__ int FirstSplit(int half) const {
+    return kSplitK ? (2 * quarter + half) * (kQuarterSplits / 2) : 0;
+  }
+  __device__ int Begin(int half) const { return SplitBegin(FirstSplit(half), superblocks); }
+  __device__ int End(int half) const {
+    return SplitBegin(FirstSplit(half) + (kSplitK ? kQuarterSplits / 2 : kSplits), superblocks);
+  }
+  // -1: none. Halves differ by one superblock at most, so that only a last slot may have none.
+  __device__ int Superblock(int slot) const {
+    const int half = kSplitK ? slot % 2 : 0;
+    const int superblock = Begin(half) + (kSplitK ? slot / 2 : slot);
+    return superblock < End(half) ? superblock : -1;
+  }
+  __device__ int Slots() const {
+    return kSplitK ? 2 * max(End(0) - Begin(0), End(1) - Begin(1)) : superblocks;
+  }
+};
 
-#pragma unroll 1
-  for (int i = 0; i < Layout::kStages; ++i) fetch_weights(first + i, i);
-  LetNextKernelStart();
-  WaitForPreviousKernel();
-#pragma unroll 1
-  for (int i = 0; i < Layout::kStages; ++i) fetch_activations(first + i, i);
-
-  float acc[kTiles][kColumnTiles][4] = {};     // of the split at hand
-  float totals[kTiles][kColumnTiles][4] = {};  // of those before it
-  int split_end = SplitBegin(first_split + 1, p.superblocks), split = first_split;
+// Where in the ring slots lie, from the first one on.
+template <int kStages>
+struct RingPlace {
   int stage = 0;
   uint32_t phase = 0;
-#pragma unroll 1
-  for (int s = first; s < last; ++s) {
-    AwaitPhase(barriers + stage, phase);
-    if (s == split_end) {
-#pragma unroll
-      for (int j = 0; j < kTiles * kColumnTiles * 4; ++j) {
-        float& total = totals[j / 4 / kColumnTiles][j / 4 % kColumnTiles][j % 4];
-        float& sum = acc[j / 4 / kColumnTiles][j / 4 % kColumnTiles][j % 4];
-        total = __fadd_rn(total, sum);
-        sum = 0;
-      }
-      while (split_end <= s) split_end = SplitBegin(++split + 1, p.superblocks);
-    }
-    if (has_weights) {
-      const uint8_t* own = shared + stage * Layout::kStageBytes;
-      const SuperblockActivations<true> x = {own + Layout::kWeightBytes, kColumns};
-      LoadedTile<Tile> tiles[kTiles];
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        tiles[n] = LoadedTile<Tile>(own + (warp * kTiles + n) * Tile::kBytes, lane);
-      }
-      AddSuperblock<Tile, kColumns>(tiles, x, lane, acc);
-    }
-    __syncthreads();  // nobody reads the stage any more
-    fetch_activations(s + Layout::kStages, stage);
-    fetch_weights(s + Layout::kStages, stage);
-    if (++stage == Layout::kStages) {
+
+  __device__ void Advance() {
+    if (++stage == kStages) {
       stage = 0;
       phase ^= 1;
     }
   }
+};
 
-  if constexpr (kSplitK) {
-    // If one of the two splits is empty, it does not matter which one.
-    auto* partials = reinterpret_cast<float*>(shared);
-#pragma unroll
-    for (int j = 0; j < kColumnTiles * 4; ++j) {
-      const int c = j / 4, i = j % 4;
-      float* partial = partials + (c * 8 + 2 * t + i % 2) * Layout::kBlockRows + warp * kTileRows +
-                       g + i / 2 * 8;
-      partial[0] = totals[0][c][i];
-      partial[kColumns * Layout::kBlockRows] = acc[0][c][i];
+// A warp that fetches: its share of each stage. filled, emptied: barriers, [kStages].
+template <typename Tile, int kColumns, bool kSplitK>
+__device__ inline void FetchStages(const MatmulParameters& p,
+                                   const TileShare<Tile, kColumns, kSplitK>& share, uint8_t* shared,
+                                   uint64_t* filled, uint64_t* emptied) {
+  using Layout = TileLayout<Tile, kColumns, kSplitK>;
+  constexpr int kWarpTiles = Layout::kBlockTiles / 4;
+  const int lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0) - Layout::kWarps;
+  const int tiles = min(Layout::kBlockTiles, p.tile_rows - share.first_tile_row);
+  const int tile = warp * kWarpTiles + lane;
+  const bool fetches = lane < kWarpTiles && tile < tiles;
+  const uint8_t* weights = fetches ? TileRow<Tile>(p, share.TileRowOf(p, tile)) : nullptr;
+  const auto fetch_weights = [&](int s, int stage) {
+    if (warp == 0 && IsElected()) {
+      ExpectCopies(filled + stage, tiles * Tile::kBytes + Layout::kActivationBytes);
     }
-    ClusterBarrier();
-    StoreClusterSums<Tile, kColumns>(p, first_tile_row, first_row, partials);
-    ClusterBarrier();  // nobody leaves while others read its sums
+    if (fetches) {
+      CopyBulk(shared + stage * Layout::kStageBytes + tile * Tile::kBytes,
+               weights + static_cast<size_t>(s) * Tile::kBytes, Tile::kBytes, filled + stage);
+    }
+  };
+  // One copy: many small ones take longer to begin than to come. Of a last block of rows that is
+  // not full, the rest is anything; nobody reads what becomes of it.
+  const auto fetch_activations = [&](int s, int stage) {
+    if (warp != 0 || !IsElected()) return;
+    const size_t place = static_cast<size_t>(s) * share.row_blocks + share.row_block;
+    CopyBulk(shared + stage * Layout::kStageBytes + Layout::kWeightBytes,
+             p.x + place * Layout::kActivationBytes, Layout::kActivationBytes, filled + stage);
+  };
+  const int slots = share.Slots(), ahead = min(slots, Layout::kStages);
+  for (int slot = 0; slot < ahead; ++slot) {
+    const int s = share.Superblock(slot);
+    if (s >= 0) fetch_weights(s, slot);
+  }
+  BeginReading(p);
+  for (int slot = 0; slot < ahead; ++slot) {
+    const int s = share.Superblock(slot);
+    if (s >= 0) fetch_activations(s, slot);
+  }
+  RingPlace<Layout::kStages> place;
+#pragma unroll 1
+  for (int slot = ahead; slot < slots; ++slot, place.Advance()) {
+    const int s = share.Superblock(slot);
+    if (s < 0) continue;
+    AwaitPhase(emptied + place.stage, place.phase);
+    fetch_weights(s, place.stage);
+    fetch_activations(s, place.stage);
+  }
+}
+
+// acc += tile * the activations of one superblock, or (!add) is that. tile: in shared memory, the
+// warp's. Ends with products under way.
+template <typename Tile, int kColumns>
+__device__ inline void AddStage(const uint8_t* tile, uint64_t activations, bool add,
+                                float (&acc)[kColumns / 8][4]) {
+  const int lane = threadIdx.x % 32;
+  const TileScales<Tile> scales(tile, lane);
+#pragma unroll
+  for (int p = 0; p < kPairs; ++p) {
+    const TilePair<Tile> pair(tile, p, lane);
+    const PairScales pair_scales = scales.Pair(p);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const GroupWeights weights = DecodeGroup<Tile>(pair, pair_scales, i);
+      BeginWideProducts();
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int product = (2 * p + i) * 2 + j;
+        const uint32_t(&w)[2][4] = weights.bits;
+        MultiplyAddWide<kColumns>(acc, w[0][2 * j], w[1][2 * j], w[0][2 * j + 1], w[1][2 * j + 1],
+                                  activations + WideFactorStep(product * 2 * kColumns * 16),
+                                  add || product > 0);
+      }
+      EndWideProducts();
+      AwaitWideProducts<1>();  // so that there are registers for the next weights
+    }
+  }
+}
+
+// Sums of a thread that multiplies: of the split at hand, and of those before it in its quarter
+// (half).
+template <int kColumns>
+struct TileSums {
+  static constexpr int kSums = kColumns / 2;
+  float acc[kColumns / 8][4] = {};
+  float before[kSums] = {};
+
+  __device__ float Sum(int i) const { return __fadd_rn(before[i], acc[i / 4][i % 4]); }
+  __device__ void EndSplit() {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) before[i] = Sum(i);
+  }
+  // by: the thread's sums of quarters, kStoring apart. first: there are none yet.
+  template <int kStoring>
+  __device__ void EndQuarter(bool first, float* by) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      by[i * kStoring] = first ? before[i] : __fadd_rn(by[i * kStoring], before[i]);
+      before[i] = 0;
+    }
+  }
+};
+
+// Multiplies all slots of the half. Adds quarters but the last up in `by`; false: it was the first.
+template <typename Tile, int kColumns, bool kSplitK>
+__device__ inline bool MultiplySlots(const TileShare<Tile, kColumns, kSplitK>& share, int half,
+                                     const uint8_t* shared, uint64_t* filled, uint64_t* emptied,
+                                     float* by, TileSums<kColumns>& sums) {
+  using Layout = TileLayout<Tile, kColumns, kSplitK>;
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0) % Layout::kBlockTiles;
+  const int slots = share.Slots();
+  RingPlace<Layout::kStages> place;
+  if (half == 1) place.Advance();
+  int split = share.FirstSplit(half) - 1, split_end = share.Begin(half);
+  bool put_by = false;
+#pragma unroll 1
+  for (int slot = half; slot < slots; slot += kSplitK ? 2 : 1) {
+    const int s = share.Superblock(slot);
+    if (s < 0) break;
+    const bool begins = s == split_end;
+    if (begins) {
+      const int ended = split;
+      while (split_end <= s) split_end = SplitBegin(++split + 1, share.superblocks);
+      if (slot > half) {
+        sums.EndSplit();
+        if (!kSplitK && ended / kQuarterSplits != split / kQuarterSplits) {
+          sums.template EndQuarter<Layout::kStoring>(!put_by, by);
+          put_by = true;
+        }
+      }
+    }
+    AwaitPhase(filled + place.stage, place.phase);
+    __syncwarp();  // as the products want it
+    const uint8_t* own = shared + place.stage * Layout::kStageBytes;
+    AddStage<Tile, kColumns>(own + warp * Tile::kBytes,
+                             WideFactor<kColumns>(own + Layout::kWeightBytes), !begins, sums.acc);
+    AwaitWideProducts<0>();
+    AwaitedWideResult(sums.acc);
+    FenceBeforeCopies();
+    if (IsElected()) Arrive(emptied + place.stage);
+    place.Advance();
+    if (kSplitK) place.Advance();
+  }
+  return put_by;
+}
+
+// Stores kCount of a thread's results, from the first-th on.
+template <typename Tile, int kColumns, bool kSplitK, int kCount>
+__device__ inline void StoreSums(const MatmulParameters& p,
+                                 const TileShare<Tile, kColumns, kSplitK>& share, int first,
+                                 const float (&sums)[kCount]) {
+  using Layout = TileLayout<Tile, kColumns, kSplitK>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % Layout::kBlockTiles;
+  const int g = lane / 4, t = lane % 4, tile_row = share.first_tile_row + warp;
+  if (tile_row >= p.tile_rows) return;
+  const int first_column = share.row_block * kColumns + 2 * t + first * 2;
+#pragma unroll
+  for (int i = 0; i < kCount; i += Tile::kParts) {
+    // The parts of a row are neighbouring columns, of the same lane.
+    const int column = first_column + i / 4 * 8 + i % 2;
+    ResultPlace::Of<Tile>(p, tile_row, g + i % 4 / 2 * 8, column / Tile::kParts)
+        .Store(ResultOf<Tile>(JoinParts<Tile>(sums[i], sums[i + Tile::kParts - 1])));
+  }
+}
+
+// Instead of the sums of gate and up, which neighbouring warps have: what SwiGLU makes of them.
+// Each of the two has half of the columns. by: of the thread, [kSums], kStoring apart.
+template <typename Tile, int kColumns>
+__device__ inline void StoreGated(const MatmulParameters& p,
+                                  const TileShare<Tile, kColumns, false>& share, float* by,
+                                  const float (&sums)[kColumns / 2]) {
+  constexpr int kShare = kColumns / 4, kStoring = TileLayout<Tile, kColumns, false>::kStoring;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const bool has_up = warp % 2 == 1, odd = g % 2 == 1;
+  float own[kShare];
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {
+    own[i] = ResultOf<Tile>(has_up ? sums[kShare + i] : sums[i]);
+    by[i * kStoring] = ResultOf<Tile>(has_up ? sums[i] : sums[kShare + i]);
+  }
+  NamedBarrier(1 + warp / 2, 64);
+  const float* other = by + (has_up ? -32 : 32);
+  const int first_row = share.row_block * kColumns + (has_up ? kColumns / 2 : 0) + 2 * t;
+  const int column = share.TileRowOf(p, warp & ~1) * kTileRows + g / 2 * 2 + (odd ? 8 : 0);
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {
+    if (i % 4 >= 2) continue;
+    float values[2];  // of rows g and g + 8 of the tiles
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float mine = own[i + 2 * r], theirs = other[(i + 2 * r) * kStoring];
+      values[r] = has_up ? SiluTimes(theirs, mine) : SiluTimes(mine, theirs);
+    }
+    // Lanes of neighbouring rows swap, so that each stores two neighbours.
+    const float swapped = __shfl_xor_sync(0xffffffff, odd ? values[0] : values[1], 4);
+    const int row = first_row + i / 4 * 8 + i % 2;
+    if (row >= p.rows) continue;
+    *reinterpret_cast<__half2*>(p.gated.halves + p.gated.HalfPlace(row, column)) =
+        odd ? ToHalfActivations(swapped, values[1]) : ToHalfActivations(values[0], swapped);
+  }
+}
+
+// Returns when all four blocks of the group have come here, and what they wrote before is visible.
+// For kThreads threads of each block.
+template <int kThreads>
+__device__ inline void AwaitGroup(int* arrivals) {
+  NamedBarrier(1, kThreads);
+  if (threadIdx.x % kThreads == 0) {
+    __threadfence();
+    const int arrival = atomicAdd(arrivals, 1);  // counts on from kernel to kernel
+    const int last = arrival / kQuarters * kQuarters + kQuarters - 1;
+    while (*static_cast<volatile int*>(arrivals) - last <= 0) {
+    }
+    __threadfence();
+  }
+  NamedBarrier(1, kThreads);
+}
+
+// Adds up what the four blocks of a group have; each stores a fourth of a thread's results.
+template <typename Tile, int kColumns, bool kSplitK>
+__device__ inline void StoreQuarters(const MatmulParameters& p,
+                                     const TileShare<Tile, kColumns, kSplitK>& share,
+                                     const float (&sums)[kColumns / 2]) {
+  constexpr int kSums = kColumns / 2, kShare = kSums / kQuarters;
+  constexpr int kStoring = TileLayout<Tile, kColumns, kSplitK>::kStoring;
+  const int group = static_cast<int>(blockIdx.y) * share.row_blocks + share.row_block;
+  float* const partials = p.partials + static_cast<size_t>(group) * kQuarters * kSums * kStoring +
+                          threadIdx.x % kStoring;
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    __stcg(partials + (share.quarter * kSums + i) * kStoring, sums[i]);
+  }
+  AwaitGroup<kStoring>(p.arrivals + group);
+  const int first = share.quarter * kShare;
+  float quarters[kShare][kQuarters], results[kShare];
+#pragma unroll
+  for (int i = 0; i < kShare * kQuarters; ++i) {
+    const int quarter = i % kQuarters, place = quarter * kSums + first + i / kQuarters;
+    quarters[i / kQuarters][quarter] = __ldcg(partials + place * kStoring);
+  }
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) results[i] = SumOfQuarters(quarters[i]);
+  StoreSums(p, share, first, results);
+}
+
+// Grid: x = groups of kColumns rows of activations (times kQuarters, with kSplitK), y = groups of
+// kBlockTiles rows of tiles.
+template <typename Tile, int kColumns, bool kSplitK>
+__global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads, 1)
+    TileKernel(const __grid_constant__ MatmulParameters p) {
+  using Layout = TileLayout<Tile, kColumns, kSplitK>;
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+  const TileShare<Tile, kColumns, kSplitK> share(p);
+  uint8_t* shared = SharedMemory();
+  auto* sums_by = reinterpret_cast<float*>(shared + Layout::kRingBytes);
+  auto* filled = reinterpret_cast<uint64_t*>(shared + Layout::kRingBytes + Layout::kSumsBytes);
+  uint64_t* const emptied = filled + Layout::kStages;
+  if (threadIdx.x < Layout::kStages) {
+    InitCopyBarrier(filled + threadIdx.x);
+    InitBarrier(emptied + threadIdx.x, Layout::kBlockTiles);
+  }
+  __syncthreads();
+  if (!p.beside_next) LetNextKernelStart();
+  if (warp >= Layout::kWarps) {
+    GiveUpRegisters<Layout::kFetchRegisters>();
+    FetchStages(p, share, shared, filled, emptied);
+    return;
+  }
+
+  TakeRegisters<Layout::kRegisters>();
+  constexpr int kSums = kColumns / 2, kStoring = Layout::kStoring;
+  const int half = kSplitK ? warp / Layout::kBlockTiles : 0;
+  float* const by = sums_by + threadIdx.x % kStoring;
+  TileSums<kColumns> sums;
+  const bool put_by = MultiplySlots(share, half, shared, filled, emptied, by, sums);
+  WaitForPreviousKernel();
+  float results[kSums];
+  if constexpr (kSplitK) {
+    const int barrier = 2 + warp % Layout::kBlockTiles / 4;  // of two warpgroups
+    if (half == 0) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) by[i * kStoring] = sums.Sum(i);
+      ArriveAtNamedBarrier(barrier, 2 * kWarpgroup);
+      return;
+    }
+    NamedBarrier(barrier, 2 * kWarpgroup);
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      results[i] = __fadd_rn(__fadd_rn(by[i * kStoring], sums.before[i]), sums.acc[i / 4][i % 4]);
+    }
+    StoreQuarters(p, share, results);
   } else {
 #pragma unroll
-    for (int j = 0; j < kTiles * kColumnTiles * 4; ++j) {
-      const int n = j / 4 / kColumnTiles, c = j / 4 % kColumnTiles, i = j % 4;
-      if (tile_row + n >= p.tile_rows || i % Tile::kParts != 0) continue;
-      // The parts of a row are neighbouring columns, of the same lane.
-      const int last = i + Tile::kParts - 1;
-      ResultPlace::Of<Tile>(p, tile_row + n, g + i / 2 * 8,
-                            (first_row + c * 8 + 2 * t + i % 2) / Tile::kParts)
-          .Store(ResultOf<Tile>(JoinParts<Tile>(__fadd_rn(totals[n][c][i], acc[n][c][i]),
-                                                __fadd_rn(totals[n][c][last], acc[n][c][last]))));
+    for (int i = 0; i < kSums; ++i) {
+      results[i] = put_by ? __fadd_rn(by[i * kStoring], sums.Sum(i)) : sums.Sum(i);
+    }
+    if (p.gated.halves == nullptr) {
+      StoreSums(p, share, 0, results);
+    } else {
+      StoreGated(p, share, by, results);
     }
   }
 }

@@ -47,17 +47,14 @@ cudaError_t LaunchStream(const MatmulParameters& p, const DeviceLimits& device,
 }
 
 template <typename Tile, int kColumns, bool kSplitK>
-cudaError_t LaunchTileKernel(const MatmulParameters& p, int row_blocks, const DeviceLimits& device,
-                             cudaStream_t stream) {
+cudaError_t LaunchTileKernel(const MatmulParameters& p, dim3 grid, cudaStream_t stream) {
   using Layout = TileLayout<Tile, kColumns, kSplitK>;
   LaunchShape shape;
-  shape.cluster = kSplitK ? kCluster : 1;
-  shape.grid = dim3(row_blocks * shape.cluster,
-                    (p.tile_rows * kTileRows + Layout::kBlockRows - 1) / Layout::kBlockRows);
+  shape.grid = grid;
   shape.threads = Layout::kThreads;
   shape.shared_bytes = Layout::kSharedBytes;
   const auto kernel = TileKernel<Tile, kColumns, kSplitK>;
-  const cudaError_t status = AllowSharedMemory(kernel, device.shared_bytes);
+  const cudaError_t status = AllowSharedMemory(kernel, shape.shared_bytes);
   if (status != cudaSuccess) return status;
   return LaunchKernel(kernel, shape, stream, p);
 }
@@ -65,32 +62,40 @@ cudaError_t LaunchTileKernel(const MatmulParameters& p, int row_blocks, const De
 template <typename Tile, int kColumns>
 cudaError_t LaunchTiles(const MatmulParameters& p, const DeviceLimits& device,
                         cudaStream_t stream) {
-  using Layout = TileLayout<Tile, kColumns, false>;
-  const int row_blocks = (p.rows + kColumns - 1) / kColumns;
-  const int output_blocks = (p.tile_rows * kTileRows + Layout::kBlockRows - 1) / Layout::kBlockRows;
-  const int places = device.multiprocessors * Layout::kBlocks;
-  if (row_blocks * output_blocks < places * 3 / 4) {
-    return LaunchTileKernel<Tile, kColumns, true>(p, row_blocks, device, stream);
+  const auto divide = [](int a, int b) { return (a + b - 1) / b; };
+  const int row_blocks = divide(p.rows, kColumns);
+  // In what a multiprocessor needs for a superblock of 16 rows of tiles. To add sums up takes as
+  // long as a few.
+  constexpr int kAddCost = 3;
+  const auto turns = [&](int blocks) { return divide(blocks, device.multiprocessors); };
+  using Whole = TileLayout<Tile, kColumns, false>;
+  using Split = TileLayout<Tile, kColumns, true>;
+  const int blocks = row_blocks * divide(p.tile_rows, Whole::kBlockTiles);
+  const int groups = row_blocks * divide(p.tile_rows, Split::kBlockTiles);
+  const int whole_cost = turns(blocks) * p.superblocks * Whole::kBlockTiles / 16;
+  const int split_cost =
+      turns(kQuarters * groups) * (p.superblocks / kQuarters * Split::kBlockTiles / 16 + kAddCost);
+  static_assert(Split::kStoring * kColumns / 2 <= kSplitGroupFloats / kQuarters);
+  if (p.gated.halves == nullptr && p.partials != nullptr && groups <= kMostSplitGroups &&
+      split_cost < whole_cost) {
+    return LaunchTileKernel<Tile, kColumns, true>(
+        p, dim3(row_blocks * kQuarters, divide(p.tile_rows, Split::kBlockTiles)), stream);
   }
-  return LaunchTileKernel<Tile, kColumns, false>(p, row_blocks, device, stream);
+  return LaunchTileKernel<Tile, kColumns, false>(
+      p, dim3(row_blocks, divide(p.tile_rows, Whole::kBlockTiles)), stream);
 }
 
 template <TensorType type>
 cudaError_t LaunchTypedMatmul(const MatmulParameters& p, const DeviceLimits& device,
                               cudaStream_t stream) {
   using Tile = TileOf<type>;
-  switch (ChooseStream<Tile>(p.superblocks, p.rows, p.tile_rows, device)) {
-    case StreamChoice::kSharedActivations:
-      return LaunchStream<Tile, true>(p, device, stream);
-    case StreamChoice::kDirectActivations:
-      return LaunchStream<Tile, false>(p, device, stream);
-    case StreamChoice::kNone:
-      break;
+  if (p.rows <= kMostStreamRows) {
+    return SharesActivations<Tile>(p.superblocks, p.rows, device)
+               ? LaunchStream<Tile, true>(p, device, stream)
+               : LaunchStream<Tile, false>(p, device, stream);
   }
-  if (p.rows <= 8) return LaunchTiles<Tile, 8>(p, device, stream);
-  if (p.rows <= 16) return LaunchTiles<Tile, 16>(p, device, stream);
-  if (p.rows <= 32) return LaunchTiles<Tile, 32>(p, device, stream);
-  return LaunchTiles<Tile, 64>(p, device, stream);
+  return p.rows <= 32 ? LaunchTiles<Tile, 32>(p, device, stream)
+                      : LaunchTiles<Tile, 64>(p, device, stream);
 }
 
 }  // namespace stagecoach::cuda
