@@ -370,6 +370,9 @@ bool RunMixedCheck(std::span<const TensorType> types, int n, int k) {
 
 bool RunAllMatmulChecks(bool small) {
   bool ok = RunActivationCheck();
+  constexpr TensorType kTypes[] = {TensorType::kQ4_K, TensorType::kQ6_K, TensorType::kQ5_K};
+  ok &= RunMixedCheck(std::span(kTypes).first(2), 277, 1280);
+  ok &= RunMixedCheck(kTypes, 1024, 4096);
   constexpr int kFewRows[] = {1, 2, 3, 5, 8, 9, 17, 33, 70};
   constexpr int kDirectRows[] = {1, 2, 3, 8, 16};  // which do not fit shared memory, if long
   constexpr int kManyRows[] = {1, 2, 4, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 200};
@@ -388,9 +391,6 @@ bool RunAllMatmulChecks(bool small) {
     ok &= RunMatmulCheck({info.type, 128, 14336, kManyRows});
     ok &= RunMatmulCheck({info.type, 128, 28672, kDirectRows});
   }
-  constexpr TensorType kTypes[] = {TensorType::kQ4_K, TensorType::kQ6_K, TensorType::kQ5_K};
-  ok &= RunMixedCheck(std::span(kTypes).first(2), 277, 1280);
-  ok &= RunMixedCheck(kTypes, 1024, 4096);
   // Blocks with several passes that read their activations directly.
   if (!small) ok &= RunMatmulCheck({TensorType::kQ4_K, 4256, 8192, kDirectRows});
   return ok;
