@@ -50,7 +50,7 @@ const std::vector<StepCase>& StepCases() {
 }
 
 // Decodes far into a context, where many parts of it are put together, in one way or another.
-constexpr int kLongContexts[] = {600, 1100};
+constexpr int kLongContexts[] = {300, 600, 1100};
 
 constexpr int kMostPositions = 256;  // of the cases above
 constexpr int kMostSequences = 5;

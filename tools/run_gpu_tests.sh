@@ -68,12 +68,12 @@ run() {  # name command...
 
 on_device() { STAGECOACH_TEST_DEVICE=$device "$@"; }
 
-tests=(conformance head golden residual upload matmul_check nccl_library parity bit_equality process
+tests=(attention conformance head golden residual upload matmul_check nccl_library parity bit_equality process
   process_nccl up)
 run_test() {
   local bin=$here/bin model=$STAGECOACH_SOURCE_DIR/tests/data/demo-Q4_K_M.gguf
   case $1 in
-    conformance | head | golden | residual | upload) run "$1" "$bin/cuda_${1}_test" ;;
+    attention | conformance | head | golden | residual | upload) run "$1" "$bin/cuda_${1}_test" ;;
     matmul_check) run "$1" "$bin/quant_matmul_bench" check ;;
     parity | bit_equality) run "$1" on_device "$bin/${1}_test" ;;
     nccl_library) run "$1" "$bin/worker_nccl_library_test" ;;
@@ -89,6 +89,7 @@ sanitizer_cases() {  # a line each: name, program, its filter
   "$here/bin/cuda_conformance_test" --gtest_list_tests --gtest_filter='Small/*' |
     awk '/^[^ ].*\.$/ { suite = $1 }
          /^  / { n = split($1, part, "/"); print part[n], "cuda_conformance_test", suite $1 }'
+  echo Merges cuda_attention_test '*.WaysOfASmallStepAgree'
   echo TopLogits cuda_head_test '*.TopOfSmallVocabularies'
   echo Draws cuda_head_test '*.DrawsFromASmallVocabulary'
   echo Residual cuda_residual_test '*'

@@ -15,6 +15,7 @@ cat >"$work/bundle/bin/cuda_conformance_test" <<'LIST'
 printf 'Running main() from gtest_main.cc\nSmall/CudaSmallShapes.\n'
 printf '  Pass/%s  # GetParam() = 4-byte object\n' Clean Racy Slow Absent Empty Broken
 LIST
+cp "$work/bundle/bin/cuda_conformance_test" "$work/bundle/bin/cuda_attention_test"
 cp "$work/bundle/bin/cuda_conformance_test" "$work/bundle/bin/cuda_head_test"
 cp "$work/bundle/bin/cuda_conformance_test" "$work/bundle/bin/cuda_residual_test"
 cat >"$work/path/compute-sanitizer" <<'FAKE'
@@ -52,6 +53,6 @@ expect 1 '^FINDINGS +racecheck Racy .*2 hazards' '^1 runs, 1 without' -- raceche
 expect 1 '^TIMED OUT +synccheck Slow .*still in a kernel' -- synccheck Slow
 expect 1 '^FAILED +racecheck Empty .*no test ran' -- racecheck Empty
 expect 1 '^FAILED \(139\) +racecheck Broken ' -- racecheck Broken
-expect 1 '^ok +racecheck Clean' '^9 runs, 4 without' -- racecheck
+expect 1 '^ok +racecheck Clean' '^10 runs, 4 without' -- racecheck
 expect 2 'no case has a name like Nothing' -- racecheck Nothing
 exit "$failures"

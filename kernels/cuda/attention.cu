@@ -31,6 +31,25 @@ int ChunkPositions(const KvLayout& kv) {
   return kv.tensor_cores() ? kTensorChunkPositions : kGeneralChunkPositions;
 }
 
+// How many clusters of so many blocks there is room for at once. Some multiprocessors of a part of
+// the GPU make up no cluster of 4 or 8: an H200, which has 132, runs 66 of 2, 30 of 4 or 15 of 8.
+int ClustersAtOnce(int blocks, int multiprocessors) {
+  return (blocks == 2 ? multiprocessors : multiprocessors * 10 / 11) / blocks;
+}
+
+// The most blocks that a cluster for each of so many tiles (of a KV head) may have, all at once; 1
+// if it would not pay: barriers of a cluster take as long as a block does to read some chunks.
+int ClusterBlocks(int tiles, int chunks, int multiprocessors) {
+  constexpr int kLeastSpared = 6;  // chunks that a block need not read
+  for (int blocks = kMostClusterBlocks; blocks > 1; blocks /= 2) {
+    if (tiles <= ClustersAtOnce(blocks, multiprocessors) && chunks <= blocks * kTensorWarps &&
+        chunks - chunks / blocks >= kLeastSpared) {
+      return blocks;
+    }
+  }
+  return 1;
+}
+
 }  // namespace
 
 int RowsPerQueryTile(int group) { return std::max(1, kQueryTile / group); }
@@ -53,7 +72,13 @@ AttentionPlan PlanAttention(const AttentionShape& shape, int heads, const KvLayo
     return plan;
   }
   if (plan.tiles * kv.kv_heads >= kTensorWarps * multiprocessors) return plan;
-  if (plan.chunks <= WarpsThatMerge(QueriesTogether(plan, heads / kv.kv_heads))) {
+  const HeadGroups groups = HeadGroups::Of(heads, kv.kv_heads);
+  const int cluster =
+      ClusterBlocks(plan.tiles * kv.kv_heads * groups.slices, plan.chunks, multiprocessors);
+  if (cluster > 1) {
+    plan.chunks = cluster * kTensorWarps;  // as below
+    plan.merge = AttentionPlan::Merge::kCluster;
+  } else if (plan.chunks <= WarpsThatMerge(QueriesTogether(plan, groups.group))) {
     plan.chunks = std::max(plan.chunks, kTensorWarps);  // costs no more, and fewer shapes
     plan.merge = AttentionPlan::Merge::kBlock;
   } else if (PartialFloats(plan.rows, heads, plan.chunks, kv.value_length) <= scratch_floats) {

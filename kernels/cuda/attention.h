@@ -3,7 +3,7 @@
 // The context is walked in chunks of a fixed number of positions. Each starts fresh, with its own
 // maximum, sum and weighted values; chunks are merged in order. So a row's bits depend on its
 // position alone, whether one warp or block walks all its chunks (many rows) or they are spread
-// over the GPU and merged afterwards (few rows, long contexts).
+// over the blocks of a cluster or over the GPU and merged afterwards (few rows, long contexts).
 //
 // Two kernels: halves of 64 or 128 values per head go through tensor cores (keys and values as they
 // are, queries and weights rounded to half), everything else through a general one. Which of them
@@ -28,6 +28,7 @@ struct AttentionPlan {
   enum class Merge {
     kWalker,   // who walks them all
     kBlock,    // the thread block, whose warps have a chunk each
+    kCluster,  // a cluster of 2, 4 or 8 blocks, with 8 of the plan's chunks each
     kScratch,  // another kernel, from PartialFloats(...) of scratch
   };
   int rows = 0;
@@ -66,6 +67,7 @@ struct AttentionShape {
   int tiles = 0;          // of queries
   int last_position = 0;  // the largest, at most
 };
+// Depends on its arguments alone.
 AttentionPlan PlanAttention(const AttentionShape& shape, int heads, const KvLayout& kv,
                             int multiprocessors, size_t scratch_floats);
 

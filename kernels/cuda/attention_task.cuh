@@ -130,6 +130,8 @@ inline constexpr int kTensorWarps = 8;
 constexpr int WarpsThatMerge(int queries) {
   return queries <= kQueryTile / 2 ? 2 * kTensorWarps : kTensorWarps;
 }
+// Of a cluster, each with kTensorWarps chunks.
+inline constexpr int kMostClusterBlocks = 8;
 // Queries of a tile: of one row if each tile has one, as in decode steps.
 inline int QueriesTogether(const AttentionPlan& plan, int group) {
   return plan.tiles == plan.rows ? std::min(group, kQueryTile) : kQueryTile;

@@ -15,14 +15,18 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/cuda/attention_merge.cuh"
 #include "kernels/cuda/attention_task.cuh"
 #include "kernels/cuda/device_ops.cuh"
 #include "kernels/cuda/kv_store.cuh"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/query_tile.cuh"
 #include "kernels/cuda/warp.cuh"
 
 namespace stagecoach::cuda {
 namespace {
+
+using Merge = AttentionPlan::Merge;
 
 constexpr int kTilesOfChunk = kTensorChunkPositions / kKvBlockPositions;
 constexpr int kGroups = 4;     // of 8 positions in a KV block
@@ -30,11 +34,6 @@ constexpr int kHalfDims = 64;  // of the result that are summed up at once
 constexpr int kHalfSums = kHalfDims / 8;
 
 constexpr int CeilDivide(int a, int b) { return (a + b - 1) / b; }
-
-__device__ uint32_t PackHalves(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
 
 __device__ float QuadMax(float value) {
   value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
@@ -44,74 +43,6 @@ __device__ float QuadSum(float value) {
   value += __shfl_xor_sync(kAllLanes, value, 1);
   return value + __shfl_xor_sync(kAllLanes, value, 2);
 }
-
-// The 16 queries of a warp; query m is head m % heads of row m / heads.
-struct QueryTile {
-  int first_row;
-  int rows;
-  int first_head;   // of all query heads
-  int heads;        // taken together
-  int valid_heads;  // of those, beyond the last of the KV head
-  int reciprocal;   // of heads
-
-  __device__ int RowOf(int m) const { return m * reciprocal >> 16; }
-  __device__ int HeadOf(int m) const { return m - RowOf(m) * heads; }
-  __device__ bool Valid(int m) const { return RowOf(m) < rows && HeadOf(m) < valid_heads; }
-  // Index of query m among [rows][all heads].
-  __device__ size_t Head(int m, int all_heads) const {
-    return static_cast<size_t>(first_row + RowOf(m)) * all_heads + first_head + HeadOf(m);
-  }
-  // -1: sees nothing.
-  __device__ int Position(int m, const int32_t* positions) const {
-    return Valid(m) ? positions[first_row + RowOf(m)] : -1;
-  }
-};
-
-// slice: of the KV head's query heads.
-__device__ QueryTile MakeTile(const AttentionTask& task, int tile, int kv_head, int slice) {
-  const HeadGroups& groups = task.groups;
-  const uint32_t packed = task.table.tiles[tile];
-  return {.first_row = static_cast<int>(packed / (kQueryTile + 1)),
-          .rows = static_cast<int>(packed % (kQueryTile + 1)),
-          .first_head = kv_head * groups.group + slice * groups.heads,
-          .heads = groups.heads,
-          .valid_heads = min(groups.heads, groups.group - slice * groups.heads),
-          .reciprocal = groups.reciprocal};
-}
-
-// Queries as halves, as operands of products: of products 2p and 2p + 1 along the dims, each lane's
-// four registers.
-template <int kDims>
-struct Queries {
-  static constexpr int kPairs = kDims / 32;
-  alignas(16) uint32_t operands[kPairs][2][kWarpLanes][4];
-
-  // The share of one of `threads`.
-  __device__ void Load(const AttentionTask& task, const QueryTile& tile, int thread, int threads) {
-    constexpr int kVectors = kDims / 8;
-    for (int i = thread; i < kQueryTile * kVectors; i += threads) {
-      const int m = i / kVectors, vector = i % kVectors, d = vector * 8;
-      const bool valid = tile.Valid(m);
-      const float2* from = reinterpret_cast<const float2*>(
-          task.in.q + (valid ? tile.Head(m, task.heads) : 0) * kDims + d);
-      const float2* turns =
-          task.in.turns + static_cast<size_t>(tile.first_row + tile.RowOf(m)) * task.in.pairs;
-      uint32_t(*to)[kWarpLanes][4] = operands[vector / 4];
-      const int lane = m % 8 * 4 + vector % 4;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float2 pair = valid ? from[j] : make_float2(0, 0);
-        if (valid && task.store && d / 2 + j < task.in.pairs) {
-          pair = TurnPair(pair.x, pair.y, turns[d / 2 + j]);
-        }
-        to[j / 2][lane][j % 2 * 2 + m / 8] = PackHalves(pair.x, pair.y);
-      }
-    }
-  }
-  __device__ uint4 Operand(int pair, int product, int lane) const {
-    return *reinterpret_cast<const uint4*>(operands[pair][product][lane]);
-  }
-};
 
 // What a warp makes of one chunk for rows g and g + 8 of its tile, before values are added up.
 struct ChunkWeights {
@@ -129,25 +60,36 @@ __device__ const uint4* BlockOfTile(const AttentionTask& task, const int32_t* bl
                                         (block * task.kv.kv_heads + kv_head) * bytes_per_head);
 }
 
-// positions: of rows g and g + 8; only the first counts with kHalves = 1, where no query is in the
-// upper half. block(i): the chunk's i-th KV block.
-template <int kHalves, int kDims, typename BlockOf>
-__device__ ChunkWeights WeighChunk(const AttentionTask& task, const Queries<kDims>& queries,
-                                   const int (&positions)[2], int chunk, const BlockOf& block) {
-  constexpr int kPairs = kDims / 32;  // of products along the dims
+// What a lane needs of the keys of a KV block.
+template <int kDims>
+__device__ void LoadKeys(const uint4* block, uint4 (&keys)[kDims / 32][kGroups]) {
   const int lane = threadIdx.x % kWarpLanes, g = lane / 4, t = lane % 4;
+  const uint4* own = block + t * kKvBlockPositions + g / 2 * 8 + g % 2;
+#pragma unroll
+  for (int pair = 0; pair < kDims / 32; ++pair) {
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) keys[pair][j] = own[pair * 4 * kKvBlockPositions + 2 * j];
+  }
+}
+
+// positions: of rows g and g + 8; only the first counts with kHalves = 1, where no query is in the
+// upper half. block(i): the chunk's i-th KV block. kTilesAtOnce: as there are registers for their
+// keys; those are free when `keys_done` is called.
+template <int kHalves, int kTilesAtOnce, int kDims, typename BlockOf, typename KeysDone>
+__device__ ChunkWeights WeighChunk(const AttentionTask& task, const Queries<kDims>& queries,
+                                   const int (&positions)[2], int chunk, const BlockOf& block,
+                                   const KeysDone& keys_done) {
+  constexpr int kPairs = kDims / 32;  // of products along the dims
+  const int lane = threadIdx.x % kWarpLanes, t = lane % 4;
   float scores[kTilesOfChunk][kGroups][4];
+  uint4 keys[kTilesAtOnce][kPairs][kGroups];
 #pragma unroll
   for (int i = 0; i < kTilesOfChunk; ++i) {
-    const uint4* keys = block(i) + t * kKvBlockPositions + g / 2 * 8 + g % 2;
-    uint4 k[kPairs][kGroups];
+    if (i % kTilesAtOnce == 0) {
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-#pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-        k[pair][j] = keys[pair * 4 * kKvBlockPositions + 2 * j];
-      }
+      for (int next = 0; next < kTilesAtOnce; ++next) LoadKeys<kDims>(block(i + next), keys[next]);
     }
+    const auto& k = keys[i % kTilesAtOnce];
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       const uint4 a = queries.Operand(pair, 0, lane), b = queries.Operand(pair, 1, lane);
@@ -163,6 +105,7 @@ __device__ ChunkWeights WeighChunk(const AttentionTask& task, const Queries<kDim
       }
     }
   }
+  keys_done();
   ChunkWeights result = {};
 #pragma unroll
   for (int row = 0; row < kHalves; ++row) {
@@ -251,7 +194,7 @@ __device__ void Walk(const AttentionTask& task, const QueryTile& tile,
     const auto block = [&](int i) {
       return BlockOfTile<kDims>(task, blocks, kv_head, chunk * kTilesOfChunk + i, last_position);
     };
-    const ChunkWeights weights = WeighChunk<2>(task, queries, mine, chunk, block);
+    const ChunkWeights weights = WeighChunk<2, 1>(task, queries, mine, chunk, block, [] {});
     MergeFactors factors[2];
     bool seen[2];
 #pragma unroll
@@ -328,34 +271,47 @@ struct ChunkPlace {
   }
 };
 
-// One warp, one chunk; results of query m to partial(m), [kDims + 2] floats. kEarly: there are
-// registers for values before their weights are known.
-template <int kHalves, bool kEarly, int kDims, typename PartialOf>
+// How much of a chunk there are registers for before it is needed.
+enum class ReadAhead {
+  kKeys,        // of a KV block, alone
+  kSomeValues,  // and those of the first kHalfDims
+  kAll,         // all keys, and then, where those were, all values
+};
+
+// One warp, one chunk; of query m dims d and d + 1 go to store(m, d, pair), maximum and sum too, as
+// d = kDims.
+template <int kHalves, ReadAhead kAhead, int kDims, typename StorePair>
 __device__ void RunChunk(const AttentionTask& task, const ChunkPlace<kDims>& place,
-                         const Queries<kDims>& queries, const PartialOf& partial) {
+                         const Queries<kDims>& queries, const StorePair& store) {
+  constexpr bool kAll = kAhead == ReadAhead::kAll;
+  constexpr int kParts = kDims / kHalfDims;
   const int lane = threadIdx.x % kWarpLanes, g = lane / 4, t = lane % 4;
   const auto block = [&](int i) { return place.tiles[i]; };
-  Values<kDims> v;
-  if constexpr (kEarly) v.Load(0, block);
-  const ChunkWeights weights =
-      WeighChunk<kHalves>(task, queries, place.positions, place.chunk, block);
+  Values<kDims> v[kAll ? kParts : 1];
+  if constexpr (kAhead == ReadAhead::kSomeValues) v[0].Load(0, block);
+  const ChunkWeights weights = WeighChunk < kHalves,
+                     kAll ? kTilesOfChunk
+                          : 1 > (task, queries, place.positions, place.chunk, block, [&] {
 #pragma unroll
-  for (int half = 0; half < kDims / kHalfDims; ++half) {
-    if (!kEarly || half > 0) v.Load(half, block);
+                              for (int half = 0; half < kParts && kAll; ++half)
+                                v[half].Load(half, block);
+                            });
+#pragma unroll
+  for (int half = 0; half < kParts; ++half) {
+    if (kAhead == ReadAhead::kKeys || (!kAll && half > 0)) v[0].Load(half, block);
     float sums[kHalfSums][4];
-    SumValues(weights, v, sums);
+    SumValues(weights, v[kAll ? half : 0], sums);
 #pragma unroll
     for (int row = 0; row < kHalves; ++row) {
       if (place.chunk * kTensorChunkPositions > place.positions[row]) continue;
-      float* out = partial(g + 8 * row);
+      const int query = g + 8 * row;
 #pragma unroll
       for (int m = 0; m < kHalfSums; ++m) {
-        *reinterpret_cast<float2*>(out + half * kHalfDims + m * 8 + 2 * t) =
-            make_float2(sums[m][2 * row], sums[m][2 * row + 1]);
+        store(query, half * kHalfDims + m * 8 + 2 * t,
+              make_float2(sums[m][2 * row], sums[m][2 * row + 1]));
       }
       if (half == 0 && t == 0) {
-        *reinterpret_cast<float2*>(out + kDims) =
-            make_float2(weights.softmax[row].max, weights.softmax[row].sum);
+        store(query, kDims, make_float2(weights.softmax[row].max, weights.softmax[row].sum));
       }
     }
   }
@@ -377,65 +333,91 @@ __global__ void __launch_bounds__(kTensorWarps* kWarpLanes)
   Walk(task, tile, queries[warp], kv_head);
 }
 
-// Grid: x = groups of kWarps chunks (one if the block merges them), y as above, z = tiles.
-// kHalves: of 8 queries, of a tile.
-template <int kDims, bool kMergeInBlock, int kHalves, int kWarps>
-__global__ void __launch_bounds__(kWarps* kWarpLanes)
+// Grid: x = groups of kWarps chunks, one if the block merges them, a cluster if that does; y as
+// above, z = tiles. kHalves: of 8 queries, of a tile. A block of a cluster is told to be alone on
+// its multiprocessor, or the compiler saves registers by reading late.
+template <int kDims, Merge kMerge, int kHalves, int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarpLanes, kMerge == Merge::kCluster ? 1 : 0)
     ChunksKernel(const __grid_constant__ AttentionTask task) {
-  constexpr int kPartial = kDims + 2, kThreads = kWarps * kWarpLanes;
+  constexpr int kThreads = kWarps * kWarpLanes;
+  constexpr bool kCluster = kMerge == Merge::kCluster;
+  constexpr ReadAhead kAhead = kCluster                 ? ReadAhead::kAll
+                               : kWarps == kTensorWarps ? ReadAhead::kSomeValues
+                                                        : ReadAhead::kKeys;
   __shared__ Queries<kDims> queries;
+  __shared__ int chunks_of[kQueryTile];  // that a query sees
   LetNextKernelStart();
+  if constexpr (kCluster) TellClusterOfStart();
   const int kv_head = task.groups.KvHead(blockIdx.y);
   const QueryTile tile = MakeTile(task, blockIdx.z, kv_head, task.groups.Slice(blockIdx.y));
   const int last_position = task.table.positions[tile.first_row + tile.rows - 1];
-  const int warp = threadIdx.x / kWarpLanes;
-  const ChunkPlace<kDims> place(task, tile, kv_head, blockIdx.x * kWarps + warp);
+  const int last_chunk = last_position / kTensorChunkPositions;
+  const int warp = threadIdx.x / kWarpLanes, block = blockIdx.x, blocks = gridDim.x;
+  // A cluster's blocks take a chunk each before any takes a second one.
+  const ChunkPlace<kDims> place(task, tile, kv_head,
+                                kCluster ? warp * blocks + block : block * kWarps + warp);
   place.Prefetch();
+  if (kMerge != Merge::kScratch && threadIdx.x < kQueryTile) {
+    const int position = tile.Position(threadIdx.x, task.table.positions);
+    chunks_of[threadIdx.x] = position < 0 ? 0 : position / kTensorChunkPositions + 1;
+  }
   WaitForPreviousKernel();
   // Queries by the threads behind those that store: both have to wait for memory.
   queries.Load(task, tile, (threadIdx.x + kThreads / 2) % kThreads, kThreads);
   // The block that attends to the row's own position puts it there.
-  const bool has_last = last_position / kTensorChunkPositions / kWarps == blockIdx.x;
+  const bool has_last = (kCluster ? last_chunk % blocks : last_chunk / kWarps) == block;
   if (task.store && has_last) {
     const size_t row = tile.first_row;
     StoreHead<uint16_t, kThreads>(task.kv, task.table, row, kv_head, task.in.k, task.in.v,
                                   task.in.turns + row * task.in.pairs, task.in.pairs);
   }
   __syncthreads();
-  if constexpr (kMergeInBlock) {
-    float* const partials = reinterpret_cast<float*>(SharedMemory());  // [query][chunk][kPartial]
-    const int queries_here = tile.rows * tile.heads;
+  if constexpr (kMerge == Merge::kScratch) {
+    if (!place.needed) return;
+    RunChunk<kHalves, kAhead>(task, place, queries, [&](int query, int d, float2 pair) {
+      float* const partial =
+          task.partials + (tile.Head(query, task.heads) * task.chunks + place.chunk) * (kDims + 2);
+      *reinterpret_cast<float2*>(partial + d) = pair;
+    });
+  } else if constexpr (kMerge == Merge::kBlock) {
+    const SharedPartials<kDims> partials = {.blocks = 1, .chunks = kWarps};
     if (place.needed) {
-      RunChunk<kHalves, kWarps == kTensorWarps>(
-          task, place, queries, [&](int m) { return partials + (m * kWarps + warp) * kPartial; });
+      RunChunk<kHalves, kAhead>(task, place, queries, [&](int query, int d, float2 pair) {
+        partials.StoreHere(query, warp, d, pair);
+      });
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < queries_here * kDims; i += kThreads) {
-      const int m = i / kDims, d = i % kDims;
-      if (!tile.Valid(m)) continue;
-      const int chunks = tile.Position(m, task.table.positions) / kTensorChunkPositions + 1;
-      AttendedHead(task, tile.Head(m, task.heads), kDims)
-          .Store(d, MergeChunks(partials + m * kWarps * kPartial, chunks, kDims, d));
-    }
+    MergeQueries<kThreads>(task, tile, chunks_of, partials);
   } else {
-    if (!place.needed) return;
-    RunChunk<kHalves, kWarps == kTensorWarps>(task, place, queries, [&](int m) {
-      return task.partials + (tile.Head(m, task.heads) * task.chunks + place.chunk) * kPartial;
-    });
+    const SharedPartials<kDims> partials = {.blocks = gridDim.x, .chunks = blocks * kWarps};
+    AwaitCluster();  // all have started
+    if (place.needed) {
+      RunChunk<kHalves, kAhead>(task, place, queries, [&](int query, int d, float2 pair) {
+        partials.StoreInBlocks(query, place.chunk, d, pair);
+      });
+    }
+    ArriveAtCluster();
+    AwaitCluster();
+    MergeQueries<kThreads>(task, tile, chunks_of, partials);
   }
 }
 
-template <int kDims, bool kMergeInBlock, int kHalves, int kWarps>
+template <int kDims, Merge kMerge, int kHalves, int kWarps>
 cudaError_t LaunchChunks(const AttentionPlan& plan, const AttentionTask& task, int queries,
                          cudaStream_t stream) {
-  const auto kernel = ChunksKernel<kDims, kMergeInBlock, kHalves, kWarps>;
+  const auto kernel = ChunksKernel<kDims, kMerge, kHalves, kWarps>;
+  const int groups = CeilDivide(plan.chunks, kWarps);
   LaunchShape shape = {.threads = kWarps * kWarpLanes};
-  shape.grid = dim3(kMergeInBlock ? 1 : CeilDivide(plan.chunks, kWarps),
-                    task.kv.kv_heads * task.groups.slices, plan.tiles);
-  if (kMergeInBlock) {
-    constexpr int kQueryBytes = sizeof(float) * kWarps * (kDims + 2);
-    shape.shared_bytes = queries * kQueryBytes;
-    const cudaError_t error = AllowSharedMemory(kernel, kQueryTile / 2 * kHalves * kQueryBytes);
+  shape.grid = dim3(groups, task.kv.kv_heads * task.groups.slices, plan.tiles);
+  if (kMerge == Merge::kCluster) shape.cluster = groups;
+  if (kMerge != Merge::kScratch) {
+    constexpr int kMostBlocks = kMerge == Merge::kCluster ? kMostClusterBlocks : 1;
+    const auto bytes = [](int queries, int blocks) {
+      return SharedPartials<kDims>::Bytes(queries, blocks, blocks * kWarps);
+    };
+    shape.shared_bytes = bytes(queries, groups);
+    const cudaError_t error =
+        AllowSharedMemory(kernel, bytes(kQueryTile / 2 * kHalves, kMostBlocks));
     if (error != cudaSuccess) return error;
   }
   return LaunchKernel(kernel, shape, stream, task);
@@ -444,20 +426,24 @@ cudaError_t LaunchChunks(const AttentionPlan& plan, const AttentionTask& task, i
 template <int kDims, int kHalves>
 cudaError_t LaunchHalves(const AttentionPlan& plan, const AttentionTask& task, int queries,
                          cudaStream_t stream) {
-  if (plan.merge != AttentionPlan::Merge::kBlock) {
-    return LaunchChunks<kDims, false, kHalves, kTensorWarps>(plan, task, queries, stream);
+  if (plan.merge == Merge::kScratch) {
+    return LaunchChunks<kDims, Merge::kScratch, kHalves, kTensorWarps>(plan, task, queries, stream);
+  }
+  if (plan.merge == Merge::kCluster) {
+    return LaunchChunks<kDims, Merge::kCluster, kHalves, kTensorWarps>(plan, task, queries, stream);
   }
   if constexpr (kHalves == 1) {
     if (plan.chunks > kTensorWarps) {
-      return LaunchChunks<kDims, true, kHalves, WarpsThatMerge(1)>(plan, task, queries, stream);
+      return LaunchChunks<kDims, Merge::kBlock, kHalves, WarpsThatMerge(1)>(plan, task, queries,
+                                                                            stream);
     }
   }
-  return LaunchChunks<kDims, true, kHalves, kTensorWarps>(plan, task, queries, stream);
+  return LaunchChunks<kDims, Merge::kBlock, kHalves, kTensorWarps>(plan, task, queries, stream);
 }
 
 template <int kDims>
 cudaError_t LaunchDims(const AttentionPlan& plan, const AttentionTask& task, cudaStream_t stream) {
-  if (plan.merge == AttentionPlan::Merge::kWalker) {
+  if (plan.merge == Merge::kWalker) {
     LaunchShape shape = {.threads = kTensorWarps * kWarpLanes};
     shape.grid = dim3(CeilDivide(plan.tiles, kTensorWarps), task.kv.kv_heads * task.groups.slices);
     return LaunchKernel(WalkKernel<kDims>, shape, stream, task);

@@ -93,6 +93,36 @@ __device__ inline void PrefetchBulk(const void* global, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 
+// --- Stores into the shared memory of a cluster's other blocks (compute capability 9.0). Every
+// thread of the cluster calls TellClusterOfStart, AwaitCluster, stores, and calls ArriveAtCluster
+// and AwaitCluster.
+
+// Others' stores into this block's shared memory need it to have started, and nothing else.
+__device__ inline void TellClusterOfStart() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+// What the thread has stored in the cluster is seen by those that have awaited this.
+__device__ inline void ArriveAtCluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+}
+// Returns when all threads of all blocks have arrived.
+__device__ inline void AwaitCluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+// For StoreInCluster: what is this block's shared memory at `own`, in the cluster's block `rank`.
+__device__ inline uint32_t AddressInCluster(const void* own, uint32_t rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(SharedAddress(own)), "r"(rank));
+  return address;
+}
+// Two floats, at a multiple of 8 bytes. Loads of the thread may move past it: it hides nothing.
+__device__ inline void StoreInCluster(uint32_t address, float2 pair) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(pair.x),
+               "f"(pair.y));
+}
+
 // --- Matrix products of a warp: d[16][8] += a[16][16] * b[16][8], halves into float32. With g =
 // lane / 4 and t = lane % 4 a lane holds pairs of halves
 //   a0: row g,     columns 2t, 2t + 1     a2: row g,     columns 2t + 8, 2t + 9
