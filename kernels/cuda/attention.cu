@@ -37,17 +37,15 @@ int ClustersAtOnce(int blocks, int multiprocessors) {
   return (blocks == 2 ? multiprocessors : multiprocessors * 10 / 11) / blocks;
 }
 
-// The most blocks that a cluster for each of so many tiles (of a KV head) may have, all at once; 1
-// if it would not pay: barriers of a cluster take as long as a block does to read some chunks.
+// The most blocks that a cluster for each of so many tiles (of a KV head) may have, all at once, if
+// that is enough for the chunks; otherwise 0.
 int ClusterBlocks(int tiles, int chunks, int multiprocessors) {
-  constexpr int kLeastSpared = 6;  // chunks that a block need not read
   for (int blocks = kMostClusterBlocks; blocks > 1; blocks /= 2) {
-    if (tiles <= ClustersAtOnce(blocks, multiprocessors) && chunks <= blocks * kTensorWarps &&
-        chunks - chunks / blocks >= kLeastSpared) {
-      return blocks;
+    if (tiles <= ClustersAtOnce(blocks, multiprocessors)) {
+      return chunks <= blocks * kTensorWarps ? blocks : 0;
     }
   }
-  return 1;
+  return 0;
 }
 
 }  // namespace
@@ -75,12 +73,13 @@ AttentionPlan PlanAttention(const AttentionShape& shape, int heads, const KvLayo
   const HeadGroups groups = HeadGroups::Of(heads, kv.kv_heads);
   const int cluster =
       ClusterBlocks(plan.tiles * kv.kv_heads * groups.slices, plan.chunks, multiprocessors);
-  if (cluster > 1) {
-    plan.chunks = cluster * kTensorWarps;  // as below
-    plan.merge = AttentionPlan::Merge::kCluster;
-  } else if (plan.chunks <= WarpsThatMerge(QueriesTogether(plan, groups.group))) {
+  // A block is as fast as a cluster while it has a warp for each chunk.
+  if (plan.chunks <= WarpsThatMerge(QueriesTogether(plan, groups.group))) {
     plan.chunks = std::max(plan.chunks, kTensorWarps);  // costs no more, and fewer shapes
     plan.merge = AttentionPlan::Merge::kBlock;
+  } else if (cluster > 0) {
+    plan.chunks = cluster * kTensorWarps;  // as above
+    plan.merge = AttentionPlan::Merge::kCluster;
   } else if (PartialFloats(plan.rows, heads, plan.chunks, kv.value_length) <= scratch_floats) {
     plan.merge = AttentionPlan::Merge::kScratch;
   }

@@ -284,18 +284,16 @@ template <int kHalves, ReadAhead kAhead, int kDims, typename StorePair>
 __device__ void RunChunk(const AttentionTask& task, const ChunkPlace<kDims>& place,
                          const Queries<kDims>& queries, const StorePair& store) {
   constexpr bool kAll = kAhead == ReadAhead::kAll;
-  constexpr int kParts = kDims / kHalfDims;
+  constexpr int kParts = kDims / kHalfDims, kTilesAtOnce = kAll ? kTilesOfChunk : 1;
   const int lane = threadIdx.x % kWarpLanes, g = lane / 4, t = lane % 4;
   const auto block = [&](int i) { return place.tiles[i]; };
   Values<kDims> v[kAll ? kParts : 1];
   if constexpr (kAhead == ReadAhead::kSomeValues) v[0].Load(0, block);
-  const ChunkWeights weights = WeighChunk < kHalves,
-                     kAll ? kTilesOfChunk
-                          : 1 > (task, queries, place.positions, place.chunk, block, [&] {
+  const ChunkWeights weights =
+      WeighChunk<kHalves, kTilesAtOnce>(task, queries, place.positions, place.chunk, block, [&] {
 #pragma unroll
-                              for (int half = 0; half < kParts && kAll; ++half)
-                                v[half].Load(half, block);
-                            });
+        for (int half = 0; half < kParts && kAll; ++half) v[half].Load(half, block);
+      });
 #pragma unroll
   for (int half = 0; half < kParts; ++half) {
     if (kAhead == ReadAhead::kKeys || (!kAll && half > 0)) v[0].Load(half, block);

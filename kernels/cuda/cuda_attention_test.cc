@@ -48,32 +48,26 @@ std::string PlannedFor(int rows, int heads, int kv_heads, int position) {
 }
 
 TEST(PlanAttention, ClustersWhileTheyAllRunAtOnce) {
-  EXPECT_EQ(PlannedFor(1, 32, 8, 300), "cluster of 8");
-  EXPECT_EQ(PlannedFor(2, 32, 8, 300), "cluster of 4");
-  EXPECT_EQ(PlannedFor(3, 32, 8, 300), "cluster of 4");
-  EXPECT_EQ(PlannedFor(4, 32, 8, 600), "cluster of 2");
-  EXPECT_EQ(PlannedFor(8, 32, 8, 600), "cluster of 2");
-  EXPECT_EQ(PlannedFor(9, 32, 8, 600), "block of 16");
-  EXPECT_EQ(PlannedFor(1, 32, 32, 600), "cluster of 2");  // Llama-2-7B
-  EXPECT_EQ(PlannedFor(3, 32, 32, 600), "block of 16");
-  EXPECT_EQ(PlannedFor(15, 4, 1, 600), "cluster of 8");
-  EXPECT_EQ(PlannedFor(30, 4, 1, 600), "cluster of 4");
-  EXPECT_EQ(PlannedFor(66, 4, 1, 600), "cluster of 2");
-  EXPECT_EQ(PlannedFor(67, 4, 1, 600), "block of 16");
-  EXPECT_EQ(PlannedFor(8, 32, 1, 600), "cluster of 4");  // two slices of query heads
+  EXPECT_EQ(PlannedFor(1, 32, 8, 1500), "cluster of 8");
+  EXPECT_EQ(PlannedFor(2, 32, 8, 1500), "cluster of 4");
+  EXPECT_EQ(PlannedFor(3, 32, 8, 1500), "cluster of 4");
+  EXPECT_EQ(PlannedFor(4, 32, 8, 1500), "scratch");
+  EXPECT_EQ(PlannedFor(15, 4, 1, 1500), "cluster of 8");
+  EXPECT_EQ(PlannedFor(30, 4, 1, 1500), "cluster of 4");
+  EXPECT_EQ(PlannedFor(31, 4, 1, 1500), "scratch");
+  EXPECT_EQ(PlannedFor(1, 32, 32, 1500), "scratch");      // Llama-2-7B
+  EXPECT_EQ(PlannedFor(8, 32, 1, 1500), "cluster of 4");  // two slices of query heads
+  EXPECT_EQ(PlannedFor(20, 16, 1, 600), "cluster of 4");  // 16 queries: a block has 8 warps
 }
 
-TEST(PlanAttention, ClustersOfContextsThatAreWorthItAndFit) {
-  EXPECT_EQ(PlannedFor(1, 32, 8, 255), "block of 8");
-  EXPECT_EQ(PlannedFor(1, 32, 8, 256), "cluster of 8");
+TEST(PlanAttention, ClustersOfContextsThatABlockDoesNotMerge) {
+  EXPECT_EQ(PlannedFor(1, 32, 8, 511), "block of 8");
+  EXPECT_EQ(PlannedFor(1, 32, 8, 1023), "block of 16");
+  EXPECT_EQ(PlannedFor(1, 32, 8, 1024), "cluster of 8");
   EXPECT_EQ(PlannedFor(1, 32, 8, 4095), "cluster of 8");
   EXPECT_EQ(PlannedFor(1, 32, 8, 4096), "scratch");
-  EXPECT_EQ(PlannedFor(2, 32, 8, 255), "block of 8");
   EXPECT_EQ(PlannedFor(2, 32, 8, 2047), "cluster of 4");
   EXPECT_EQ(PlannedFor(2, 32, 8, 2048), "scratch");
-  EXPECT_EQ(PlannedFor(4, 32, 8, 511), "block of 8");
-  EXPECT_EQ(PlannedFor(4, 32, 8, 1023), "cluster of 2");
-  EXPECT_EQ(PlannedFor(4, 32, 8, 1024), "scratch");
 }
 
 // Rows of one sequence.
