@@ -239,7 +239,7 @@ __device__ inline bool MultiplySlots(const TileShare<Tile, kColumns, kSplitK>& s
     AwaitWideProducts<0>();
     AwaitedWideResult(sums.acc);
     FenceBeforeCopies();
-    if (IsElected()) Arrive(emptied + place.stage);
+    Arrive(emptied + place.stage);
     place.Advance();
     if (kSplitK) place.Advance();
   }
@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
   uint64_t* const emptied = filled + Layout::kStages;
   if (threadIdx.x < Layout::kStages) {
     InitCopyBarrier(filled + threadIdx.x);
-    InitBarrier(emptied + threadIdx.x, Layout::kBlockTiles);
+    InitBarrier(emptied + threadIdx.x, Layout::kStoring);
   }
   __syncthreads();
   if (!p.beside_next) LetNextKernelStart();
