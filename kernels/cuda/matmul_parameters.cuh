@@ -66,8 +66,8 @@ struct MatmulParameters {
   int rows;          // of halves
   const uint8_t* x;  // [superblocks * 8][rows][32]
   Activations gated;
-  float* partials;  // of TileKernel: [groups of blocks][kQuarters][results of a block]
-  int* arrivals;    // [groups of blocks], zero
+  float* partials;     // of TileKernel: [groups of blocks][kQuarters][results of a block]
+  unsigned* arrivals;  // [groups of blocks], zero
   // Two kernels in turn may run side by side, as the second one reads nothing of the first: see
   // BeginReading.
   bool beside_next, beside_previous;

@@ -36,7 +36,7 @@ void SetBeside(const MatmulScratch& scratch, bool previous, bool next, MatmulPar
   p->beside_next = next;
   if (scratch.memory == nullptr) return;
   auto* memory = static_cast<std::byte*>(scratch.memory) + (previous ? kSplitBytes : 0);
-  p->arrivals = reinterpret_cast<int*>(memory);
+  p->arrivals = reinterpret_cast<unsigned*>(memory);
   p->partials = reinterpret_cast<float*>(memory) + kMostSplitGroups;
 }
 

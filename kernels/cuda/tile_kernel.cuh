@@ -305,13 +305,14 @@ __device__ inline void StoreGated(const MatmulParameters& p,
 // Returns when all four blocks of the group have come here, and what they wrote before is visible.
 // For kThreads threads of each block.
 template <int kThreads>
-__device__ inline void AwaitGroup(int* arrivals) {
+__device__ inline void AwaitGroup(unsigned* arrivals) {
+  static_assert((kQuarters & (kQuarters - 1)) == 0);
   NamedBarrier(1, kThreads);
   if (threadIdx.x % kThreads == 0) {
     __threadfence();
-    const int arrival = atomicAdd(arrivals, 1);  // counts on from kernel to kernel
-    const int last = arrival / kQuarters * kQuarters + kQuarters - 1;
-    while (*static_cast<volatile int*>(arrivals) - last <= 0) {
+    // Counts on from kernel to kernel, and from 0 again some day.
+    const unsigned last = atomicAdd(arrivals, 1u) | (kQuarters - 1);
+    while (static_cast<int>(*static_cast<volatile unsigned*>(arrivals) - last) <= 0) {
     }
     __threadfence();
   }
