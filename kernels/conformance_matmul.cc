@@ -85,14 +85,14 @@ ConformanceRun RowsTogether(TensorType type, Shape shape) {
   };
 }
 
-// Nine rows of which the fifth is NaN, or is not; the other eight are returned.
-ConformanceRun BesideNan(TensorType type, Shape shape, bool nan) {
+// Rows of which the fifth is NaN, or is not; the others are returned.
+ConformanceRun BesideNan(TensorType type, Shape shape, int rows, bool nan) {
   return [=](Backend& backend) -> absl::StatusOr<std::vector<float>> {
     Inputs inputs = MakeInputs(type, shape);
     if (nan) {
       std::fill_n(inputs.x.begin() + 4 * shape.k, shape.k, std::numeric_limits<float>::quiet_NaN());
     }
-    STAGECOACH_ASSIGN_OR_RETURN(std::vector<float> y, Multiply(backend, inputs, shape, 0, 9));
+    STAGECOACH_ASSIGN_OR_RETURN(std::vector<float> y, Multiply(backend, inputs, shape, 0, rows));
     y.erase(y.begin() + 4 * shape.n, y.begin() + 5 * shape.n);
     return y;
   };
@@ -124,9 +124,11 @@ std::vector<ConformanceCase> MatMulCases() {
       cases.push_back({.name = prefix + "row alone as in any batch",
                        .run = RowsTogether(type, shape),
                        .same_bits_as = RowsAlone(type, shape)});
-      cases.push_back({.name = prefix + "beside a NaN row",
-                       .run = BesideNan(type, shape, true),
-                       .same_bits_as = BesideNan(type, shape, false)});
+      for (const int rows : {9, kMostRows}) {
+        cases.push_back({.name = prefix + fmt::format("{} rows beside a NaN row", rows - 1),
+                         .run = BesideNan(type, shape, rows, true),
+                         .same_bits_as = BesideNan(type, shape, rows, false)});
+      }
     }
   }
   return cases;

@@ -149,8 +149,6 @@ absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaD
       workspace->activations,
       device.NewBuffer<std::byte>(
           std::max(ActivationBytes(max_rows, widest), ActivationBytes(kHeadRows, params.d_model))));
-  STAGECOACH_ASSIGN_OR_RETURN(
-      workspace->gated, device.NewBuffer<std::byte>(ActivationBytes(max_rows, params.ffn_length)));
   const size_t tops = size_t{kHeadRows} * kMostTopLogits;
   STAGECOACH_ASSIGN_OR_RETURN(workspace->top, device.NewBuffer<TopKey>(tops));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->top_out, device.NewPinnedBuffer<TopKey>(tops));

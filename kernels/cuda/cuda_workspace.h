@@ -89,12 +89,11 @@ struct CudaWorkspace {
   DeviceBuffer<float> k;                // [max_rows][kv_heads][key_length]
   DeviceBuffer<float> v;                // [max_rows][kv_heads][value_length]
   DeviceBuffer<float> attended;         // [max_rows][heads][value_length]
-  DeviceBuffer<float> gate;             // [max_rows][ffn_length]
+  DeviceBuffer<float> gate;             // [max_rows][ffn_length]; or what SwiGLU makes, in halves
   DeviceBuffer<float> up;               // [max_rows][ffn_length]
   DeviceBuffer<float> partials;         // of split attention
   DeviceBuffer<std::byte> scratch;      // MatmulScratch
   DeviceBuffer<std::byte> activations;  // what the next matrices read, in any form
-  DeviceBuffer<std::byte> gated;        // what ffn_down reads, if gate and up make it
   DeviceBuffer<float> head_input;       // [kHeadRows][d_model]
   DeviceBuffer<float> logits;           // [kHeadRows][vocab]
   DeviceBuffer<TopKey> top_scratch;     // for kMostTopLogits of kHeadRows rows

@@ -109,8 +109,10 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
                                      /*bias=*/nullptr, /*accumulate=*/true)};
   Fusion gate;
   if (CanFuseGate(inward) && FormFor(outward[0].weights.type) == ActivationForm::kHalf) {
+    // In the place of gate's own results, which there are not: rows of halves, rounded up to blocks
+    // of 32 or 64 where there are more than half as many, take no more than as many of floats.
     gate.gated =
-        LayOutActivations(ws.gated.data(), ActivationForm::kHalf, ws.rows, params.ffn_length);
+        LayOutActivations(ws.gate.data(), ActivationForm::kHalf, ws.rows, params.ffn_length);
   }
   STAGECOACH_RETURN_IF_ERROR(
       ProjectNormed(ws, inward, w.vector(TensorRole::kFfnNorm), gate, stream));

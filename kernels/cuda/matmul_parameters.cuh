@@ -23,10 +23,9 @@ __host__ __device__ inline int SplitBegin(int split, int superblocks) {
 }
 
 // What fits a MatmulScratch: groups of kQuarters blocks that add their sums up.
-inline constexpr int kMostSplitGroups = 64;  // of a kernel; two may run side by side
+inline constexpr int kMostSplitGroups = 64;
 inline constexpr int kSplitGroupFloats = kQuarters * 128 * 64;
-inline constexpr size_t kSplitBytes = 4 * (1 + kSplitGroupFloats) * kMostSplitGroups;
-static_assert(2 * kSplitBytes <= kMatmulScratchBytes);
+static_assert(size_t{4} * (1 + kSplitGroupFloats) * kMostSplitGroups <= kMatmulScratchBytes);
 
 __device__ inline float SumOfQuarters(const float (&quarters)[kQuarters]) {
   float sum = quarters[0];
@@ -64,7 +63,7 @@ struct MatmulParameters {
   int tile_rows;     // of all terms
   int superblocks;   // per row
   int rows;          // of halves
-  const uint8_t* x;  // [superblocks * 8][rows][32]
+  const uint8_t* x;  // Activations::halves
   Activations gated;
   float* partials;     // of TileKernel: [groups of blocks][kQuarters][results of a block]
   unsigned* arrivals;  // [groups of blocks], zero
@@ -83,7 +82,8 @@ struct MatmulParameters {
 
 // Before a thread reads anything but weights. Where two kernels run side by side, the second one is
 // let go only when all that is before the first is complete; it waits for the first itself
-// (EndReading) before it ends, so that whoever waits for the second waits for both.
+// (EndReading) before it uses partials and before it ends, so that whoever waits for the second
+// waits for both.
 __device__ inline void BeginReading(const MatmulParameters& p) {
   if (!p.beside_previous) WaitForPreviousKernel();
   if (p.beside_next) LetNextKernelStart();

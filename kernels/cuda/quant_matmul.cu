@@ -35,9 +35,8 @@ void SetBeside(const MatmulScratch& scratch, bool previous, bool next, MatmulPar
   p->beside_previous = previous;
   p->beside_next = next;
   if (scratch.memory == nullptr) return;
-  auto* memory = static_cast<std::byte*>(scratch.memory) + (previous ? kSplitBytes : 0);
-  p->arrivals = reinterpret_cast<unsigned*>(memory);
-  p->partials = reinterpret_cast<float*>(memory) + kMostSplitGroups;
+  p->arrivals = static_cast<unsigned*>(scratch.memory);
+  p->partials = static_cast<float*>(scratch.memory) + kMostSplitGroups;
 }
 
 cudaError_t ReadLimits(DeviceLimits* limits) {

@@ -22,7 +22,8 @@
 // Overlap: every kernel is launched with programmatic stream serialisation. It may start, and read
 // packed weights, while the kernel before it in the stream still runs; it reads anything else
 // (but the row table of a step, rope.h), and writes anything at all, only after that kernel is
-// complete. So weights must be complete before
+// complete; but products of several types in one LaunchMatmul run side by side, once what precedes
+// the first is complete. So weights must be complete before
 // the work that precedes the launch in its stream has begun (an event wait well ahead of it).
 #ifndef STAGECOACH_KERNELS_CUDA_QUANT_MATMUL_H_
 #define STAGECOACH_KERNELS_CUDA_QUANT_MATMUL_H_
@@ -151,7 +152,7 @@ struct Fusion {
   // kHalf, not in the memory of x. Where CanFuseGate.
   Activations gated;
 };
-// False for F16 and BF16.
+// Two terms of one quantised type and shape, of a multiple of kSuperblock outputs.
 bool CanFuseGate(std::span<const MatmulTerm> terms);
 
 // Device memory in which products of some dozens of rows add up what blocks have of k: zero before
@@ -159,7 +160,7 @@ bool CanFuseGate(std::span<const MatmulTerm> terms);
 struct MatmulScratch {
   void* memory = nullptr;  // [kMatmulScratchBytes]; null: these products take longer
 };
-inline constexpr size_t kMatmulScratchBytes = size_t{17} << 20;
+inline constexpr size_t kMatmulScratchBytes = size_t{9} << 20;
 
 // Matrices that read the same activations (q, k, v; gate, up), in one kernel where their types are
 // the same. All have x.k columns and a type whose form is x.form; outputs do not overlap; 1 to

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/cuda/device_array.h"
+#include "kernels/cuda/matmul_parameters.cuh"
 #include "kernels/cuda/quant_matmul.h"
 #include "kernels/cuda/tile_format.cuh"
 #include "model/block_decode.h"
@@ -119,10 +120,14 @@ double RelativeRms(const std::vector<double>& actual, const std::vector<double>&
   return std::sqrt(error / norm);
 }
 
-// Memory for products, as new.
+// Memory for products as after many, whose count of arrivals is about to wrap.
 class ScratchArray {
  public:
-  ScratchArray() { CheckDevice(cudaMemset(memory_.get(), 0, kMatmulScratchBytes)); }
+  ScratchArray() {
+    const std::vector<unsigned> arrivals(kMostSplitGroups, 0u - kQuarters);
+    CheckDevice(cudaMemcpy(memory_.get(), arrivals.data(), arrivals.size() * sizeof(unsigned),
+                           cudaMemcpyHostToDevice));
+  }
   MatmulScratch of() const { return {memory_.get()}; }
 
  private:
@@ -164,6 +169,7 @@ CheckedTerm MakeTerm(std::mt19937& random, const MatmulCheck& check, int n, bool
 std::vector<std::vector<float>> Multiply(const MatmulCheck& check,
                                          const std::vector<CheckedTerm>& terms,
                                          const std::vector<float>& x, int rows,
+                                         const MatmulScratch& scratch,
                                          std::vector<double>* converted) {
   const DeviceArray<float> values(x);
   const DeviceArray<uint8_t> memory(ActivationBytes(rows, check.k));
@@ -180,8 +186,7 @@ std::vector<std::vector<float>> Multiply(const MatmulCheck& check,
                         term.accumulate ? term.bias.get() : nullptr,
                         term.accumulate});
   }
-  const ScratchArray scratch;
-  CheckDevice(LaunchMatmul(launched, activations, nullptr, scratch.of()));
+  CheckDevice(LaunchMatmul(launched, activations, nullptr, scratch));
   CheckDevice(cudaDeviceSynchronize());
   if (converted != nullptr) *converted = ReadActivations(activations);
   std::vector<std::vector<float>> result;
@@ -220,7 +225,8 @@ bool RunMatmulCheck(const MatmulCheck& check) {
   const std::vector<float> x = RandomValues(random, static_cast<size_t>(most) * check.k, 1);
   const std::vector<double> exact(x.begin(), x.end());
   std::vector<double> converted;
-  const auto reference = Multiply(check, terms, x, most, &converted);
+  const ScratchArray scratch;
+  const auto reference = Multiply(check, terms, x, most, scratch.of(), &converted);
   bool ok = true;
   double worst_sum = 0, worst = 0;
   for (size_t i = 0; i < terms.size(); ++i) {
@@ -233,12 +239,14 @@ bool RunMatmulCheck(const MatmulCheck& check) {
   }
   std::string different;
   for (const int rows : check.rows) {
-    const auto y = Multiply(check, terms, x, rows, nullptr);
-    for (size_t i = 0; i < terms.size(); ++i) {
-      if (std::memcmp(y[i].data(), reference[i].data(), y[i].size() * 4) != 0) {
-        different += ' ';
-        different += std::to_string(rows);
-        ok = false;
+    for (const MatmulScratch& memory : {scratch.of(), MatmulScratch{}}) {  // none: k is not split
+      const auto y = Multiply(check, terms, x, rows, memory, nullptr);
+      for (size_t i = 0; i < terms.size(); ++i) {
+        if (std::memcmp(y[i].data(), reference[i].data(), y[i].size() * 4) != 0) {
+          different += ' ';
+          different += std::to_string(rows);
+          ok = false;
+        }
       }
     }
   }
@@ -391,6 +399,9 @@ bool RunAllMatmulChecks(bool small) {
     ok &= RunMatmulCheck({info.type, 128, 14336, kManyRows});
     ok &= RunMatmulCheck({info.type, 128, 28672, kDirectRows});
   }
+  // More blocks that share k than run at once.
+  constexpr int kSharingRows[] = {17, 33, 64, 128};
+  if (!small) ok &= RunMatmulCheck({TensorType::kQ4_K, 5120, 4096, kSharingRows});
   // Blocks with several passes that read their activations directly.
   if (!small) ok &= RunMatmulCheck({TensorType::kQ4_K, 4256, 8192, kDirectRows});
   return ok;

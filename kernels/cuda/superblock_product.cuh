@@ -1,5 +1,5 @@
-// The arithmetic of one tile of weights and up to 64 columns of activations: the same code, hence
-// the same bits, in every kernel.
+// The arithmetic of some tiles of weights and up to 16 columns of activations, by products of a
+// warp.
 #ifndef STAGECOACH_KERNELS_CUDA_SUPERBLOCK_PRODUCT_CUH_
 #define STAGECOACH_KERNELS_CUDA_SUPERBLOCK_PRODUCT_CUH_
 

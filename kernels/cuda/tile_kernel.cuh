@@ -1,9 +1,9 @@
 // Products for more rows of activations than the stream kernel takes, by products of warpgroups
-// (device_ops.cuh): of weights, decoded to registers, and activations as they lie in shared memory.
-// Each warp of a warpgroup has a row of tiles. Other warps fetch, superblock after superblock,
-// through a ring of stages. A block walks all of k or (kSplitK), where there would be too few
-// blocks, a quarter of it, half by one warpgroup and half by another; then the four blocks add
-// their sums up, each some of them. Both add in the same order.
+// (wide_product.cuh): of weights, decoded to registers, and activations as they lie in shared
+// memory. Each warp of a warpgroup has a row of tiles. Other warps fetch, superblock after
+// superblock, through a ring of stages. A block walks all of k or (kSplitK), where there would be
+// too few blocks, a quarter of it, half by one warpgroup and half by another; then the four blocks
+// add their sums up, each some of them. Both add in the same order.
 #ifndef STAGECOACH_KERNELS_CUDA_TILE_KERNEL_CUH_
 #define STAGECOACH_KERNELS_CUDA_TILE_KERNEL_CUH_
 
@@ -11,6 +11,7 @@
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul_parameters.cuh"
 #include "kernels/cuda/tile_decode.cuh"
+#include "kernels/cuda/wide_product.cuh"
 
 namespace stagecoach::cuda {
 
@@ -303,7 +304,9 @@ __device__ inline void StoreGated(const MatmulParameters& p,
 }
 
 // Returns when all four blocks of the group have come here, and what they wrote before is visible.
-// For kThreads threads of each block.
+// For kThreads threads of each block. Blocks start in the order of their numbers, and a group's are
+// neighbours: of at most one group do some wait for others that have not started, and those start
+// when blocks of other groups end.
 template <int kThreads>
 __device__ inline void AwaitGroup(unsigned* arrivals) {
   static_assert((kQuarters & (kQuarters - 1)) == 0);
