@@ -39,9 +39,10 @@ class Collector {
   std::vector<RequestSample> samples_ ABSL_GUARDED_BY(mu_);
 };
 
+bool Stopped(const LoadOptions& options) { return options.stop != nullptr && *options.stop; }
+
 bool MayStart(const LoadOptions& options, int index, absl::Time origin) {
-  return index < options.requests && absl::Now() - origin < options.duration &&
-         (options.stop == nullptr || !*options.stop);
+  return index < options.requests && absl::Now() - origin < options.duration && !Stopped(options);
 }
 
 void RunClosedLoop(Client& client, const LoadOptions& options, absl::Time origin,
@@ -61,7 +62,8 @@ void RunClosedLoop(Client& client, const LoadOptions& options, absl::Time origin
 void RunRounds(Client& client, const LoadOptions& options, absl::Time origin,
                Collector& collector) {
   int index = 0;
-  while (index < options.rounds * options.streams || MayStart(options, index, origin)) {
+  while (!Stopped(options) &&
+         (index < options.rounds * options.streams || MayStart(options, index, origin))) {
     std::latch all_there(options.streams);
     std::vector<std::thread> streams;
     for (int s = 0; s < options.streams; ++s, ++index) {

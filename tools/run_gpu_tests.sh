@@ -68,8 +68,8 @@ run() {  # name command...
 
 on_device() { STAGECOACH_TEST_DEVICE=$device "$@"; }
 
-tests=(attention conformance head golden residual upload matmul_check nccl_library parity bit_equality process
-  process_nccl up)
+tests=(attention conformance head golden residual upload matmul_check nccl_library parity
+  bit_equality process process_nccl up)
 run_test() {
   local bin=$here/bin model=$STAGECOACH_SOURCE_DIR/tests/data/demo-Q4_K_M.gguf
   case $1 in

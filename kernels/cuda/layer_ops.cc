@@ -109,8 +109,8 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
                                      /*bias=*/nullptr, /*accumulate=*/true)};
   Fusion gate;
   if (CanFuseGate(inward) && FormFor(outward[0].weights.type) == ActivationForm::kHalf) {
-    // In the place of gate's own results, which there are not: rows of halves, rounded up to blocks
-    // of 32 or 64 where there are more than half as many, take no more than as many of floats.
+    // In the place of gate's own results, which are not stored then. Halves fit: their rows are
+    // rounded up to 32 or 64 (Activations), less than twice as many, and take half as much each.
     gate.gated =
         LayOutActivations(ws.gate.data(), ActivationForm::kHalf, ws.rows, params.ffn_length);
   }

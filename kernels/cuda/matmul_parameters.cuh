@@ -65,8 +65,10 @@ struct MatmulParameters {
   int rows;          // of halves
   const uint8_t* x;  // Activations::halves
   Activations gated;
-  float* partials;     // of TileKernel: [groups of blocks][kQuarters][results of a block]
-  unsigned* arrivals;  // [groups of blocks], zero
+  // Of TileKernel, in a MatmulScratch; null if there is none.
+  unsigned*
+      arrivals;     // [kMostSplitGroups], of blocks that have come so far; multiples of kQuarters
+  float* partials;  // [groups][kQuarters][results of a block]
   // Two kernels in turn may run side by side, as the second one reads nothing of the first: see
   // BeginReading.
   bool beside_next, beside_previous;
@@ -81,9 +83,8 @@ struct MatmulParameters {
 };
 
 // Before a thread reads anything but weights. Where two kernels run side by side, the second one is
-// let go only when all that is before the first is complete; it waits for the first itself
-// (EndReading) before it uses partials and before it ends, so that whoever waits for the second
-// waits for both.
+// let go only when all that is before the first is complete; it waits for the first itself before
+// it ends (EndReading), so that whoever waits for the second waits for both.
 __device__ inline void BeginReading(const MatmulParameters& p) {
   if (!p.beside_previous) WaitForPreviousKernel();
   if (p.beside_next) LetNextKernelStart();

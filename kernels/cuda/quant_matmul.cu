@@ -20,23 +20,18 @@ void AddTerm(const MatmulTerm& term, MatmulParameters* p) {
 
 // Terms of one type.
 MatmulParameters MakeParameters(std::span<const MatmulTerm> terms, const Activations& x,
-                                const Fusion& fusion) {
+                                const MatmulScratch& scratch, const Fusion& fusion) {
   MatmulParameters p = {};
   for (const MatmulTerm& term : terms) AddTerm(term, &p);
   p.superblocks = x.PaddedColumns() / kSuperblock;
   p.rows = x.HalfRows();
   p.gated = fusion.gated;
   p.x = reinterpret_cast<const uint8_t*>(x.halves);
+  if (scratch.memory != nullptr) {
+    p.arrivals = static_cast<unsigned*>(scratch.memory);
+    p.partials = static_cast<float*>(scratch.memory) + kMostSplitGroups;
+  }
   return p;
-}
-
-// The kernel may run beside the one before it.
-void SetBeside(const MatmulScratch& scratch, bool previous, bool next, MatmulParameters* p) {
-  p->beside_previous = previous;
-  p->beside_next = next;
-  if (scratch.memory == nullptr) return;
-  p->arrivals = static_cast<unsigned*>(scratch.memory);
-  p->partials = static_cast<float*>(scratch.memory) + kMostSplitGroups;
 }
 
 cudaError_t ReadLimits(DeviceLimits* limits) {
@@ -54,10 +49,10 @@ cudaError_t ReadLimits(DeviceLimits* limits) {
 }  // namespace
 
 bool CanFuseGate(std::span<const MatmulTerm> terms) {
+  if (terms.size() != 2) return false;
   const PackedMatrix& gate = terms[0].weights;
-  return terms.size() == 2 && FormFor(gate.type) == ActivationForm::kHalf &&
-         gate.type == terms[1].weights.type && gate.n == terms[1].weights.n &&
-         gate.n % kSuperblock == 0;
+  return FormFor(gate.type) == ActivationForm::kHalf && gate.type == terms[1].weights.type &&
+         gate.n == terms[1].weights.n && gate.n % kSuperblock == 0;
 }
 
 cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x,
@@ -76,13 +71,13 @@ cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x
     const TensorType type = terms[0].weights.type;
     size_t same = 1;  // neighbours of one type go together
     while (same < terms.size() && terms[same].weights.type == type) ++same;
-    MatmulParameters p = MakeParameters(terms.first(same), x, fusion);
-    const bool beside_next = same < terms.size() && !beside_previous;
-    SetBeside(scratch, beside_previous, beside_next, &p);
+    MatmulParameters p = MakeParameters(terms.first(same), x, scratch, fusion);
+    p.beside_previous = beside_previous;
+    p.beside_next = same < terms.size() && !beside_previous;  // two by two
     status = VisitTileType(type, cudaErrorInvalidValue, [&]<TensorType type>() {
       return LaunchTypedMatmul<type>(p, device, stream);
     });
-    beside_previous = beside_next;
+    beside_previous = p.beside_next;
     terms = terms.subspan(same);
   }
   return status;

@@ -23,8 +23,8 @@
 // packed weights, while the kernel before it in the stream still runs; it reads anything else
 // (but the row table of a step, rope.h), and writes anything at all, only after that kernel is
 // complete; but products of several types in one LaunchMatmul run side by side, once what precedes
-// the first is complete. So weights must be complete before
-// the work that precedes the launch in its stream has begun (an event wait well ahead of it).
+// the first is complete. So weights must be complete before the work that precedes the launch in
+// its stream has begun (an event wait well ahead of it).
 #ifndef STAGECOACH_KERNELS_CUDA_QUANT_MATMUL_H_
 #define STAGECOACH_KERNELS_CUDA_QUANT_MATMUL_H_
 
@@ -155,8 +155,8 @@ struct Fusion {
 // Two terms of one quantised type and shape, of a multiple of kSuperblock outputs.
 bool CanFuseGate(std::span<const MatmulTerm> terms);
 
-// Device memory in which products of some dozens of rows add up what blocks have of k: zero before
-// its first use, and for products that follow each other in one stream.
+// Device memory, not owned, in which products of some dozens of rows add up what blocks have of k:
+// zero before its first use, 16-byte aligned, for products that follow each other in one stream.
 struct MatmulScratch {
   void* memory = nullptr;  // [kMatmulScratchBytes]; null: these products take longer
 };

@@ -27,8 +27,7 @@ struct TileLayout {
   static constexpr int kWideBytes =
       2 * (16 * Tile::kBytes + kActivationBytes) + 16 * 32 * kThreadSums * 4;
   static constexpr int kWarps = kSplitK || kWideBytes <= kFreeBytes ? 16 : 8;
-  static constexpr int kMultiplying = kWarps * 32;  // threads
-  static constexpr int kThreads = kMultiplying + kWarpgroup;
+  static constexpr int kThreads = kWarps * 32 + kWarpgroup;
   // Of a thread that multiplies, and of one that fetches.
   static constexpr int kRegisters = kWarps == 16 ? 112 : 232;
   static constexpr int kFetchRegisters = kWarps == 16 ? 32 : 40;
@@ -47,8 +46,8 @@ struct TileLayout {
   static constexpr int kSharedBytes = kRingBytes + kSumsBytes + 2 * kStages * 8;
 };
 
-// What a block computes. Slots: superblocks in the order in which its ring holds them; the two
-// halves' in turn, if there are two.
+// What a block computes. Fills: of the ring's stages in turn, each by a superblock; the two halves'
+// alternate, if there are two.
 template <typename Tile, int kColumns, bool kSplitK>
 struct TileShare {
   using Layout = TileLayout<Tile, kColumns, kSplitK>;
@@ -75,18 +74,19 @@ struct TileShare {
   __device__ int End(int half) const {
     return SplitBegin(FirstSplit(half) + (kSplitK ? kQuarterSplits / 2 : kSplits), superblocks);
   }
-  // -1: none. Halves differ by one superblock at most, so that only a last slot may have none.
-  __device__ int Superblock(int slot) const {
-    const int half = kSplitK ? slot % 2 : 0;
-    const int superblock = Begin(half) + (kSplitK ? slot / 2 : slot);
+  // -1: none. Halves differ by one superblock at most, so that only one of the last two fills may
+  // have none.
+  __device__ int Superblock(int fill) const {
+    const int half = kSplitK ? fill % 2 : 0;
+    const int superblock = Begin(half) + (kSplitK ? fill / 2 : fill);
     return superblock < End(half) ? superblock : -1;
   }
-  __device__ int Slots() const {
+  __device__ int Fills() const {
     return kSplitK ? 2 * max(End(0) - Begin(0), End(1) - Begin(1)) : superblocks;
   }
 };
 
-// Where in the ring slots lie, from the first one on.
+// Where in the ring a fill lies, from the first one on.
 template <int kStages>
 struct RingPlace {
   int stage = 0;
@@ -130,20 +130,20 @@ __device__ inline void FetchStages(const MatmulParameters& p,
     CopyBulk(shared + stage * Layout::kStageBytes + Layout::kWeightBytes,
              p.x + place * Layout::kActivationBytes, Layout::kActivationBytes, filled + stage);
   };
-  const int slots = share.Slots(), ahead = min(slots, Layout::kStages);
-  for (int slot = 0; slot < ahead; ++slot) {
-    const int s = share.Superblock(slot);
-    if (s >= 0) fetch_weights(s, slot);
+  const int fills = share.Fills(), ahead = min(fills, Layout::kStages);
+  for (int fill = 0; fill < ahead; ++fill) {
+    const int s = share.Superblock(fill);
+    if (s >= 0) fetch_weights(s, fill);
   }
   BeginReading(p);
-  for (int slot = 0; slot < ahead; ++slot) {
-    const int s = share.Superblock(slot);
-    if (s >= 0) fetch_activations(s, slot);
+  for (int fill = 0; fill < ahead; ++fill) {
+    const int s = share.Superblock(fill);
+    if (s >= 0) fetch_activations(s, fill);
   }
   RingPlace<Layout::kStages> place;
 #pragma unroll 1
-  for (int slot = ahead; slot < slots; ++slot, place.Advance()) {
-    const int s = share.Superblock(slot);
+  for (int fill = ahead; fill < fills; ++fill, place.Advance()) {
+    const int s = share.Superblock(fill);
     if (s < 0) continue;
     AwaitPhase(emptied + place.stage, place.phase);
     fetch_weights(s, place.stage);
@@ -204,27 +204,27 @@ struct TileSums {
   }
 };
 
-// Multiplies all slots of the half. Adds quarters but the last up in `by`; false: it was the first.
+// Multiplies all fills of the half. Adds quarters but the last up in `by`; whether there were any.
 template <typename Tile, int kColumns, bool kSplitK>
-__device__ inline bool MultiplySlots(const TileShare<Tile, kColumns, kSplitK>& share, int half,
+__device__ inline bool MultiplyFills(const TileShare<Tile, kColumns, kSplitK>& share, int half,
                                      const uint8_t* shared, uint64_t* filled, uint64_t* emptied,
                                      float* by, TileSums<kColumns>& sums) {
   using Layout = TileLayout<Tile, kColumns, kSplitK>;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0) % Layout::kBlockTiles;
-  const int slots = share.Slots();
+  const int fills = share.Fills();
   RingPlace<Layout::kStages> place;
   if (half == 1) place.Advance();
   int split = share.FirstSplit(half) - 1, split_end = share.Begin(half);
   bool put_by = false;
 #pragma unroll 1
-  for (int slot = half; slot < slots; slot += kSplitK ? 2 : 1) {
-    const int s = share.Superblock(slot);
+  for (int fill = half; fill < fills; fill += kSplitK ? 2 : 1) {
+    const int s = share.Superblock(fill);
     if (s < 0) break;
     const bool begins = s == split_end;
     if (begins) {
       const int ended = split;
       while (split_end <= s) split_end = SplitBegin(++split + 1, share.superblocks);
-      if (slot > half) {
+      if (fill > half) {
         sums.EndSplit();
         if (!kSplitK && ended / kQuarterSplits != split / kQuarterSplits) {
           sums.template EndQuarter<Layout::kStoring>(!put_by, by);
@@ -378,7 +378,9 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
   const int half = kSplitK ? warp / Layout::kBlockTiles : 0;
   float* const by = sums_by + threadIdx.x % kStoring;
   TileSums<kColumns> sums;
-  const bool put_by = MultiplySlots(share, half, shared, filled, emptied, by, sums);
+  const bool put_by = MultiplyFills(share, half, shared, filled, emptied, by, sums);
+  // Before anything is stored, or read but x; also for a kernel beside this one, which may use the
+  // same partials.
   WaitForPreviousKernel();
   float results[kSums];
   if constexpr (kSplitK) {

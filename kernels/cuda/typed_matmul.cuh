@@ -64,8 +64,9 @@ cudaError_t LaunchTiles(const MatmulParameters& p, const DeviceLimits& device,
                         cudaStream_t stream) {
   const auto divide = [](int a, int b) { return (a + b - 1) / b; };
   const int row_blocks = divide(p.rows, kColumns);
-  // In what a multiprocessor needs for a superblock of 16 rows of tiles. To add sums up takes as
-  // long as a few.
+  // Costs: in the time that a multiprocessor takes for a superblock of 16 rows of tiles. To add
+  // sums up takes as long as a few. A group's blocks wait for each other, so that all must run at
+  // once.
   constexpr int kAddCost = 3;
   const auto turns = [&](int blocks) { return divide(blocks, device.multiprocessors); };
   using Whole = TileLayout<Tile, kColumns, false>;
@@ -77,7 +78,7 @@ cudaError_t LaunchTiles(const MatmulParameters& p, const DeviceLimits& device,
       turns(kQuarters * groups) * (p.superblocks / kQuarters * Split::kBlockTiles / 16 + kAddCost);
   static_assert(Split::kStoring * kColumns / 2 <= kSplitGroupFloats / kQuarters);
   if (p.gated.halves == nullptr && p.partials != nullptr && groups <= kMostSplitGroups &&
-      split_cost < whole_cost) {
+      device.multiprocessors >= kQuarters && split_cost < whole_cost) {
     return LaunchTileKernel<Tile, kColumns, true>(
         p, dim3(row_blocks * kQuarters, divide(p.tile_rows, Split::kBlockTiles)), stream);
   }
