@@ -137,6 +137,9 @@ class Workspace {
   virtual ~Workspace() = default;
 };
 
+// Steps of a workspace whose ends were enqueued and not awaited yet.
+inline constexpr int kStepsInFlight = 2;
+
 // Where a workspace's residual stream lies, for transports that move it without the host.
 struct ResidualMemory {
   float* data = nullptr;   // [max_rows][d_model]; stays as long as the workspace. Null: not offered
@@ -170,6 +173,7 @@ class Backend {
   // --- One step of a stage: Embed or SetResidual, RunLayer for each layer, all with the same
   // batch, then GetResidual or Head; a backend may put its work off until then. The residual stream
   // is float32 [rows][d_model].
+  // A token id may be ChoiceOf a draw of the latest EnqueueChoices; any token if it chose none.
   virtual absl::Status Embed(Workspace& workspace, const UnitWeights& embedding,
                              std::span<const int32_t> token_ids) = 0;
   virtual absl::Status SetResidual(Workspace& workspace, std::span<const float> residual) = 0;
@@ -199,6 +203,19 @@ class Backend {
   virtual absl::Status HeadDraw(Workspace& workspace, const UnitWeights& head,
                                 std::span<const int32_t> rows, std::span<const TokenDraw> draws,
                                 std::span<int32_t> tokens);
+
+  // Optional, too: the end of a step that is not waited for, so that the next step is with the
+  // device when this one ends. At most MaxChoices() rows choose (0: not offered), and at most
+  // kStepsInFlight steps may be enqueued and not awaited; they are awaited in order.
+  virtual int MaxChoices() const { return 0; }
+  virtual absl::Status EnqueueChoices(Workspace& workspace, const UnitWeights& head,
+                                      std::span<const int32_t> rows,
+                                      std::span<const TokenDraw> draws);
+  // Whether AwaitChoices would return at once.
+  virtual bool ChoicesReady(Workspace& workspace);
+  // tokens: as many as the draws, as HeadDraw; finite: for each row of the step, as LeaveResidual.
+  virtual absl::Status AwaitChoices(Workspace& workspace, std::span<int32_t> tokens,
+                                    std::span<uint8_t> finite);
 
   // --- KV between steps, all layers of the cache, ordered with the steps around them.
   // Keys and values of each `from` to its `to`, bit for bit. No `to` occurs twice or as a `from`.

@@ -304,6 +304,7 @@ absl::StatusOr<std::optional<int32_t>> SampleFromBest(std::span<const TopLogit> 
 }
 
 std::optional<TokenDraw> DrawAmongAll(const SamplingParams& params, int vocab, uint64_t position) {
+  if (TopLogitsNeeded(params, vocab) == 1) return TokenDraw{.temperature = 0};
   if (!OfAllTokens(params, vocab) || TopPOn(params) || MinPOn(params)) return std::nullopt;
   return TokenDraw{.temperature = params.temperature,
                    .uniform = PhiloxUniform(params.seed, position)};

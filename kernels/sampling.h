@@ -87,11 +87,13 @@ absl::StatusOr<std::optional<int32_t>> SampleFromBest(std::span<const TopLogit> 
 
 // A draw among all tokens, in the order of their ids (sampling_units.h).
 struct TokenDraw {
-  double temperature = 1;  // > 0
+  double temperature = 1;  // >= 0; 0: the best token, ties to the lower id
   double uniform = 0;      // in [0, 1)
 };
+// In place of the id of a token that no host knows yet: that which draw `index` of a step chooses.
+constexpr int32_t ChoiceOf(int index) { return -1 - index; }
 // What Sample chooses with these parameters is that; nullopt if it is not (filters, bias,
-// penalties, log-probabilities, greedy).
+// penalties, log-probabilities).
 std::optional<TokenDraw> DrawAmongAll(const SamplingParams& params, int vocab, uint64_t position);
 
 // log softmax(logits)[token], in float64 with a fixed order. DATA_LOSS as above;

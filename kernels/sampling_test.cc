@@ -349,9 +349,8 @@ TEST(DrawAmongAll, OnlyWhatNothingElseDecides) {
   EXPECT_EQ(draw->temperature, double{0.8f});
   EXPECT_EQ(draw->uniform, PhiloxUniform(3, 5));
   for (const auto& change : std::vector<std::function<void(SamplingParams&)>>{
-           [](SamplingParams& p) { p.temperature = 0; }, [](SamplingParams& p) { p.top_k = 99; },
-           [](SamplingParams& p) { p.top_p = 0.9f; }, [](SamplingParams& p) { p.min_p = 0.1f; },
-           [](SamplingParams& p) { p.logprobs = 1; },
+           [](SamplingParams& p) { p.top_k = 99; }, [](SamplingParams& p) { p.top_p = 0.9f; },
+           [](SamplingParams& p) { p.min_p = 0.1f; }, [](SamplingParams& p) { p.logprobs = 1; },
            [](SamplingParams& p) { p.presence_penalty = 1; },
            [](SamplingParams& p) {
              p.logit_bias = {{1, 2}};
@@ -360,6 +359,13 @@ TEST(DrawAmongAll, OnlyWhatNothingElseDecides) {
     change(params);
     EXPECT_FALSE(DrawAmongAll(params, 100, 5).has_value());
   }
+  for (const SamplingParams& greedy :
+       {SamplingParams{.temperature = 0, .top_p = 0.9f}, {.temperature = 1, .top_k = 1}}) {
+    const auto best = DrawAmongAll(greedy, 100, 5);
+    ASSERT_TRUE(best.has_value());
+    EXPECT_EQ(best->temperature, 0);
+  }
+  EXPECT_FALSE(DrawAmongAll({.temperature = 0, .presence_penalty = 1}, 100, 5).has_value());
   SamplingParams off = plain;  // filters that leave everything
   off.top_k = 100, off.top_p = 1;
   EXPECT_TRUE(DrawAmongAll(off, 100, 5).has_value());

@@ -375,23 +375,39 @@ void EpochRun::CloseChannels() {
 void EpochRun::Serve() {
   context_.on_changed();
   Clock::time_point idle_since = Clock::now();
-  Work work;
-  for (uint64_t taken = 0; NextWork(&work); ++taken) {
-    CountWait(work.frame, idle_since);
-    const absl::Status status = RunStep(std::move(work));
+  uint64_t taken = 0;
+  while (Running()) {
+    absl::Status status;
+    if (Work work; stage_->pending() > 0 && stage_->Ready()) {
+      status = FinishStep();
+    } else if (NextWork(&work)) {
+      ++taken;
+      if (stage_->pending() == 0) CountWait(work.frame, idle_since);
+      status = SubmitStep(std::move(work));
+    } else {
+      std::this_thread::yield();
+      continue;
+    }
     if (!status.ok()) {
       Fail(status, IsContractViolation(status) ? Fault::kPeer : Fault::kOurs);
       return;
     }
+    if (stage_->pending() > 0) continue;
     idle_since = Clock::now();
-    SpinUntilArrival(arrivals_, taken + 1);
+    SpinUntilArrival(arrivals_, taken);
   }
 }
 
+bool EpochRun::Running() const {
+  absl::MutexLock lock(&mu_);
+  return !ended();
+}
+
+// Waits for work unless steps are pending, whose ends are not to wait for it.
 bool EpochRun::NextWork(Work* work) {
   absl::MutexLock lock(&mu_);
-  mu_.Await(absl::Condition(this, &EpochRun::HasWorkOrEnded));
-  if (ended()) return false;
+  if (stage_->pending() == 0) mu_.Await(absl::Condition(this, &EpochRun::HasWorkOrEnded));
+  if (ended() || queue_.empty()) return false;
   *work = std::move(queue_.front());
   queue_.pop_front();
   return true;
@@ -408,16 +424,24 @@ void EpochRun::CountWait(const Frame& frame, Clock::time_point idle_since) {
       std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - idle_since).count();
 }
 
-absl::Status EpochRun::RunStep(Work work) {
-  const uint64_t tokens_before = stage_->tokens();
-  const double compute_before = stage_->compute_seconds();
-  absl::StatusOr<Frame> out = stage_->Run(work.frame);
-  work = Work();  // gives the credit back
+// Behind the steps that are pending if it can be, or when they have ended.
+absl::Status EpochRun::SubmitStep(Work work) {
+  for (;;) {
+    STAGECOACH_ASSIGN_OR_RETURN(const bool submitted, stage_->Submit(work.frame));
+    if (submitted) return absl::OkStatus();  // gives the credit back
+    STAGECOACH_RETURN_IF_ERROR(FinishStep());
+  }
+}
+
+absl::Status EpochRun::FinishStep() {
+  absl::StatusOr<Frame> out = stage_->Finish();
   StageCounters& counters = *context_.counters;
-  counters.compute_ns += static_cast<int64_t>((stage_->compute_seconds() - compute_before) * 1e9);
+  const double compute = stage_->compute_seconds();
+  counters.compute_ns += static_cast<int64_t>((compute - counted_compute_) * 1e9);
+  counted_compute_ = compute;
   if (!out.ok()) return out.status();
   counters.steps += 1;
-  counters.tokens += stage_->tokens() - tokens_before;
+  counters.tokens += stage_->tokens() - std::exchange(counted_tokens_, stage_->tokens());
   std::shared_ptr<LinkSender> next_hop;
   {
     absl::MutexLock lock(&mu_);

@@ -90,8 +90,10 @@ class EpochRun : public std::enable_shared_from_this<EpochRun> {
   absl::Status AwaitInboundId(std::string* id);
   void CloseChannels();
   void Serve();
+  bool Running() const;
   bool NextWork(Work* work);
-  absl::Status RunStep(Work work);
+  absl::Status SubmitStep(Work work);
+  absl::Status FinishStep();  // the earliest pending one
   void CountWait(const Frame& frame, std::chrono::steady_clock::time_point idle_since);
   void Fail(const absl::Status& reason, Fault fault);
   void SetDetail(std::string detail);
@@ -112,6 +114,8 @@ class EpochRun : public std::enable_shared_from_this<EpochRun> {
   std::unique_ptr<Stage> stage_;
   std::string outgoing_id_;  // of the channel to the next hop; empty = none
   Fault prepare_fault_ = Fault::kOurs;
+  double counted_compute_ = 0;  // of the stage's seconds and tokens, in the counters
+  uint64_t counted_tokens_ = 0;
   std::thread thread_;
 
   mutable absl::Mutex mu_;

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <new>
+#include <deque>
 #include <optional>
 #include <span>
 #include <utility>
@@ -12,6 +12,7 @@
 #include "fmt/format.h"
 #include "model/checked_math.h"
 #include "model/status_macros.h"
+#include "worker/chosen_step.h"
 #include "worker/kv_slots.h"
 #include "worker/stage_check.h"
 #include "worker/step_output.h"
@@ -54,7 +55,10 @@ class Stage::Impl {
        const StageConfig& config, std::unique_ptr<KvCache> kv,
        std::unique_ptr<Workspace> workspace);
 
-  absl::StatusOr<Frame> Run(const Frame& frame);
+  absl::StatusOr<bool> Submit(const Frame& frame);
+  int pending() const { return static_cast<int>(pending_.size()); }
+  bool Ready() { return pending_.front().frame || backend_->ChoicesReady(*workspace_); }
+  absl::StatusOr<Frame> Finish();
   absl::StatusOr<ChannelMemory> ChannelMemoryOfResidual();
   void SetChannels(DeviceChannel* input, DeviceChannel* output) {
     input_channel_ = input;
@@ -67,21 +71,38 @@ class Stage::Impl {
   std::atomic<int64_t> compute_ns_ = 0;
 
  private:
+  // A step that was submitted: its frame for the next hop, or what that will be made of.
+  struct Pending {
+    std::optional<Frame> frame;
+    v1::StepHeader step;
+    ChoosingRows choosing;
+    int rows = 0;
+    Clock::time_point start;
+    Clock::duration stalled{};
+  };
+
   bool first() const { return config_.stage == 0; }
   bool last() const { return config_.stage == config_.stages - 1; }
 
   absl::StatusOr<UnitLease> Acquire(const Unit& unit);    // adds to stalled_
   absl::Status ChangeBlocks(const v1::StepHeader& step);  // clears and copies
   void MakeBatch(const v1::StepHeader& step);
+  int32_t TokenAhead(int slot) const;  // of a row ahead
   absl::Status TakeActivations(const Frame& frame);
   absl::Status RunLayers(const Frame& frame);
   // Non-finite rows poison the slots of their sequences.
-  void MarkPoisoned(const v1::StepHeader& step, std::span<const float> residual);
-  void MarkPoisoned(const v1::StepHeader& step, std::span<const uint8_t> finite);
+  void MarkNonFinite(const v1::StepHeader& step, std::span<const float> residual);
+  absl::Status LeaveResidual(const v1::StepHeader& step);  // where it lies; marks, too
   absl::Status SendActivations(const v1::StepHeader& step);
   absl::StatusOr<Frame> MakeActivations(const Frame& frame);
+  Frame BeginResult(const v1::StepHeader& step) const;
   absl::StatusOr<Frame> MakeResult(const Frame& frame);
-  void AddTiming(Clock::time_point start, Frame& frame);
+  bool Chooses(const v1::StepHeader& step);  // all that is wanted of it are choices: choosing_
+  // Whether such a step can run behind those that are pending.
+  bool FitsBehind(const v1::StepHeader& step) const;
+  absl::Status EnqueueChoices(const v1::StepHeader& step, Pending& pending);
+  absl::StatusOr<Frame> MakeChosenResult(const Pending& pending);
+  void AddTiming(Clock::time_point start, Clock::duration stalled, Frame& frame);
 
   Backend* const backend_;
   const std::shared_ptr<const ModelFile> model_;
@@ -101,10 +122,13 @@ class Stage::Impl {
   std::vector<BatchSequence> batch_sequences_;  // of this step
   std::vector<int32_t> token_ids_;              // of its rows, those of rows ahead filled in
   StepBatch batch_;
-  std::vector<float> residual_;  // last stage: [max_step_tokens][d_model]
+  std::deque<Pending> pending_;  // at most kStepsInFlight; more than one only of choices
+  ChoosingRows choosing_;        // of the step being submitted
+  std::vector<int> choice_of_;   // [slot]: its draw in the step submitted last, or -1
+  std::vector<float> residual_;  // last stage: [max_step_tokens][d_model], if finite_ is empty
   DeviceChannel* input_channel_ = nullptr;
   DeviceChannel* output_channel_ = nullptr;
-  std::vector<uint8_t> finite_;  // [max_step_tokens], with an output channel
+  std::vector<uint8_t> finite_;  // [max_step_tokens], where the residual need not come to the host
 };
 
 Stage::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model, LayerStore* store,
@@ -120,26 +144,44 @@ Stage::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model, Laye
       slots_(config.max_slots, config.max_context, config.kv_blocks, /*keep_history=*/last()) {
   batch_sequences_.reserve(std::min(config.max_slots, config.max_step_tokens));
   token_ids_.reserve(config.max_step_tokens);
-  if (config.device_output) finite_.resize(config.max_step_tokens);
+  choice_of_.resize(config.max_slots, -1);
+  const bool stays = backend_->residual_memory(*workspace_).data != nullptr;
+  if (config.device_output || (last() && stays)) finite_.resize(config.max_step_tokens);
   if (!last()) return;
   output_.emplace(backend_, workspace_.get(), params_.vocab_size, config.max_step_tokens);
-  residual_.resize(static_cast<size_t>(config.max_step_tokens) * params_.d_model);
+  if (!stays) residual_.resize(static_cast<size_t>(config.max_step_tokens) * params_.d_model);
 }
 
-absl::StatusOr<Frame> Stage::Impl::Run(const Frame& frame) {
-  const Clock::time_point start = Clock::now();
+absl::StatusOr<bool> Stage::Impl::Submit(const Frame& frame) {
+  Pending pending = {.start = Clock::now()};
   stalled_ = {};
   STAGECOACH_RETURN_IF_ERROR(PrepareStep(config_, params_, frame, last_step_, slots_, cleared_));
   const v1::StepHeader& step = frame.header.step();
+  const bool chooses = Chooses(step);
+  if (!pending_.empty() && !(chooses && FitsBehind(step))) return false;
   STAGECOACH_RETURN_IF_ERROR(ChangeBlocks(step));
   MakeBatch(step);
   STAGECOACH_RETURN_IF_ERROR(RunLayers(frame));
-  STAGECOACH_ASSIGN_OR_RETURN(Frame out, last() ? MakeResult(frame) : MakeActivations(frame));
+  if (chooses) {
+    STAGECOACH_RETURN_IF_ERROR(EnqueueChoices(step, pending));
+  } else {
+    STAGECOACH_ASSIGN_OR_RETURN(pending.frame, last() ? MakeResult(frame) : MakeActivations(frame));
+    AddTiming(pending.start, stalled_, *pending.frame);
+  }
   slots_.Commit();
+  pending_.push_back(std::move(pending));
   last_step_ = step.step();
-  AddTiming(start, out);
   steps_ += 1;
   tokens_ += batch_.rows;
+  return true;
+}
+
+absl::StatusOr<Frame> Stage::Impl::Finish() {
+  Pending pending = std::move(pending_.front());
+  pending_.pop_front();
+  if (pending.frame) return *std::move(pending.frame);
+  STAGECOACH_ASSIGN_OR_RETURN(Frame out, MakeChosenResult(pending));
+  AddTiming(pending.start, pending.stalled, out);
   return out;
 }
 
@@ -173,12 +215,17 @@ void Stage::Impl::MakeBatch(const v1::StepHeader& step) {
                                 .row_count = count,
                                 .start_position = static_cast<int>(rows.start_position()),
                                 .blocks = slots_.Blocks(slot)});
-    if (rows.ahead()) token_ids_[row] = slots_.next(slot).sampled;
+    if (rows.ahead()) token_ids_[row] = TokenAhead(slot);
     slots_.SetTokens(slot, rows.start_position(),
                      {token_ids_.data() + row, static_cast<size_t>(count)});
     row += count;
   }
   batch_ = {.sequences = batch_sequences_, .rows = row};
+}
+
+int32_t Stage::Impl::TokenAhead(int slot) const {
+  const bool chosen = !pending_.empty() && choice_of_[slot] >= 0;
+  return chosen ? ChoiceOf(choice_of_[slot]) : slots_.next(slot).sampled;
 }
 
 absl::StatusOr<ChannelMemory> Stage::Impl::ChannelMemoryOfResidual() {
@@ -221,7 +268,7 @@ absl::Status Stage::Impl::RunLayers(const Frame& frame) {
   return absl::OkStatus();
 }
 
-void Stage::Impl::MarkPoisoned(const v1::StepHeader& step, std::span<const float> residual) {
+void Stage::Impl::MarkNonFinite(const v1::StepHeader& step, std::span<const float> residual) {
   for (int i = 0; i < step.rows_size(); ++i) {
     const BatchSequence& sequence = batch_sequences_[i];
     const size_t d_model = params_.d_model;
@@ -231,20 +278,15 @@ void Stage::Impl::MarkPoisoned(const v1::StepHeader& step, std::span<const float
   }
 }
 
-void Stage::Impl::MarkPoisoned(const v1::StepHeader& step, std::span<const uint8_t> finite) {
-  for (int i = 0; i < step.rows_size(); ++i) {
-    const BatchSequence& sequence = batch_sequences_[i];
-    const auto rows = finite.subspan(sequence.first_row, sequence.row_count);
-    if (std::ranges::find(rows, 0) != rows.end()) {
-      slots_.next(step.rows(i).slot()).Poison(sequence.start_position);
-    }
-  }
+absl::Status Stage::Impl::LeaveResidual(const v1::StepHeader& step) {
+  const std::span<uint8_t> finite(finite_.data(), batch_.rows);
+  STAGECOACH_RETURN_IF_ERROR(backend_->LeaveResidual(*workspace_, finite));
+  MarkPoisoned(step, finite, slots_);
+  return absl::OkStatus();
 }
 
 absl::Status Stage::Impl::SendActivations(const v1::StepHeader& step) {
-  const std::span<uint8_t> finite(finite_.data(), batch_.rows);
-  STAGECOACH_RETURN_IF_ERROR(backend_->LeaveResidual(*workspace_, finite));
-  MarkPoisoned(step, finite);
+  STAGECOACH_RETURN_IF_ERROR(LeaveResidual(step));
   const Clock::time_point start = Clock::now();
   STAGECOACH_RETURN_IF_ERROR(
       output_channel_->Send(static_cast<size_t>(batch_.rows) * params_.d_model));
@@ -267,26 +309,36 @@ absl::StatusOr<Frame> Stage::Impl::MakeActivations(const Frame& frame) {
   }
   std::vector<float> residual(floats);
   STAGECOACH_RETURN_IF_ERROR(backend_->GetResidual(*workspace_, residual));
-  MarkPoisoned(step, std::span<const float>(residual));
+  MarkNonFinite(step, residual);
   out.payload = Payload(std::move(residual));
   return out;
 }
 
-absl::StatusOr<Frame> Stage::Impl::MakeResult(const Frame& frame) {
-  const v1::StepHeader& step = frame.header.step();
+Frame Stage::Impl::BeginResult(const v1::StepHeader& step) const {
   Frame out;
   out.header.set_epoch(config_.epoch);
   v1::StepResult& result = *out.header.mutable_result();
   result.set_step(step.step());
   result.set_vocab(static_cast<uint32_t>(params_.vocab_size));
   *result.mutable_timings() = step.timings();
+  return out;
+}
+
+absl::StatusOr<Frame> Stage::Impl::MakeResult(const Frame& frame) {
+  const v1::StepHeader& step = frame.header.step();
+  Frame out = BeginResult(step);
   if (batch_.rows == 0) return out;
-  const std::span<float> residual(residual_.data(),
-                                  static_cast<size_t>(batch_.rows) * params_.d_model);
-  STAGECOACH_RETURN_IF_ERROR(backend_->GetResidual(*workspace_, residual));
-  MarkPoisoned(step, std::span<const float>(residual));
+  if (!finite_.empty()) {
+    STAGECOACH_RETURN_IF_ERROR(LeaveResidual(step));
+  } else {
+    const std::span<float> residual(residual_.data(),
+                                    static_cast<size_t>(batch_.rows) * params_.d_model);
+    STAGECOACH_RETURN_IF_ERROR(backend_->GetResidual(*workspace_, residual));
+    MarkNonFinite(step, residual);
+  }
   STAGECOACH_ASSIGN_OR_RETURN(const UnitLease head, Acquire({.kind = Unit::Kind::kHead}));
   std::vector<float> logits;
+  v1::StepResult& result = *out.header.mutable_result();
   STAGECOACH_RETURN_IF_ERROR(output_->Run(*head, step, slots_, result, logits));
   for (const v1::SequenceResult& sequence : result.sequences()) {
     slots_.next(sequence.slot()).sampled = sequence.token_id();
@@ -295,15 +347,62 @@ absl::StatusOr<Frame> Stage::Impl::MakeResult(const Frame& frame) {
   return out;
 }
 
-void Stage::Impl::AddTiming(Clock::time_point start, Frame& frame) {
+bool Stage::Impl::Chooses(const v1::StepHeader& step) {
+  const int most = backend_->MaxChoices();
+  return last() && most > 0 && !step.rows().empty() &&
+         FindChoosingRows(step, slots_, params_.vocab_size, most, choosing_);
+}
+
+// What a pending step may yet find out (that a sequence is poisoned) must not be needed for this
+// one, nor its residual stream be overwritten from outside.
+bool Stage::Impl::FitsBehind(const v1::StepHeader& step) const {
+  if (pending() == kStepsInFlight || config_.device_input || !step.copies().empty()) return false;
+  return std::ranges::none_of(pending_, [&](const Pending& pending) {
+    return pending.frame || std::ranges::any_of(pending.step.rows(), [&](const auto& rows) {
+             return std::ranges::find(step.close(), rows.slot()) != step.close().end();
+           });
+  });
+}
+
+absl::Status Stage::Impl::EnqueueChoices(const v1::StepHeader& step, Pending& pending) {
+  STAGECOACH_ASSIGN_OR_RETURN(const UnitLease head, Acquire({.kind = Unit::Kind::kHead}));
+  STAGECOACH_RETURN_IF_ERROR(
+      backend_->EnqueueChoices(*workspace_, *head, choosing_.rows, choosing_.draws));
+  std::ranges::fill(choice_of_, -1);
+  for (size_t i = 0; i < choosing_.sequences.size(); ++i) {
+    choice_of_[step.rows(choosing_.sequences[i]).slot()] = static_cast<int>(i);
+  }
+  pending.step = step;
+  pending.choosing = choosing_;
+  pending.rows = batch_.rows;
+  pending.stalled = stalled_;
+  return absl::OkStatus();
+}
+
+// On what a later step has left: that one may have been submitted, and goes on with these tokens.
+absl::StatusOr<Frame> Stage::Impl::MakeChosenResult(const Pending& pending) {
+  std::vector<int32_t> tokens(pending.choosing.draws.size());
+  std::vector<uint8_t> finite(pending.rows);
+  STAGECOACH_RETURN_IF_ERROR(backend_->AwaitChoices(*workspace_, tokens, finite));
+  Frame out = BeginResult(pending.step);
+  slots_.Begin();
+  MarkPoisoned(pending.step, finite, slots_);
+  AddChosenTokens(pending.step, pending.choosing, tokens, slots_, *out.header.mutable_result());
+  slots_.Commit();
+  return out;
+}
+
+// Steps may lie one behind the other on the device: time counts once.
+void Stage::Impl::AddTiming(Clock::time_point start, Clock::duration stalled, Frame& frame) {
   const Clock::time_point end = Clock::now();
-  const Clock::duration compute = end - start - stalled_;
+  const Clock::time_point begin = last_end_ ? std::max(start, *last_end_) : start;
+  const Clock::duration compute = std::max(end - begin - stalled, Clock::duration{});
   compute_ns_ += std::chrono::duration_cast<std::chrono::nanoseconds>(compute).count();
   v1::StageTiming& timing =
       *(frame.header.has_step() ? frame.header.mutable_step()->add_timings()
                                 : frame.header.mutable_result()->add_timings());
   timing.set_compute_us(Microseconds(compute));
-  if (last_end_) timing.set_wait_us(Microseconds(start - *last_end_));
+  if (last_end_) timing.set_wait_us(Microseconds(begin - *last_end_));
   last_end_ = end;
 }
 
@@ -329,7 +428,15 @@ absl::StatusOr<std::unique_ptr<Stage>> Stage::Create(Backend* backend,
 
 Stage::Stage(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Stage::~Stage() = default;
-absl::StatusOr<Frame> Stage::Run(const Frame& frame) { return impl_->Run(frame); }
+absl::StatusOr<bool> Stage::Submit(const Frame& frame) { return impl_->Submit(frame); }
+int Stage::pending() const { return impl_->pending(); }
+bool Stage::Ready() { return impl_->Ready(); }
+absl::StatusOr<Frame> Stage::Finish() { return impl_->Finish(); }
+absl::StatusOr<Frame> Stage::Run(const Frame& frame) {
+  const absl::StatusOr<bool> submitted = Submit(frame);
+  if (!submitted.ok()) return submitted.status();
+  return Finish();
+}
 absl::StatusOr<ChannelMemory> Stage::ChannelMemoryOfResidual() {
   return impl_->ChannelMemoryOfResidual();
 }

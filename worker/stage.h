@@ -74,12 +74,23 @@ class Stage {
   // Blocks that a sequence left non-finite values in are cleared when it is closed: the coordinator
   // asks for that too (clear_blocks), but may have closed it before it heard of them. Of blocks
   // that are shared by cached_blocks it must know that they were written without an error.
+  // Nothing must be pending.
   absl::StatusOr<Frame> Run(const Frame& frame);
+
+  // The same in two parts. Submit does what Run does (with its errors) but for what a backend with
+  // MaxChoices() can leave to the device: the step is pending then, until Finish, which waits for
+  // it, returns its frame. False: the step needs what those pending will find out (or there are
+  // too many of them); nothing has changed, and it can be submitted again after a Finish.
+  absl::StatusOr<bool> Submit(const Frame& frame);
+  int pending() const;
+  // Of the earliest pending step: whether Finish would return at once.
+  bool Ready();
+  absl::StatusOr<Frame> Finish();
 
   const StageConfig& config() const;
   uint64_t steps() const;
   uint64_t tokens() const;         // rows run
-  double compute_seconds() const;  // inside Run, stalls on weights excluded
+  double compute_seconds() const;  // of steps under way, stalls on weights excluded
 
  private:
   class Impl;

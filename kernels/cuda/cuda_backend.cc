@@ -14,15 +14,14 @@
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/cuda_weights.h"
 #include "kernels/cuda/cuda_workspace.h"
+#include "kernels/cuda/device_peaks.h"
 #include "kernels/cuda/finite_rows.h"
 #include "kernels/cuda/head_choices.h"
 #include "kernels/cuda/kernel_timer.h"
 #include "kernels/cuda/layer_ops.h"
 #include "kernels/cuda/quant_matmul.h"
-#include "kernels/cuda/read_all.h"
 #include "kernels/cuda/rope.h"
 #include "kernels/cuda/step_runner.h"
-#include "kernels/cuda/tensor_peak.h"
 #include "kernels/cuda/uploader.h"
 #include "kernels/cuda/weight_bounds.h"
 #include "kernels/tensor_check.h"
@@ -123,6 +122,19 @@ class CudaBackend final : public Backend {
                         std::span<const int32_t> rows, std::span<const TokenDraw> draws,
                         std::span<int32_t> tokens) override;
 
+  int MaxChoices() const override { return kMaxChoices; }
+  absl::Status EnqueueChoices(Workspace& workspace, const UnitWeights& head,
+                              std::span<const int32_t> rows,
+                              std::span<const TokenDraw> draws) override;
+  bool ChoicesReady(Workspace& workspace) override {
+    return StepEndReady(*Own(workspace).buffers);
+  }
+  absl::Status AwaitChoices(Workspace& workspace, std::span<int32_t> tokens,
+                            std::span<uint8_t> finite) override {
+    STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+    return AwaitStepEnd(*Own(workspace).buffers, tokens, finite);
+  }
+
   absl::Status CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) override;
   absl::Status ClearKvBlocks(KvCache& kv, std::span<const int32_t> blocks) override;
 
@@ -142,12 +154,11 @@ class CudaBackend final : public Backend {
                          std::span<const float> k, std::span<const float> v, KvCache& kv,
                          int kv_layer, const StepBatch& batch, std::span<float> out) override;
 
-  absl::StatusOr<double> MeasureReadBandwidth();
+  const CudaDevice& device() const { return *device_; }
   absl::StatusOr<double> MeasureCopyRate() {
     STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
     return uploader_->MeasureCopyRate();
   }
-  absl::StatusOr<double> MeasureTensorPeak(PeakInput input);
 
  private:
   template <typename Consume>
@@ -227,7 +238,7 @@ absl::Status CudaBackend::RunHead(StageWorkspace& own, const UnitWeights& head,
     const size_t count = std::min(most, rows.size() - first);
     STAGECOACH_RETURN_IF_ERROR(buffers.inputs.SetHeadRows(rows.subspan(first, count)));
     const absl::Status enqueued =
-        EnqueueHead(buffers, *Own(head), static_cast<int>(count), device_->compute());
+        EnqueueHead(buffers, *Own(head), /*first=*/0, static_cast<int>(count), device_->compute());
     Own(head)->NoteUse();
     STAGECOACH_RETURN_IF_ERROR(enqueued);
     STAGECOACH_RETURN_IF_ERROR(consume(first, count));
@@ -268,6 +279,19 @@ absl::Status CudaBackend::HeadDraw(Workspace& workspace, const UnitWeights& head
     return TakeDraws(*own.buffers, draws.subspan(first, count), tokens.subspan(first, count),
                      device_->compute());
   });
+}
+
+absl::Status CudaBackend::EnqueueChoices(Workspace& workspace, const UnitWeights& head,
+                                         std::span<const int32_t> rows,
+                                         std::span<const TokenDraw> draws) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  StageWorkspace& own = Own(workspace);
+  STAGECOACH_RETURN_IF_ERROR(BeginStepEnd(*own.buffers, rows, draws));
+  STAGECOACH_RETURN_IF_ERROR(own.runner.Flush());
+  STAGECOACH_RETURN_IF_ERROR(Own(head)->AwaitUpload());
+  const absl::Status enqueued = EnqueueStepEnd(*own.buffers, *Own(head), device_->compute());
+  Own(head)->NoteUse();
+  return enqueued;
 }
 
 absl::Status CudaBackend::CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) {
@@ -421,40 +445,6 @@ absl::Status CudaBackend::Attention(const ModelParams& params, std::span<const f
   return ToHost(result, out);
 }
 
-absl::StatusOr<double> CudaBackend::MeasureReadBandwidth() {
-  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
-  constexpr size_t kFloats = size_t{256} << 20;  // 1 GiB, many times the cache
-  constexpr int kPasses = 6;
-  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> data, device_->NewBuffer<float>(kFloats));
-  STAGECOACH_RETURN_IF_CUDA_ERROR(
-      cudaMemsetAsync(data.data(), 0, data.bytes(), device_->compute()));
-  double best = 0;
-  for (int pass = 0; pass < kPasses; ++pass) {
-    STAGECOACH_ASSIGN_OR_RETURN(const double seconds, TimeLaunch(*device_, [&] {
-                                  return ReadAll(data.data(), kFloats, device_->multiprocessors(),
-                                                 /*never=*/1, data.data(), device_->compute());
-                                }));
-    best = pass == 0 ? seconds : std::min(best, seconds);
-  }
-  return static_cast<double>(data.bytes()) / best;
-}
-
-absl::StatusOr<double> CudaBackend::MeasureTensorPeak(PeakInput input) {
-  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
-  constexpr int kPasses = 6;
-  const int multiprocessors = device_->multiprocessors();
-  STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> out, device_->NewBuffer<float>(1));
-  double best = 0;
-  for (int pass = 0; pass < kPasses; ++pass) {
-    STAGECOACH_ASSIGN_OR_RETURN(const double seconds, TimeLaunch(*device_, [&] {
-                                  return RunTensorCores(input, multiprocessors, /*never=*/0.5f,
-                                                        out.data(), device_->compute());
-                                }));
-    best = pass == 0 ? seconds : std::min(best, seconds);
-  }
-  return static_cast<double>(TensorOps(input, multiprocessors)) / best;
-}
-
 }  // namespace
 }  // namespace cuda
 
@@ -469,7 +459,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaOptions& opti
 }
 
 absl::StatusOr<double> MeasureCudaReadBandwidth(Backend& backend) {
-  return static_cast<cuda::CudaBackend&>(backend).MeasureReadBandwidth();
+  return cuda::MeasureReadBandwidth(static_cast<cuda::CudaBackend&>(backend).device());
 }
 
 absl::StatusOr<double> MeasureCudaCopyRate(Backend& backend) {
@@ -477,10 +467,10 @@ absl::StatusOr<double> MeasureCudaCopyRate(Backend& backend) {
 }
 
 absl::StatusOr<CudaTensorPeaks> MeasureCudaTensorPeaks(Backend& backend) {
-  auto& own = static_cast<cuda::CudaBackend&>(backend);
+  const cuda::CudaDevice& device = static_cast<cuda::CudaBackend&>(backend).device();
   CudaTensorPeaks peaks;
-  STAGECOACH_ASSIGN_OR_RETURN(peaks.int8, own.MeasureTensorPeak(cuda::PeakInput::kInt8));
-  STAGECOACH_ASSIGN_OR_RETURN(peaks.half, own.MeasureTensorPeak(cuda::PeakInput::kHalf));
+  STAGECOACH_ASSIGN_OR_RETURN(peaks.int8, MeasureTensorPeak(device, cuda::PeakInput::kInt8));
+  STAGECOACH_ASSIGN_OR_RETURN(peaks.half, MeasureTensorPeak(device, cuda::PeakInput::kHalf));
   return peaks;
 }
 

@@ -74,6 +74,9 @@ class Bench {
   static absl::StatusOr<std::unique_ptr<Bench>> Open(const BenchFlags& flags, TensorType type);
 
   absl::Status Run(const Step& step);
+  // The two parts of Run. Steps with a head may be enqueued one behind the other.
+  absl::Status Enqueue(const Step& step);
+  absl::Status Await(const Step& step);
   absl::StatusOr<double> MedianSeconds(const Step& step);
 
   Backend& backend() { return *backend_; }
@@ -100,7 +103,10 @@ class Bench {
   std::unique_ptr<KvCache> kv_;
   std::unique_ptr<Workspace> workspace_;
   std::vector<float> residual_;
-  std::vector<TopLogit> top_;
+  std::vector<int32_t> last_rows_;  // of each sequence, in the latest step
+  std::vector<TokenDraw> draws_;    // of the best token
+  std::vector<int32_t> tokens_;
+  std::vector<uint8_t> finite_;
 };
 
 absl::StatusOr<std::unique_ptr<Bench>> Bench::Open(const BenchFlags& flags, TensorType type) {
@@ -124,7 +130,8 @@ absl::StatusOr<std::unique_ptr<Bench>> Bench::Open(const BenchFlags& flags, Tens
   STAGECOACH_ASSIGN_OR_RETURN(bench->workspace_,
                               bench->backend_->NewWorkspace(params, workspace_rows));
   bench->residual_.resize(static_cast<size_t>(workspace_rows) * params.d_model);
-  bench->top_.resize(most_rows);
+  bench->tokens_.resize(most_rows);
+  bench->finite_.resize(workspace_rows);
   for (int i = 0; i < most_rows; ++i) {  // no sequence attends to memory that nothing wrote
     STAGECOACH_RETURN_IF_ERROR(
         bench->Run({.rows = i == 0 ? longest : flags.prior, .head = false, .first_sequence = i}));
@@ -148,11 +155,12 @@ absl::Status Bench::Build(TensorType type) {
   return absl::OkStatus();
 }
 
-absl::Status Bench::Run(const Step& step) {
+absl::Status Bench::Enqueue(const Step& step) {
   std::vector<int32_t> blocks(static_cast<size_t>(step.sequences) * blocks_per_sequence_);
   std::iota(blocks.begin(), blocks.end(), step.first_sequence * blocks_per_sequence_);
   std::vector<BatchSequence> sequences;
-  std::vector<int32_t> tokens, last_rows;
+  std::vector<int32_t> tokens;
+  last_rows_.clear();
   for (int i = 0; i < step.sequences; ++i) {
     const auto own_blocks = std::span<const int32_t>(blocks).subspan(
         static_cast<size_t>(i) * blocks_per_sequence_, blocks_per_sequence_);
@@ -161,7 +169,7 @@ absl::Status Bench::Run(const Step& step) {
                          .start_position = step.prior,
                          .blocks = own_blocks});
     for (int r = 0; r < step.rows; ++r) tokens.push_back((i * 101 + r * 37) % params_.vocab_size);
-    last_rows.push_back((i + 1) * step.rows - 1);
+    last_rows_.push_back((i + 1) * step.rows - 1);
   }
   const StepBatch batch = {.sequences = sequences, .rows = static_cast<int>(tokens.size())};
   STAGECOACH_RETURN_IF_ERROR(backend_->Embed(*workspace_, *embedding_, tokens));
@@ -169,28 +177,42 @@ absl::Status Bench::Run(const Step& step) {
     STAGECOACH_RETURN_IF_ERROR(
         backend_->RunLayer(*workspace_, *layers_[i], *kv_, static_cast<int>(i), batch));
   }
-  if (!step.head) {
-    return backend_->GetResidual(*workspace_,
-                                 std::span(residual_).first(tokens.size() * params_.d_model));
-  }
-  return backend_->HeadTop(*workspace_, *head_, last_rows, /*count=*/1,
-                           std::span(top_).first(last_rows.size()), {});
+  if (!step.head) return absl::OkStatus();
+  draws_.assign(last_rows_.size(), {.temperature = 0});
+  return backend_->EnqueueChoices(*workspace_, *head_, last_rows_, draws_);
 }
 
+absl::Status Bench::Await(const Step& step) {
+  const size_t rows = static_cast<size_t>(step.sequences) * step.rows;
+  if (!step.head) {
+    return backend_->GetResidual(*workspace_, std::span(residual_).first(rows * params_.d_model));
+  }
+  return backend_->AwaitChoices(*workspace_, std::span(tokens_).first(step.sequences),
+                                std::span(finite_).first(rows));
+}
+
+absl::Status Bench::Run(const Step& step) {
+  STAGECOACH_RETURN_IF_ERROR(Enqueue(step));
+  return Await(step);
+}
+
+// Steps with a head lie one behind the other, as those of a worker do: what counts is how far apart
+// they end.
 absl::StatusOr<double> Bench::MedianSeconds(const Step& step) {
   using Clock = std::chrono::steady_clock;
   constexpr int kWarmUp = 3;  // the third of a shape is the first that runs as a graph
-  for (int i = 0; i < kWarmUp; ++i) {
-    STAGECOACH_RETURN_IF_ERROR(Run(step));
-  }
+  for (int i = 0; i < kWarmUp; ++i) STAGECOACH_RETURN_IF_ERROR(Run(step));
   std::vector<double> seconds;
-  for (const auto start = Clock::now();;) {
-    const auto before = Clock::now();
-    STAGECOACH_RETURN_IF_ERROR(Run(step));
+  if (step.head) STAGECOACH_RETURN_IF_ERROR(Enqueue(step));
+  const auto start = Clock::now();
+  for (auto before = start; std::chrono::duration<double>(before - start).count() < seconds_;) {
+    STAGECOACH_RETURN_IF_ERROR(Enqueue(step));
+    STAGECOACH_RETURN_IF_ERROR(Await(step));
     const auto after = Clock::now();
     seconds.push_back(std::chrono::duration<double>(after - before).count());
-    if (std::chrono::duration<double>(after - start).count() > seconds_) break;
+    before = after;
   }
+  if (step.head) STAGECOACH_RETURN_IF_ERROR(Await(step));
   const auto middle = seconds.begin() + static_cast<ptrdiff_t>(seconds.size() / 2);
   std::nth_element(seconds.begin(), middle, seconds.end());
   return *middle;

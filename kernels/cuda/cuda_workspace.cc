@@ -69,7 +69,9 @@ absl::Status StepInputs::SetHeadRows(std::span<const int32_t> rows) {
 }
 
 absl::Status StepInputs::MakeRoom(size_t blocks) {
-  STAGECOACH_RETURN_IF_ERROR(AwaitSent(tokens_));
+  for (const Part* part : {&tokens_, &head_rows_, &batch_}) {
+    STAGECOACH_RETURN_IF_ERROR(AwaitSent(*part));
+  }
   STAGECOACH_ASSIGN_OR_RETURN(StepInputs larger,
                               Create(*device_, max_rows_, rows_per_tile_, 2 * blocks));
   std::memcpy(larger.host_.data(), host_.data(), max_rows_ * sizeof(int32_t));
@@ -160,10 +162,16 @@ absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaD
   const size_t sums = kHeadRows * static_cast<size_t>(UnitSums(params.vocab_size));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->unit_sums, device.NewBuffer<uint64_t>(sums));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->unit_sums_out, device.NewPinnedBuffer<uint64_t>(sums));
-  STAGECOACH_ASSIGN_OR_RETURN(workspace->drawn, device.NewBuffer<int32_t>(kHeadRows));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->drawn, device.NewBuffer<int32_t>(kMaxChoices));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->drawn_out, device.NewPinnedBuffer<int32_t>(kHeadRows));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->finite, device.NewBuffer<uint8_t>(max_rows));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->finite_out, device.NewPinnedBuffer<uint8_t>(max_rows));
+  for (StepEnd& end : workspace->ends) {
+    STAGECOACH_ASSIGN_OR_RETURN(end.draws, device.NewPinnedBuffer<TokenDraw>(kMaxChoices));
+    STAGECOACH_ASSIGN_OR_RETURN(end.tokens, device.NewPinnedBuffer<int32_t>(kMaxChoices));
+    STAGECOACH_ASSIGN_OR_RETURN(end.finite, device.NewPinnedBuffer<uint8_t>(max_rows));
+    STAGECOACH_ASSIGN_OR_RETURN(end.done, device.NewEvent());
+  }
   const size_t residuals = static_cast<size_t>(max_rows) * params.d_model;
   STAGECOACH_ASSIGN_OR_RETURN(workspace->residual_in, device.NewPinnedBuffer<float>(residuals));
   STAGECOACH_ASSIGN_OR_RETURN(

@@ -2,6 +2,7 @@
 #ifndef STAGECOACH_KERNELS_CUDA_CUDA_WORKSPACE_H_
 #define STAGECOACH_KERNELS_CUDA_CUDA_WORKSPACE_H_
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -22,6 +23,8 @@ namespace stagecoach::cuda {
 
 // Rows that go through the head at once: bounds the logits held on the device.
 inline constexpr int kHeadRows = 64;
+// Rows of a step that choose by themselves.
+inline constexpr int kMaxChoices = 256;
 inline constexpr int kMaxWorkspaceRows = 65535;  // a dimension of a launch
 
 // Memory of a MatmulScratch, for products on the compute stream.
@@ -72,6 +75,18 @@ class StepInputs {
   Part tokens_, head_rows_, batch_;
 };
 
+// The end of a step as the host sees it: what it gives and, once `done` is over, what it gets. The
+// device reads and writes the arrays where they are.
+struct StepEnd {
+  int rows = 0;   // of the step
+  int count = 0;  // of them, rows that choose
+  bool all_greedy = false;
+  PinnedBuffer<TokenDraw> draws;  // [kMaxChoices], likewise tokens
+  PinnedBuffer<int32_t> tokens;
+  PinnedBuffer<uint8_t> finite;  // [max_rows]
+  Event done;
+};
+
 struct CudaWorkspace {
   // Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED.
   static absl::StatusOr<std::unique_ptr<CudaWorkspace>> Create(const CudaDevice& device,
@@ -99,12 +114,14 @@ struct CudaWorkspace {
   DeviceBuffer<TopKey> top_scratch;     // for kMostTopLogits of kHeadRows rows
   DeviceBuffer<TopKey> top;             // [kHeadRows][kMostTopLogits]
   PinnedBuffer<TopKey> top_out;         // [kHeadRows][kMostTopLogits]
-  DeviceBuffer<TokenDraw> draws;        // [kHeadRows], likewise those below
-  PinnedBuffer<TokenDraw> draws_in;
-  DeviceBuffer<uint64_t> unit_sums;  // [kHeadRows][UnitSums]
+  DeviceBuffer<TokenDraw> draws;        // [kHeadRows]
+  PinnedBuffer<TokenDraw> draws_in;     // [kHeadRows]
+  DeviceBuffer<uint64_t> unit_sums;     // [kHeadRows][UnitSums]
   PinnedBuffer<uint64_t> unit_sums_out;
-  DeviceBuffer<int32_t> drawn;
-  PinnedBuffer<int32_t> drawn_out;
+  DeviceBuffer<int32_t> drawn;               // [kMaxChoices], of the latest draws
+  PinnedBuffer<int32_t> drawn_out;           // [kHeadRows]
+  std::array<StepEnd, kStepsInFlight> ends;  // of the steps in flight, in turn:
+  int first_end = 0, end_count = 0;
   DeviceBuffer<uint8_t> finite;      // [max_rows]
   PinnedBuffer<uint8_t> finite_out;  // [max_rows]
   PinnedBuffer<float> residual_in;   // [max_rows][d_model]

@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/device_ops.cuh"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/sampling.h"
 #include "model/block_decode.h"
 
 namespace stagecoach::cuda {
@@ -10,11 +11,14 @@ namespace {
 constexpr int kThreads = 256;
 
 template <typename Block>
-__global__ void EmbedKernel(const Block* table, int columns, const int32_t* ids, float* out) {
+__global__ void EmbedKernel(const Block* table, int columns, const int32_t* ids,
+                            const int32_t* choices, float* out) {
   LetNextKernelStart();
   WaitForPreviousKernel();
   const int blocks_per_row = columns / Block::kElements;
-  const Block* row = table + static_cast<size_t>(ids[blockIdx.x]) * blocks_per_row;
+  int id = ids[blockIdx.x];
+  if (id < 0) id = max(choices[ChoiceOf(id)], 0);  // ChoiceOf is its own inverse
+  const Block* row = table + static_cast<size_t>(id) * blocks_per_row;
   out += static_cast<size_t>(blockIdx.x) * columns;
   for (int k = threadIdx.x; k < columns; k += kThreads) {
     const Block& block = row[k / Block::kElements];
@@ -32,11 +36,11 @@ __global__ void EmbedKernel(const Block* table, int columns, const int32_t* ids,
 }  // namespace
 
 cudaError_t EmbedRows(TensorType type, const void* table, int columns, const int32_t* ids, int rows,
-                      float* out, cudaStream_t stream) {
+                      const int32_t* choices, float* out, cudaStream_t stream) {
   const LaunchShape shape = {.grid = dim3(rows), .threads = kThreads};
   return VisitBlockType(type, [&]<typename Block>() {
     return LaunchKernel(EmbedKernel<Block>, shape, stream, static_cast<const Block*>(table),
-                        columns, ids, out);
+                        columns, ids, choices, out);
   });
 }
 

@@ -4,6 +4,8 @@
 #include <numeric>
 
 #include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/finite_rows.h"
+#include "kernels/cuda/layer_ops.h"
 #include "model/status_macros.h"
 
 namespace stagecoach::cuda {
@@ -67,12 +69,59 @@ absl::Status TakeDraws(CudaWorkspace& workspace, std::span<const TokenDraw> draw
                                           stream));
   STAGECOACH_RETURN_IF_CUDA_ERROR(
       DrawTokens(workspace.logits.data(), rows, vocab, workspace.top.data(), workspace.draws.data(),
-                 workspace.unit_sums.data(), workspace.drawn.data(), stream));
+                 /*all_greedy=*/false, workspace.unit_sums.data(), workspace.drawn.data(), stream));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(workspace.drawn_out.data(),
                                                   workspace.drawn.data(), tokens.size_bytes(),
                                                   cudaMemcpyDeviceToHost, stream));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream));
   std::copy_n(workspace.drawn_out.data(), tokens.size(), tokens.begin());
+  return absl::OkStatus();
+}
+
+absl::Status BeginStepEnd(CudaWorkspace& workspace, std::span<const int32_t> rows,
+                          std::span<const TokenDraw> draws) {
+  const int next = (workspace.first_end + workspace.end_count) % kStepsInFlight;
+  StepEnd& end = workspace.ends[next];
+  end.rows = workspace.rows;
+  end.count = static_cast<int>(draws.size());
+  end.all_greedy =
+      std::ranges::all_of(draws, [](const TokenDraw& d) { return d.temperature == 0; });
+  std::ranges::copy(draws, end.draws.data());
+  ++workspace.end_count;
+  return workspace.inputs.SetHeadRows(rows);
+}
+
+absl::Status EnqueueStepEnd(CudaWorkspace& ws, const UnitStorage& head, cudaStream_t stream) {
+  StepEnd& end = ws.ends[(ws.first_end + ws.end_count - 1) % kStepsInFlight];
+  const int vocab = ws.params.vocab_size;
+  for (int first = 0; first < end.count; first += kHeadRows) {
+    const int count = std::min(kHeadRows, end.count - first);
+    STAGECOACH_RETURN_IF_ERROR(EnqueueHead(ws, head, first, count, stream));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(FindTop(ws.logits.data(), count, vocab, /*count=*/1,
+                                            ws.top_scratch.data(), ws.top.data(), stream));
+    STAGECOACH_RETURN_IF_CUDA_ERROR(
+        DrawTokens(ws.logits.data(), count, vocab, ws.top.data(), end.draws.data() + first,
+                   end.all_greedy, ws.unit_sums.data(), ws.drawn.data() + first, stream));
+  }
+  STAGECOACH_RETURN_IF_CUDA_ERROR(EndStep(ws.residual.data(), end.rows, ws.params.d_model,
+                                          ws.drawn.data(), end.count, end.finite.data(),
+                                          end.tokens.data(), stream));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(end.done.get(), stream));
+  return absl::OkStatus();
+}
+
+bool StepEndReady(const CudaWorkspace& workspace) {
+  return cudaEventQuery(workspace.ends[workspace.first_end].done.get()) != cudaErrorNotReady;
+}
+
+absl::Status AwaitStepEnd(CudaWorkspace& workspace, std::span<int32_t> tokens,
+                          std::span<uint8_t> finite) {
+  const StepEnd& end = workspace.ends[workspace.first_end];
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(end.done.get()));
+  workspace.first_end = (workspace.first_end + 1) % kStepsInFlight;
+  --workspace.end_count;
+  std::copy_n(end.tokens.data(), tokens.size(), tokens.begin());
+  std::copy_n(end.finite.data(), finite.size(), finite.begin());
   return absl::OkStatus();
 }
 

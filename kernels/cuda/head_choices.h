@@ -6,6 +6,7 @@
 #include <span>
 
 #include "absl/status/status.h"
+#include "kernels/cuda/cuda_weights.h"
 #include "kernels/cuda/cuda_workspace.h"
 
 namespace stagecoach::cuda {
@@ -16,6 +17,18 @@ absl::Status TakeTop(CudaWorkspace& workspace, int count, std::span<TopLogit> to
 // See Backend::HeadDraw; a draw and a token for each row.
 absl::Status TakeDraws(CudaWorkspace& workspace, std::span<const TokenDraw> draws,
                        std::span<int32_t> tokens, cudaStream_t stream);
+
+// The end of a step that is not waited for. First, before the launches of its layers if possible:
+// what the device needs of `draws` of the residual rows `rows`; all but one of workspace.ends may
+// be in use.
+absl::Status BeginStepEnd(CudaWorkspace& workspace, std::span<const int32_t> rows,
+                          std::span<const TokenDraw> draws);
+// Then, behind the layers: the head, whose weights the stream waits for, and the draws.
+absl::Status EnqueueStepEnd(CudaWorkspace& workspace, const UnitStorage& head, cudaStream_t stream);
+// Of the earliest that is in use, and has not been taken by AwaitStepEnd.
+bool StepEndReady(const CudaWorkspace& workspace);
+absl::Status AwaitStepEnd(CudaWorkspace& workspace, std::span<int32_t> tokens,
+                          std::span<uint8_t> finite);
 
 }  // namespace stagecoach::cuda
 

@@ -57,7 +57,7 @@ MatmulTerm Term(const PackedMatrix& weights, float* y, const float* bias = nullp
 absl::Status EnqueueEmbed(CudaWorkspace& ws, const UnitStorage& embedding, cudaStream_t stream) {
   const PackedMatrix& table = embedding.embedding();
   STAGECOACH_RETURN_IF_CUDA_ERROR(EmbedRows(table.type, table.data, table.k, ws.inputs.tokens(),
-                                            ws.rows, ws.residual.data(), stream));
+                                            ws.rows, ws.drawn.data(), ws.residual.data(), stream));
   return absl::OkStatus();
 }
 
@@ -125,11 +125,11 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
   });
 }
 
-absl::Status EnqueueHead(CudaWorkspace& ws, const UnitStorage& head, int count,
+absl::Status EnqueueHead(CudaWorkspace& ws, const UnitStorage& head, int first, int count,
                          cudaStream_t stream) {
   STAGECOACH_RETURN_IF_CUDA_ERROR(EmbedRows(TensorType::kF32, ws.residual.data(), ws.params.d_model,
-                                            ws.inputs.head_rows(), count, ws.head_input.data(),
-                                            stream));
+                                            ws.inputs.head_rows() + first, count,
+                                            /*choices=*/nullptr, ws.head_input.data(), stream));
   const MatmulTerm output[] = {Term(head.matrix(TensorRole::kOutput), ws.logits.data())};
   return Project(ws, output, count, stream, [&](const Activations& x) {
     return LaunchRmsNorm(ws.head_input.data(), head.vector(TensorRole::kOutputNorm),

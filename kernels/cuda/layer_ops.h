@@ -23,8 +23,9 @@ absl::Status EnqueueSetResidual(CudaWorkspace& workspace, cudaStream_t stream);
 absl::Status EnqueueTurns(CudaWorkspace& workspace, cudaStream_t stream);
 absl::Status EnqueueLayer(CudaWorkspace& workspace, const UnitStorage& layer, const KvLayout& kv,
                           cudaStream_t stream);
-// Logits of the `count` (<= kHeadRows) rows in workspace.inputs.head_rows() to workspace.logits.
-absl::Status EnqueueHead(CudaWorkspace& workspace, const UnitStorage& head, int count,
+// Logits of `count` (<= kHeadRows) rows, from the entry `first` of workspace.inputs.head_rows() on,
+// to workspace.logits.
+absl::Status EnqueueHead(CudaWorkspace& workspace, const UnitStorage& head, int first, int count,
                          cudaStream_t stream);
 
 }  // namespace stagecoach::cuda

@@ -51,6 +51,7 @@ __global__ void SumRunsKernel(const float* logits, int vocab, const TopKey* best
   LoadPowers(powers);
   WaitForPreviousKernel();
   const size_t row = blockIdx.y;
+  if (draws[row].temperature == 0) return;
   const TopLogit largest = FromTopKey(best[row * stride]);
   const int first = blockIdx.x * kRunTokens + threadIdx.x * kThreadTokens;
   uint64_t sum = ThreadUnits(powers, logits + row * vocab, first, vocab, largest.logit,
@@ -98,6 +99,10 @@ __global__ void PickKernel(const float* logits, int vocab, const TopKey* best,
     return;  // the whole block
   }
   const double temperature = draws[row].temperature;
+  if (temperature == 0) {
+    if (threadIdx.x == 0) tokens[row] = largest.id;
+    return;
+  }
   logits += row * vocab;
   if (threadIdx.x == 0) place = FindRun(sums + row * runs, runs, draws[row].uniform);
   __syncthreads();
@@ -129,10 +134,13 @@ cudaError_t SumUnits(const float* logits, int rows, int vocab, const TopKey* bes
 }
 
 cudaError_t DrawTokens(const float* logits, int rows, int vocab, const TopKey* best,
-                       const TokenDraw* draws, uint64_t* sums, int32_t* tokens,
+                       const TokenDraw* draws, bool all_greedy, uint64_t* sums, int32_t* tokens,
                        cudaStream_t stream) {
-  const cudaError_t error = SumUnits(logits, rows, vocab, best, /*stride=*/1, draws, sums, stream);
-  if (error != cudaSuccess) return error;
+  if (!all_greedy) {
+    const cudaError_t error =
+        SumUnits(logits, rows, vocab, best, /*stride=*/1, draws, sums, stream);
+    if (error != cudaSuccess) return error;
+  }
   return LaunchKernel(PickKernel, {.grid = dim3(rows), .threads = kThreads}, stream, logits, vocab,
                       best, draws, sums, UnitSums(vocab), tokens);
 }
