@@ -41,9 +41,13 @@ struct TileLayout {
   static constexpr int kSumsBytes = kThreadSums * kStoring * 4;
   static constexpr int kFitting = (kFreeBytes - kSumsBytes) / kStageBytes;
   static constexpr int kStages = kFitting > 6 ? 6 : kFitting;
-  static_assert(kStages >= 2 && kStageBytes % 128 == 0 && 2 * kStages * 8 <= 128);
+  // Barriers of filled stages. Whoever waits on one must see each of its phases, or takes one for
+  // the one after the next; so the two halves must not share any.
+  static constexpr int kFilledBarriers = kSplitK && kStages % 2 == 1 ? 2 * kStages : kStages;
+  static constexpr int kBarrierBytes = (kFilledBarriers + kStages) * 8;
+  static_assert(kStages >= 2 && kStageBytes % 128 == 0 && kBarrierBytes <= 128);
   static constexpr int kRingBytes = kStages * kStageBytes;
-  static constexpr int kSharedBytes = kRingBytes + kSumsBytes + 2 * kStages * 8;
+  static constexpr int kSharedBytes = kRingBytes + kSumsBytes + kBarrierBytes;
 };
 
 // What a block computes. Fills: of the ring's stages in turn, each by a superblock; the two halves'
@@ -86,7 +90,7 @@ struct TileShare {
   }
 };
 
-// Where in the ring a fill lies, from the first one on.
+// Where in a ring of stages, or of barriers, a fill has its place, from the first one on.
 template <int kStages>
 struct RingPlace {
   int stage = 0;
@@ -100,7 +104,8 @@ struct RingPlace {
   }
 };
 
-// A warp that fetches: its share of each stage. filled, emptied: barriers, [kStages].
+// A warp that fetches: its share of each stage. Barriers: filled [kFilledBarriers], by the fill's
+// number; emptied [kStages].
 template <typename Tile, int kColumns, bool kSplitK>
 __device__ inline void FetchStages(const MatmulParameters& p,
                                    const TileShare<Tile, kColumns, kSplitK>& share, uint8_t* shared,
@@ -110,44 +115,47 @@ __device__ inline void FetchStages(const MatmulParameters& p,
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0) - Layout::kWarps;
   const int tiles = min(Layout::kBlockTiles, p.tile_rows - share.first_tile_row);
+  // Filled stages wait for all others, so that these see each phase of emptied stages.
+  if (warp * kWarpTiles >= tiles) return;
   const int tile = warp * kWarpTiles + lane;
   const bool fetches = lane < kWarpTiles && tile < tiles;
   const uint8_t* weights = fetches ? TileRow<Tile>(p, share.TileRowOf(p, tile)) : nullptr;
-  const auto fetch_weights = [&](int s, int stage) {
+  const auto fetch_weights = [&](int s, int stage, uint64_t* barrier) {
     if (warp == 0 && IsElected()) {
-      ExpectCopies(filled + stage, tiles * Tile::kBytes + Layout::kActivationBytes);
+      ExpectCopies(barrier, tiles * Tile::kBytes + Layout::kActivationBytes);
     }
     if (fetches) {
       CopyBulk(shared + stage * Layout::kStageBytes + tile * Tile::kBytes,
-               weights + static_cast<size_t>(s) * Tile::kBytes, Tile::kBytes, filled + stage);
+               weights + static_cast<size_t>(s) * Tile::kBytes, Tile::kBytes, barrier);
     }
   };
   // One copy: many small ones take longer to begin than to come. Of a last block of rows that is
   // not full, the rest is anything; nobody reads what becomes of it.
-  const auto fetch_activations = [&](int s, int stage) {
+  const auto fetch_activations = [&](int s, int stage, uint64_t* barrier) {
     if (warp != 0 || !IsElected()) return;
     const size_t place = static_cast<size_t>(s) * share.row_blocks + share.row_block;
     CopyBulk(shared + stage * Layout::kStageBytes + Layout::kWeightBytes,
-             p.x + place * Layout::kActivationBytes, Layout::kActivationBytes, filled + stage);
+             p.x + place * Layout::kActivationBytes, Layout::kActivationBytes, barrier);
   };
   const int fills = share.Fills(), ahead = min(fills, Layout::kStages);
   for (int fill = 0; fill < ahead; ++fill) {
     const int s = share.Superblock(fill);
-    if (s >= 0) fetch_weights(s, fill);
+    if (s >= 0) fetch_weights(s, fill, filled + fill);
   }
   BeginReading(p);
   for (int fill = 0; fill < ahead; ++fill) {
     const int s = share.Superblock(fill);
-    if (s >= 0) fetch_activations(s, fill);
+    if (s >= 0) fetch_activations(s, fill, filled + fill);
   }
   RingPlace<Layout::kStages> place;
 #pragma unroll 1
   for (int fill = ahead; fill < fills; ++fill, place.Advance()) {
     const int s = share.Superblock(fill);
     if (s < 0) continue;
+    uint64_t* const barrier = filled + fill % Layout::kFilledBarriers;
     AwaitPhase(emptied + place.stage, place.phase);
-    fetch_weights(s, place.stage);
-    fetch_activations(s, place.stage);
+    fetch_weights(s, place.stage, barrier);
+    fetch_activations(s, place.stage, barrier);
   }
 }
 
@@ -213,7 +221,12 @@ __device__ inline bool MultiplyFills(const TileShare<Tile, kColumns, kSplitK>& s
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0) % Layout::kBlockTiles;
   const int fills = share.Fills();
   RingPlace<Layout::kStages> place;
-  if (half == 1) place.Advance();
+  RingPlace<Layout::kFilledBarriers> barrier;
+  const auto advance = [&] {
+    place.Advance();
+    barrier.Advance();
+  };
+  if (half == 1) advance();
   int split = share.FirstSplit(half) - 1, split_end = share.Begin(half);
   bool put_by = false;
 #pragma unroll 1
@@ -232,7 +245,7 @@ __device__ inline bool MultiplyFills(const TileShare<Tile, kColumns, kSplitK>& s
         }
       }
     }
-    AwaitPhase(filled + place.stage, place.phase);
+    AwaitPhase(filled + barrier.stage, barrier.phase);
     __syncwarp();  // as the products want it
     const uint8_t* own = shared + place.stage * Layout::kStageBytes;
     AddStage<Tile, kColumns>(own + warp * Tile::kBytes,
@@ -241,8 +254,8 @@ __device__ inline bool MultiplyFills(const TileShare<Tile, kColumns, kSplitK>& s
     AwaitedWideResult(sums.acc);
     FenceBeforeCopies();
     Arrive(emptied + place.stage);
-    place.Advance();
-    if (kSplitK) place.Advance();
+    advance();
+    if (kSplitK) advance();
   }
   return put_by;
 }
@@ -360,11 +373,9 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
   uint8_t* shared = SharedMemory();
   auto* sums_by = reinterpret_cast<float*>(shared + Layout::kRingBytes);
   auto* filled = reinterpret_cast<uint64_t*>(shared + Layout::kRingBytes + Layout::kSumsBytes);
-  uint64_t* const emptied = filled + Layout::kStages;
-  if (threadIdx.x < Layout::kStages) {
-    InitCopyBarrier(filled + threadIdx.x);
-    InitBarrier(emptied + threadIdx.x, Layout::kStoring);
-  }
+  uint64_t* const emptied = filled + Layout::kFilledBarriers;
+  if (threadIdx.x < Layout::kFilledBarriers) InitCopyBarrier(filled + threadIdx.x);
+  if (threadIdx.x < Layout::kStages) InitBarrier(emptied + threadIdx.x, Layout::kStoring);
   __syncthreads();
   if (!p.beside_next) LetNextKernelStart();
   if (warp >= Layout::kWarps) {
