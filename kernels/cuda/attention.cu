@@ -73,13 +73,12 @@ AttentionPlan PlanAttention(const AttentionShape& shape, int heads, const KvLayo
   const HeadGroups groups = HeadGroups::Of(heads, kv.kv_heads);
   const int cluster =
       ClusterBlocks(plan.tiles * kv.kv_heads * groups.slices, plan.chunks, multiprocessors);
-  // A block is as fast as a cluster while it has a warp for each chunk.
-  if (plan.chunks <= WarpsThatMerge(QueriesTogether(plan, groups.group))) {
-    plan.chunks = std::max(plan.chunks, kTensorWarps);  // costs no more, and fewer shapes
-    plan.merge = AttentionPlan::Merge::kBlock;
-  } else if (cluster > 0) {
-    plan.chunks = cluster * kTensorWarps;  // as above
+  if (cluster > 0 && plan.chunks > kTensorWarps / 2) {
+    plan.chunks = cluster * kTensorWarps;  // costs no more, and fewer shapes
     plan.merge = AttentionPlan::Merge::kCluster;
+  } else if (plan.chunks <= WarpsThatMerge(QueriesTogether(plan, groups.group))) {
+    plan.chunks = std::max(plan.chunks, kTensorWarps);  // as above
+    plan.merge = AttentionPlan::Merge::kBlock;
   } else if (PartialFloats(plan.rows, heads, plan.chunks, kv.value_length) <= scratch_floats) {
     plan.merge = AttentionPlan::Merge::kScratch;
   }

@@ -60,10 +60,12 @@ TEST(PlanAttention, ClustersWhileTheyAllRunAtOnce) {
   EXPECT_EQ(PlannedFor(20, 16, 1, 600), "cluster of 4");  // 16 queries: a block has 8 warps
 }
 
-TEST(PlanAttention, ClustersOfContextsThatABlockDoesNotMerge) {
-  EXPECT_EQ(PlannedFor(1, 32, 8, 511), "block of 8");
-  EXPECT_EQ(PlannedFor(1, 32, 8, 1023), "block of 16");
-  EXPECT_EQ(PlannedFor(1, 32, 8, 1024), "cluster of 8");
+TEST(PlanAttention, ClustersOfContextsForWhichABlockIsSlow) {
+  EXPECT_EQ(PlannedFor(1, 32, 8, 255), "block of 8");
+  EXPECT_EQ(PlannedFor(1, 32, 8, 256), "cluster of 8");
+  EXPECT_EQ(PlannedFor(8, 32, 8, 1023), "cluster of 2");
+  EXPECT_EQ(PlannedFor(9, 32, 8, 1023), "block of 16");  // more than run at once
+  EXPECT_EQ(PlannedFor(1, 32, 32, 1023), "cluster of 2");
   EXPECT_EQ(PlannedFor(1, 32, 8, 4095), "cluster of 8");
   EXPECT_EQ(PlannedFor(1, 32, 8, 4096), "scratch");
   EXPECT_EQ(PlannedFor(2, 32, 8, 2047), "cluster of 4");
