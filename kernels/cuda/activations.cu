@@ -5,6 +5,7 @@
 #include "kernels/cuda/activation_ops.cuh"
 #include "kernels/cuda/device_ops.cuh"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/norm_ops.cuh"
 #include "kernels/cuda/quant_matmul.h"
 #include "kernels/cuda/warp.cuh"
 
@@ -13,47 +14,9 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-constexpr int kNormWarps = 16;  // among which a row's sum of squares is dealt out
 constexpr int kNormThreads = kNormWarps * 32;
 
 size_t AlignUp(size_t bytes) { return (bytes + 15) / 16 * 16; }
-
-// A lane's 8 columns of a row of k floats, zero beyond it. Past the first-level cache: the kernel
-// that wrote them may have overlapped this one.
-__device__ void LoadColumns(const float* row, int k, int superblock, int lane,
-                            float (&v)[kLaneColumns]) {
-  const int column = superblock * kSuperblock + lane * kLaneColumns;
-#pragma unroll
-  for (int i = 0; i < kLaneColumns; i += 4) {
-    if (column + i + 4 <= k && reinterpret_cast<uintptr_t>(row + column + i) % 16 == 0) {
-      const float4 quad = __ldcg(reinterpret_cast<const float4*>(row + column + i));
-      v[i] = quad.x, v[i + 1] = quad.y, v[i + 2] = quad.z, v[i + 3] = quad.w;
-    } else {
-      for (int j = i; j < i + 4; ++j) v[j] = column + j < k ? __ldcg(row + column + j) : 0.0f;
-    }
-  }
-}
-
-// A lane's share in a row's sum of squares.
-__device__ void AddSquares(const float (&v)[kLaneColumns], float& sum) {
-#pragma unroll
-  for (float value : v) sum = __fmaf_rn(value, value, sum);
-}
-
-// What a row is multiplied by. squares: of the warps, in order.
-__device__ float NormFactor(const float (&squares)[kNormWarps], int k, float epsilon) {
-  float total = 0;
-#pragma unroll
-  for (float part : squares) total = __fadd_rn(total, part);
-  const float mean = __fdiv_rn(total, static_cast<float>(k));
-  return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, epsilon)));
-}
-
-__device__ void Normalise(float factor, const float (&weight)[kLaneColumns],
-                          float (&v)[kLaneColumns]) {
-#pragma unroll
-  for (int i = 0; i < kLaneColumns; ++i) v[i] = __fmul_rn(__fmul_rn(v[i], factor), weight[i]);
-}
 
 // Writes a lane's 8 columns of row `row` in the form of `out`. Columns beyond out.k are zero.
 __device__ void StoreColumns(const float (&v)[kLaneColumns], const Activations& out, int row,

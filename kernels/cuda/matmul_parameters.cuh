@@ -22,6 +22,10 @@ __host__ __device__ inline int SplitBegin(int split, int superblocks) {
   return split * superblocks / kSplits;
 }
 
+// Where the stream kernel norms its activations itself.
+inline constexpr int kMostNormedRows = 1;
+inline constexpr int kMostNormedSuperblocks = 32;
+
 // What fits a MatmulScratch: groups of kQuarters blocks that add their sums up.
 inline constexpr int kMostSplitGroups = 64;
 inline constexpr int kSplitGroupFloats = kQuarters * 128 * 64;
@@ -63,7 +67,11 @@ struct MatmulParameters {
   int tile_rows;     // of all terms
   int superblocks;   // per row
   int rows;          // of halves
-  const uint8_t* x;  // Activations::halves
+  const uint8_t* x;  // Activations::halves; or made from this (Fusion):
+  const float* norm_input;
+  const float* norm_weight;
+  float norm_epsilon;
+  int k;
   Activations gated;
   // Of TileKernel, in a MatmulScratch; null if there is none.
   unsigned*

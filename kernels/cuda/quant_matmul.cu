@@ -26,6 +26,10 @@ MatmulParameters MakeParameters(std::span<const MatmulTerm> terms, const Activat
   p.superblocks = x.PaddedColumns() / kSuperblock;
   p.rows = x.HalfRows();
   p.gated = fusion.gated;
+  p.norm_input = fusion.norm_input;
+  p.norm_weight = fusion.norm_weight;
+  p.norm_epsilon = fusion.norm_epsilon;
+  p.k = x.k;
   p.x = reinterpret_cast<const uint8_t*>(x.halves);
   if (scratch.memory != nullptr) {
     p.arrivals = static_cast<unsigned*>(scratch.memory);
@@ -47,6 +51,11 @@ cudaError_t ReadLimits(DeviceLimits* limits) {
 }
 
 }  // namespace
+
+bool CanFuseNorm(const Activations& x) {
+  return x.form == ActivationForm::kHalf && x.rows <= kMostNormedRows &&
+         x.PaddedColumns() <= kMostNormedSuperblocks * kSuperblock;
+}
 
 bool CanFuseGate(std::span<const MatmulTerm> terms) {
   if (terms.size() != 2) return false;

@@ -144,14 +144,21 @@ struct MatmulTerm {
 inline constexpr int kMaxMatmulTerms = 4;
 
 // For few rows every kernel in a chain costs about as much as its weights, and for many what it
-// reads and writes counts, so a product of gate and up can do its successor's work along with its
-// own, with the same bits. (Norms are better made by a kernel of their own: while it runs, the
-// product's first tiles come.)
+// reads and writes counts, so a product can do its neighbours' work along with its own, with the
+// same bits.
 struct Fusion {
+  // x of the product is LaunchRmsNorm(norm_input, norm_weight, norm_epsilon), made by each block
+  // for itself; its own memory is not used. Where CanFuseNorm.
+  const float* norm_input = nullptr;  // [rows][k]
+  const float* norm_weight = nullptr;
+  float norm_epsilon = 0;
   // The two terms are gate and up; all that is stored of them is LaunchSwiGlu(gate, up), in form
   // kHalf, not in the memory of x. Where CanFuseGate.
   Activations gated;
 };
+// Few enough rows of x to pay, and few enough columns to fit. (More rows are better normed by a
+// kernel of their own: it does once what every block would do.)
+bool CanFuseNorm(const Activations& x);
 // Two terms of one quantised type and shape, of a multiple of kSuperblock outputs.
 bool CanFuseGate(std::span<const MatmulTerm> terms);
 

@@ -9,8 +9,10 @@
 
 #include "kernels/cuda/activation_ops.cuh"
 #include "kernels/cuda/matmul_parameters.cuh"
+#include "kernels/cuda/norm_ops.cuh"
 #include "kernels/cuda/stream_layout.cuh"
 #include "kernels/cuda/superblock_product.cuh"
+#include "kernels/cuda/warp.cuh"
 
 namespace stagecoach::cuda {
 
@@ -43,8 +45,10 @@ class TileStream {
     const int step = rows.gated ? 1 : kTiles;   // in a term
     to_next_pass_ = (step * p.superblocks - (last - first)) * Tile::kBytes;
     superblock_ = last - 1;
-    Fetch();
   }
+
+  // Before the first Take.
+  __device__ void Start() { Fetch(); }
 
   // The oldest tiles that have not been taken; the next ones are fetched in their place.
   template <int kTaken>
@@ -186,6 +190,74 @@ class PassSums {
   float gate_ = 0;
 };
 
+// Makes the activations of a warp's split itself (Fusion::norm_input), together with the others.
+template <int kRows>
+class SplitNorm {
+ public:
+  __device__ SplitNorm(const MatmulParameters& p, int split) : split_(split) {
+    if (kRows > kMostNormedRows || p.norm_input == nullptr || split >= p.superblocks) return;
+    LoadColumns(p.norm_weight, p.k, split, threadIdx.x % 32, weight_);
+  }
+
+  // A share in the rows' sums of squares. squares: shared, [kRows][kNormWarps], which nobody uses
+  // until all have called Finish.
+  __device__ void AddUp(const MatmulParameters& p, float* squares, uint64_t* barrier) {
+    if (split_ < p.superblocks) {  // all rows' loads ahead of any sum
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) Load(p, row, split_);
+    }
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      float sum = 0;
+      for (int s = split_; s < p.superblocks; s += kNormWarps) {
+        if (s != split_) Load(p, row, s);
+        AddSquares(x_[row], sum);
+      }
+      sum = WarpSum(sum);
+      if (threadIdx.x % 32 == 0) squares[row * kNormWarps + split_] = sum;
+    }
+    __syncwarp();
+    Arrive(barrier);
+  }
+
+  // The halves of superblocks [first, last), into `activations`, of all superblocks.
+  __device__ void Finish(const MatmulParameters& p, int first, int last, const float* squares,
+                         uint64_t* barrier, uint8_t* activations) {
+    const int lane = threadIdx.x % 32;
+    // As many splits as superblocks: then a warp norms what it has read for the sum.
+    const bool once = p.superblocks == kSplits;
+    Activations out;
+    out.form = ActivationForm::kHalf;
+    out.rows = kRows;
+    out.k = p.k;
+    out.halves = reinterpret_cast<uint16_t*>(activations);
+    AwaitPhase(barrier, 0);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float factor = NormFactor(squares + row * kNormWarps, p.k, p.norm_epsilon);
+      for (int s = first; s < last; ++s) {
+        if (!once) {
+          Load(p, row, s);
+          LoadColumns(p.norm_weight, p.k, s, lane, weight_);
+        }
+        Normalise(factor, weight_, x_[row]);
+        StoreHalves(out, row, s * kSuperblock + lane * kLaneColumns, ToHalfActivations(x_[row]));
+      }
+    }
+    __syncwarp();
+  }
+
+ private:
+  static_assert(kNormWarps == kSplits);
+  __device__ void Load(const MatmulParameters& p, int row, int superblock) {
+    LoadColumns(p.norm_input + static_cast<size_t>(row) * p.k, p.k, superblock, threadIdx.x % 32,
+                x_[row]);
+  }
+
+  int split_;
+  float weight_[kLaneColumns], x_[kRows][kLaneColumns];
+};
+
 // Adds the products of kTaken tiles and the activations x of each superblock of the warp.
 // prepare(): before x is read.
 template <int kTaken, typename Tile, int kColumns, bool kShared, int kTiles, typename Prepare>
@@ -220,6 +292,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   uint64_t* const tile_barrier = barriers + warp;
   uint64_t* const activation_barrier = barriers + kSplits + warp;
   uint64_t* const pass_barriers = barriers + 2 * kSplits;
+  uint64_t* const norm_barrier = pass_barriers + 2;
 
   // Where splits are not all as long, the longer ones alternate: dealt out like this, the warps of
   // each of the multiprocessor's four schedulers have some of them.
@@ -230,17 +303,20 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     InitCopyBarrier(tile_barrier);
     InitCopyBarrier(activation_barrier);
     if (warp == 0) {
-      for (int i = 0; i < 2; ++i) InitBarrier(pass_barriers + i, kStreamThreads);
+      for (int i = 0; i < 3; ++i) InitBarrier(pass_barriers + i, kStreamThreads);
     }
   }
   __syncwarp();
   TileStream<Tile, kTiles> stream(p, block_rows, shared + warp * Layout::kPassBytes, tile_barrier,
                                   first, last);
+  const bool ahead = warp < WarpsAhead(p.norm_input != nullptr);
+  if (ahead) stream.Start();
   if (!p.beside_next) LetNextKernelStart();
   __syncthreads();
 
   PassSums<Tile, Layout> sums(p, block_rows);
   const uint8_t* const x = kShared ? activations : p.x;
+  SplitNorm<kColumns> norm(p, split);
   bool prepared = false;
   // What has to wait for the kernel before this one.
   const auto prepare = [&] {
@@ -248,20 +324,32 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     prepared = true;
     BeginReading(p);
     sums.Begin(0);
+    if constexpr (kShared && kColumns <= kMostNormedRows) {
+      if (p.norm_input != nullptr) {
+        // Free until the second pass, which all warps reach together.
+        float* const squares = both_partials + Layout::kPartials;
+        norm.AddUp(p, squares, norm_barrier);
+        if (!ahead) stream.Start();
+        norm.Finish(p, first, last, squares, norm_barrier, activations);
+        return;
+      }
+    }
     if (kShared && first < last) {
       const int begin = first * ActivationBlockBytes(rows), end = last * ActivationBlockBytes(rows);
       if (IsElected()) {
         ExpectCopies(activation_barrier, end - begin);
         CopyBulk(activations + begin, p.x + begin, end - begin, activation_barrier);
       }
-      AwaitPhase(activation_barrier, 0);
     }
+    if (!ahead) stream.Start();
+    if (kShared && first < last) AwaitPhase(activation_barrier, 0);
   };
   const auto finish = [&](int pass) {
     AwaitPhase(pass_barriers + (pass & 1), pass / 2 & 1);
     sums.Finish(pass, both_partials + (pass & 1) * Layout::kPartials);
   };
 
+  if (!ahead) prepare();
   int pass = 0;
 #pragma unroll 1
   for (; pass * kTiles < block_rows.count; ++pass) {

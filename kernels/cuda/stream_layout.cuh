@@ -11,6 +11,10 @@ namespace stagecoach::cuda {
 
 inline constexpr int kStreamThreads = kSplits * 32;  // a warp for each split of k
 
+// Warps that fetch their first tiles while the kernel before this one still runs. If all did, what
+// that kernel waits for would wait behind them. Fewer, where this one waits for norms, too.
+constexpr int WarpsAhead(bool norms) { return norms ? 8 : 10; }
+
 // Rows of activations, rounded up to what there is a kernel for.
 constexpr int StreamColumns(int rows) {
   return rows <= 2 ? rows : rows <= 4 ? 4 : rows <= 8 ? 8 : 16;
@@ -29,13 +33,18 @@ struct StreamLayout {
   static constexpr int kColumnStride = kPassRows + 4;       // of partial sums; 4: other banks
   static constexpr int kPartials = kSplits * kColumns * kColumnStride;  // floats of a pass
   static constexpr int kFixedBytes = kSplits * kPassBytes + 2 * 4 * kPartials;
+  static constexpr int kBarriers = 2 * kSplits + 3;
 
   // In this order: tiles, partial sums of two passes, activations, barriers.
   static constexpr size_t Bytes(int superblocks, int rows) {
     const size_t activations =
         kShared ? static_cast<size_t>(superblocks) * ActivationBlockBytes(rows) : 0;
-    return kFixedBytes + activations + 8 * (2 * kSplits + 2);
+    return kFixedBytes + activations + 8 * kBarriers;
   }
+  static_assert(kColumns > kMostNormedRows || !kShared ||
+                kFixedBytes + kMostNormedSuperblocks * ActivationBlockBytes(kColumns) +
+                        8 * kBarriers <=
+                    kMostSharedBytes);
 };
 
 // Whether so many rows of activations fit shared memory; if not, they are read as they are needed,

@@ -1,0 +1,55 @@
+// RMSNorm by warps, the same wherever it is done: a superblock at a time, 8 columns to a lane.
+#ifndef STAGECOACH_KERNELS_CUDA_NORM_OPS_CUH_
+#define STAGECOACH_KERNELS_CUDA_NORM_OPS_CUH_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/activation_ops.cuh"
+
+namespace stagecoach::cuda {
+
+// Among which a row's sum of squares is dealt out: superblock s goes to warp s % kNormWarps.
+inline constexpr int kNormWarps = 16;
+
+// A lane's 8 columns of a row of k floats, zero beyond it. Past the first-level cache: the kernel
+// that wrote them may have overlapped this one.
+__device__ inline void LoadColumns(const float* row, int k, int superblock, int lane,
+                                   float (&v)[kLaneColumns]) {
+  const int column = superblock * kSuperblock + lane * kLaneColumns;
+#pragma unroll
+  for (int i = 0; i < kLaneColumns; i += 4) {
+    if (column + i + 4 <= k && reinterpret_cast<uintptr_t>(row + column + i) % 16 == 0) {
+      const float4 quad = __ldcg(reinterpret_cast<const float4*>(row + column + i));
+      v[i] = quad.x, v[i + 1] = quad.y, v[i + 2] = quad.z, v[i + 3] = quad.w;
+    } else {
+      for (int j = i; j < i + 4; ++j) v[j] = column + j < k ? __ldcg(row + column + j) : 0.0f;
+    }
+  }
+}
+
+// A lane's share in a row's sum of squares.
+__device__ inline void AddSquares(const float (&v)[kLaneColumns], float& sum) {
+#pragma unroll
+  for (float value : v) sum = __fmaf_rn(value, value, sum);
+}
+
+// What a row is multiplied by. squares: of the warps, in order.
+__device__ inline float NormFactor(const float* squares, int k, float epsilon) {
+  float total = 0;
+#pragma unroll
+  for (int i = 0; i < kNormWarps; ++i) total = __fadd_rn(total, squares[i]);
+  const float mean = __fdiv_rn(total, static_cast<float>(k));
+  return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, epsilon)));
+}
+
+__device__ inline void Normalise(float factor, const float (&weight)[kLaneColumns],
+                                 float (&v)[kLaneColumns]) {
+#pragma unroll
+  for (int i = 0; i < kLaneColumns; ++i) v[i] = __fmul_rn(__fmul_rn(v[i], factor), weight[i]);
+}
+
+}  // namespace stagecoach::cuda
+
+#endif  // STAGECOACH_KERNELS_CUDA_NORM_OPS_CUH_
