@@ -205,7 +205,8 @@ class Backend {
                                 std::span<int32_t> tokens);
 
   // Optional, too: the end of a step that is not waited for, so that the next step is with the
-  // device when this one ends. At most MaxChoices() rows choose (0: not offered), and at most
+  // device when this one ends. At most MaxChoices() rows choose (0: not offered), each once and in
+  // order, and at most
   // kStepsInFlight steps may be enqueued and not awaited; they are awaited in order.
   virtual int MaxChoices() const { return 0; }
   virtual absl::Status EnqueueChoices(Workspace& workspace, const UnitWeights& head,

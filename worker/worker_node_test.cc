@@ -11,6 +11,7 @@
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "model/test_paths.h"
+#include "worker/choosing_backend.h"
 #include "worker/kv_slots.h"
 #include "worker/link/in_process_link.h"
 
@@ -151,6 +152,25 @@ class WorkerNodeTest : public testing::Test {
       }
     }
   }
+  // The first worker with chooses_, alone in epoch 1.
+  void UseChoosingBackend() {
+    hub_.StopListening(Address(0));
+    nodes_[0] =
+        std::make_unique<WorkerNode>(&chooses_, model_, &hub_, WorkerOptions{.name = Address(0)});
+    hub_.Listen(Address(0), nodes_[0].get());
+    AssignAll(1, 1);
+    AwaitLinksReady(1);
+    v1::LinkHello hello = Hello(1);
+    hello.set_kernel_revision(chooses_.info().kernel_revision);
+    ASSERT_TRUE(DialFirst(hello).ok());
+  }
+  void AwaitEnqueued(int steps) const {
+    const absl::Time deadline = absl::Now() + kTimeout;
+    while (chooses_.enqueued < steps) {
+      ASSERT_LT(absl::Now(), deadline) << chooses_.enqueued << " steps enqueued";
+      absl::SleepFor(absl::Milliseconds(1));
+    }
+  }
 
   Frame StepOf(uint64_t epoch, uint64_t step, int start, const std::vector<int32_t>& tokens) const {
     Frame frame;
@@ -201,6 +221,7 @@ class WorkerNodeTest : public testing::Test {
 
   std::shared_ptr<const ModelFile> model_ = DemoModel();
   std::unique_ptr<Backend> backend_ = MakeCpuBackend({.threads = 1});
+  ChoosingBackend chooses_;
   InProcessHub hub_;
   Results results_;
   Mail broken_;
@@ -227,6 +248,36 @@ TEST_F(WorkerNodeTest, TwoStagesTellTheStoryAndCountTheirWork) {
     EXPECT_EQ(heartbeat.detail(), "");
     EXPECT_EQ(heartbeat.dropped_frames(), 0u);
   }
+}
+
+TEST_F(WorkerNodeTest, AStepGoesOutBehindOneThatHasNotEnded) {
+  UseChoosingBackend();
+  chooses_.ready = false;
+  ASSERT_TRUE(to_first_->Send(StepOf(1, 1, 0, {7})).ok());
+  Frame ahead = StepOf(1, 2, 1, {0});
+  ahead.header.mutable_step()->mutable_rows(0)->set_ahead(true);
+  ASSERT_TRUE(to_first_->Send(std::move(ahead)).ok());
+  AwaitEnqueued(2);
+  chooses_.ready = true;
+  for (int step = 1; step <= 2; ++step) {
+    const std::optional<Frame> result = results_.Next();
+    ASSERT_TRUE(result.has_value());
+    EXPECT_EQ(result->header.result().step(), static_cast<uint64_t>(step));
+    EXPECT_EQ(result->header.result().sequences(0).token_id(), 7 + 32 * step);
+  }
+  const v1::WorkerHeartbeat heartbeat = nodes_[0]->Heartbeat();
+  EXPECT_EQ(heartbeat.steps(), 2u);
+  EXPECT_EQ(heartbeat.tokens(), 2u);
+}
+
+TEST_F(WorkerNodeTest, AnEpochEndsWhileAStepHasNot) {
+  UseChoosingBackend();
+  chooses_.ready = false;
+  ASSERT_TRUE(to_first_->Send(StepOf(1, 1, 0, {7})).ok());
+  AwaitEnqueued(1);
+  AssignAll(2, 1);
+  AwaitLinksReady(1);
+  EXPECT_EQ(nodes_[0]->Heartbeat().epoch(), 2u);
 }
 
 TEST_F(WorkerNodeTest, AWeightBudgetShowsInTheHeartbeatAndChangesNoToken) {

@@ -126,9 +126,7 @@ class CudaBackend final : public Backend {
   absl::Status EnqueueChoices(Workspace& workspace, const UnitWeights& head,
                               std::span<const int32_t> rows,
                               std::span<const TokenDraw> draws) override;
-  bool ChoicesReady(Workspace& workspace) override {
-    return StepEndReady(*Own(workspace).buffers);
-  }
+  bool ChoicesReady(Workspace& workspace) override { return StepEndReady(*Own(workspace).buffers); }
   absl::Status AwaitChoices(Workspace& workspace, std::span<int32_t> tokens,
                             std::span<uint8_t> finite) override {
     STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
@@ -237,8 +235,10 @@ absl::Status CudaBackend::RunHead(StageWorkspace& own, const UnitWeights& head,
   for (size_t first = 0; first < rows.size(); first += most) {
     const size_t count = std::min(most, rows.size() - first);
     STAGECOACH_RETURN_IF_ERROR(buffers.inputs.SetHeadRows(rows.subspan(first, count)));
-    const absl::Status enqueued =
-        EnqueueHead(buffers, *Own(head), /*first=*/0, static_cast<int>(count), device_->compute());
+    STAGECOACH_RETURN_IF_ERROR(
+        EnqueueGather(buffers, /*first=*/0, static_cast<int>(count), device_->compute()));
+    const absl::Status enqueued = EnqueueHead(buffers, *Own(head), buffers.head_input.data(),
+                                              static_cast<int>(count), device_->compute());
     Own(head)->NoteUse();
     STAGECOACH_RETURN_IF_ERROR(enqueued);
     STAGECOACH_RETURN_IF_ERROR(consume(first, count));

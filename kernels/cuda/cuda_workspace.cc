@@ -35,11 +35,10 @@ absl::StatusOr<StepInputs> StepInputs::Create(const CudaDevice& device, int max_
   const size_t size = FixedInputs(max_rows) + max_blocks;
   STAGECOACH_ASSIGN_OR_RETURN(inputs.host_, device.NewPinnedBuffer<int32_t>(size));
   STAGECOACH_ASSIGN_OR_RETURN(inputs.device_array_, device.NewBuffer<int32_t>(size));
-  for (Part* part : {&inputs.tokens_, &inputs.head_rows_, &inputs.batch_}) {
+  for (Part* part : {&inputs.head_rows_, &inputs.batch_}) {
     STAGECOACH_ASSIGN_OR_RETURN(part->sent, device.NewEvent());
   }
-  inputs.head_rows_.first = max_rows;
-  inputs.batch_.first = 2 * static_cast<size_t>(max_rows);
+  inputs.batch_.first = static_cast<size_t>(max_rows);
   return inputs;
 }
 
@@ -57,10 +56,12 @@ absl::Status StepInputs::Send(const Part& part, size_t count) {
 }
 
 absl::Status StepInputs::SetTokens(std::span<const int32_t> token_ids) {
-  STAGECOACH_RETURN_IF_ERROR(AwaitSent(tokens_));
-  std::ranges::copy(token_ids, host_.data() + tokens_.first);
-  return Send(tokens_, token_ids.size());
+  STAGECOACH_RETURN_IF_ERROR(AwaitSent(batch_));
+  std::ranges::copy(token_ids, host_.data() + batch_.first);
+  return absl::OkStatus();
 }
+
+absl::Status StepInputs::SendTokens() { return Send(batch_, max_rows_); }
 
 absl::Status StepInputs::SetHeadRows(std::span<const int32_t> rows) {
   STAGECOACH_RETURN_IF_ERROR(AwaitSent(head_rows_));
@@ -69,14 +70,13 @@ absl::Status StepInputs::SetHeadRows(std::span<const int32_t> rows) {
 }
 
 absl::Status StepInputs::MakeRoom(size_t blocks) {
-  for (const Part* part : {&tokens_, &head_rows_, &batch_}) {
-    STAGECOACH_RETURN_IF_ERROR(AwaitSent(*part));
-  }
+  STAGECOACH_RETURN_IF_ERROR(AwaitSent(head_rows_));
   STAGECOACH_ASSIGN_OR_RETURN(StepInputs larger,
                               Create(*device_, max_rows_, rows_per_tile_, 2 * blocks));
-  std::memcpy(larger.host_.data(), host_.data(), max_rows_ * sizeof(int32_t));
+  std::memcpy(larger.host_.data() + batch_.first, host_.data() + batch_.first,
+              max_rows_ * sizeof(int32_t));  // the tokens
   *this = std::move(larger);
-  return Send(tokens_, max_rows_);
+  return absl::OkStatus();
 }
 
 absl::Status StepInputs::SetBatch(const StepBatch& batch, bool* moved) {
@@ -85,7 +85,7 @@ absl::Status StepInputs::SetBatch(const StepBatch& batch, bool* moved) {
   for (const BatchSequence& sequence : batch.sequences) blocks += BlocksOf(sequence);
   *moved = FixedInputs(max_rows_) + blocks > host_.size();
   if (*moved) STAGECOACH_RETURN_IF_ERROR(MakeRoom(blocks));
-  int32_t* const positions = host_.data() + batch_.first;
+  int32_t* const positions = host_.data() + batch_.first + max_rows_;
   int32_t* const first = positions + max_rows_;
   int32_t* const tiles = first + max_rows_;
   int32_t* const table = tiles + max_rows_;
@@ -103,7 +103,7 @@ absl::Status StepInputs::SetBatch(const StepBatch& batch, bool* moved) {
     std::ranges::copy(sequence.blocks.first(BlocksOf(sequence)), table + used);
     used += BlocksOf(sequence);
   }
-  return Send(batch_, 3 * static_cast<size_t>(max_rows_) + used);
+  return Send(batch_, 4 * static_cast<size_t>(max_rows_) + used);
 }
 
 absl::StatusOr<DeviceBuffer<std::byte>> NewMatmulScratch(const CudaDevice& device) {

@@ -40,24 +40,26 @@ class StepInputs {
 
   int tiles() const { return tile_count_; }  // of the latest batch
   // What the device will read, once the uploads below have been ordered before it.
-  const int32_t* tokens() const { return device_array_.data(); }
+  const int32_t* tokens() const { return device_array_.data() + batch_.first; }
   const int32_t* head_rows() const { return device_array_.data() + head_rows_.first; }
   RowTable table() const {
-    const int32_t* rows = device_array_.data() + batch_.first;
+    const int32_t* rows = tokens() + max_rows_;
     return {.positions = rows,
             .first = rows + max_rows_,
             .tiles = rows + 2 * max_rows_,
             .blocks = rows + 3 * max_rows_};
   }
 
-  // Each goes out on the compute stream, after the same part of an earlier step has.
+  // Before the batch of the same step, with which they go out.
   absl::Status SetTokens(std::span<const int32_t> token_ids);
-  absl::Status SetHeadRows(std::span<const int32_t> rows);
-  // *moved: the arrays had to grow and are elsewhere now; tokens have been sent again.
+  // Goes out on the compute stream. *moved: the arrays had to grow and are elsewhere now.
   absl::Status SetBatch(const StepBatch& batch, bool* moved);
+  // In place of SetBatch, in a step without layers.
+  absl::Status SendTokens();
+  absl::Status SetHeadRows(std::span<const int32_t> rows);
 
  private:
-  // Parts of the arrays that go out by themselves.
+  // A part of the arrays that goes out at once.
   struct Part {
     size_t first = 0;
     Event sent;  // the device has taken it from the host array
@@ -70,16 +72,17 @@ class StepInputs {
   int max_rows_ = 0;
   int rows_per_tile_ = 1;
   int tile_count_ = 0;
-  PinnedBuffer<int32_t> host_;          // tokens, head rows, batch: positions ... blocks
+  PinnedBuffer<int32_t> host_;          // head rows, tokens, positions, first, tiles, blocks
   DeviceBuffer<int32_t> device_array_;  // the same
-  Part tokens_, head_rows_, batch_;
+  Part head_rows_, batch_;              // all but the head rows
 };
 
 // The end of a step as the host sees it: what it gives and, once `done` is over, what it gets. The
 // device reads and writes the arrays where they are.
 struct StepEnd {
-  int rows = 0;   // of the step
-  int count = 0;  // of them, rows that choose
+  int rows = 0;           // of the step
+  int count = 0;          // of them, rows that choose
+  bool all_rows = false;  // these are all
   bool all_greedy = false;
   PinnedBuffer<TokenDraw> draws;  // [kMaxChoices], likewise tokens
   PinnedBuffer<int32_t> tokens;

@@ -35,8 +35,8 @@ __global__ void EmbedKernel(const Block* table, int columns, const int32_t* ids,
 
 }  // namespace
 
-cudaError_t EmbedRows(TensorType type, const void* table, int columns, const int32_t* ids, int rows,
-                      const int32_t* choices, float* out, cudaStream_t stream) {
+cudaError_t EmbedRows(TensorType type, const void* table, int columns, const int32_t* ids,
+                      const int32_t* choices, int rows, float* out, cudaStream_t stream) {
   const LaunchShape shape = {.grid = dim3(rows), .threads = kThreads};
   return VisitBlockType(type, [&]<typename Block>() {
     return LaunchKernel(EmbedKernel<Block>, shape, stream, static_cast<const Block*>(table),

@@ -87,8 +87,9 @@ absl::Status BeginStepEnd(CudaWorkspace& workspace, std::span<const int32_t> row
   end.all_greedy =
       std::ranges::all_of(draws, [](const TokenDraw& d) { return d.temperature == 0; });
   std::ranges::copy(draws, end.draws.data());
+  end.all_rows = end.count == end.rows;
   ++workspace.end_count;
-  return workspace.inputs.SetHeadRows(rows);
+  return end.all_rows ? absl::OkStatus() : workspace.inputs.SetHeadRows(rows);
 }
 
 absl::Status EnqueueStepEnd(CudaWorkspace& ws, const UnitStorage& head, cudaStream_t stream) {
@@ -96,7 +97,11 @@ absl::Status EnqueueStepEnd(CudaWorkspace& ws, const UnitStorage& head, cudaStre
   const int vocab = ws.params.vocab_size;
   for (int first = 0; first < end.count; first += kHeadRows) {
     const int count = std::min(kHeadRows, end.count - first);
-    STAGECOACH_RETURN_IF_ERROR(EnqueueHead(ws, head, first, count, stream));
+    if (!end.all_rows) STAGECOACH_RETURN_IF_ERROR(EnqueueGather(ws, first, count, stream));
+    const float* const x = end.all_rows
+                               ? ws.residual.data() + static_cast<size_t>(first) * ws.params.d_model
+                               : ws.head_input.data();
+    STAGECOACH_RETURN_IF_ERROR(EnqueueHead(ws, head, x, count, stream));
     STAGECOACH_RETURN_IF_CUDA_ERROR(FindTop(ws.logits.data(), count, vocab, /*count=*/1,
                                             ws.top_scratch.data(), ws.top.data(), stream));
     STAGECOACH_RETURN_IF_CUDA_ERROR(

@@ -1,5 +1,6 @@
 #include "kernels/cuda/layer_ops.h"
 
+#include <algorithm>
 #include <array>
 #include <cassert>
 
@@ -34,13 +35,24 @@ absl::Status Project(const CudaWorkspace& workspace, std::span<const MatmulTerm>
   return absl::OkStatus();
 }
 
-// The products of `terms` with the normed residual stream, and what `fusion` has besides.
-absl::Status ProjectNormed(const CudaWorkspace& ws, std::span<const MatmulTerm> terms,
-                           const float* norm_weight, const Fusion& fusion, cudaStream_t stream) {
+// The products of `terms` with the normed rows of `input`, and what `fusion` has besides.
+absl::Status ProjectNormed(const CudaWorkspace& ws, std::span<const MatmulTerm> terms, int rows,
+                           const float* input, const float* norm_weight, Fusion fusion,
+                           cudaStream_t stream) {
+  const bool fits = std::ranges::all_of(terms, [&](const MatmulTerm& term) {
+    return CanFuseNorm(
+        LayOutActivations(nullptr, FormFor(term.weights.type), rows, term.weights.k));
+  });
+  if (fits) {
+    fusion.norm_input = input;
+    fusion.norm_weight = norm_weight;
+    fusion.norm_epsilon = ws.params.norm_epsilon;
+  }
   return Project(
-      ws, terms, ws.rows, stream,
+      ws, terms, rows, stream,
       [&](const Activations& x) {
-        return LaunchRmsNorm(ws.residual.data(), norm_weight, ws.params.norm_epsilon, x, stream);
+        return fits ? cudaSuccess
+                    : LaunchRmsNorm(input, norm_weight, ws.params.norm_epsilon, x, stream);
       },
       fusion);
 }
@@ -57,7 +69,7 @@ MatmulTerm Term(const PackedMatrix& weights, float* y, const float* bias = nullp
 absl::Status EnqueueEmbed(CudaWorkspace& ws, const UnitStorage& embedding, cudaStream_t stream) {
   const PackedMatrix& table = embedding.embedding();
   STAGECOACH_RETURN_IF_CUDA_ERROR(EmbedRows(table.type, table.data, table.k, ws.inputs.tokens(),
-                                            ws.rows, ws.drawn.data(), ws.residual.data(), stream));
+                                            ws.drawn.data(), ws.rows, ws.residual.data(), stream));
   return absl::OkStatus();
 }
 
@@ -82,7 +94,8 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
       Term(w.matrix(TensorRole::kAttnQ), ws.q.data(), w.vector(TensorRole::kAttnQBias)),
       Term(w.matrix(TensorRole::kAttnK), ws.k.data(), w.vector(TensorRole::kAttnKBias)),
       Term(w.matrix(TensorRole::kAttnV), ws.v.data(), w.vector(TensorRole::kAttnVBias))};
-  STAGECOACH_RETURN_IF_ERROR(ProjectNormed(ws, qkv, w.vector(TensorRole::kAttnNorm), {}, stream));
+  STAGECOACH_RETURN_IF_ERROR(ProjectNormed(ws, qkv, ws.rows, ws.residual.data(),
+                                           w.vector(TensorRole::kAttnNorm), {}, stream));
   const AttentionInputs inputs = {.q = ws.q.data(),
                                   .k = ws.k.data(),
                                   .v = ws.v.data(),
@@ -114,8 +127,8 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
     gate.gated =
         LayOutActivations(ws.gate.data(), ActivationForm::kHalf, ws.rows, params.ffn_length);
   }
-  STAGECOACH_RETURN_IF_ERROR(
-      ProjectNormed(ws, inward, w.vector(TensorRole::kFfnNorm), gate, stream));
+  STAGECOACH_RETURN_IF_ERROR(ProjectNormed(ws, inward, ws.rows, ws.residual.data(),
+                                           w.vector(TensorRole::kFfnNorm), gate, stream));
   if (gate.gated.halves != nullptr) {
     STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(outward, gate.gated, stream, ws.MatmulMemory()));
     return absl::OkStatus();
@@ -125,16 +138,17 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
   });
 }
 
-absl::Status EnqueueHead(CudaWorkspace& ws, const UnitStorage& head, int first, int count,
-                         cudaStream_t stream) {
+absl::Status EnqueueGather(CudaWorkspace& ws, int first, int count, cudaStream_t stream) {
   STAGECOACH_RETURN_IF_CUDA_ERROR(EmbedRows(TensorType::kF32, ws.residual.data(), ws.params.d_model,
-                                            ws.inputs.head_rows() + first, count,
-                                            /*choices=*/nullptr, ws.head_input.data(), stream));
+                                            ws.inputs.head_rows() + first, /*choices=*/nullptr,
+                                            count, ws.head_input.data(), stream));
+  return absl::OkStatus();
+}
+
+absl::Status EnqueueHead(CudaWorkspace& ws, const UnitStorage& head, const float* x, int count,
+                         cudaStream_t stream) {
   const MatmulTerm output[] = {Term(head.matrix(TensorRole::kOutput), ws.logits.data())};
-  return Project(ws, output, count, stream, [&](const Activations& x) {
-    return LaunchRmsNorm(ws.head_input.data(), head.vector(TensorRole::kOutputNorm),
-                         ws.params.norm_epsilon, x, stream);
-  });
+  return ProjectNormed(ws, output, count, x, head.vector(TensorRole::kOutputNorm), {}, stream);
 }
 
 }  // namespace stagecoach::cuda

@@ -23,10 +23,12 @@ absl::Status EnqueueSetResidual(CudaWorkspace& workspace, cudaStream_t stream);
 absl::Status EnqueueTurns(CudaWorkspace& workspace, cudaStream_t stream);
 absl::Status EnqueueLayer(CudaWorkspace& workspace, const UnitStorage& layer, const KvLayout& kv,
                           cudaStream_t stream);
-// Logits of `count` (<= kHeadRows) rows, from the entry `first` of workspace.inputs.head_rows() on,
-// to workspace.logits.
-absl::Status EnqueueHead(CudaWorkspace& workspace, const UnitStorage& head, int first, int count,
-                         cudaStream_t stream);
+// `count` (<= kHeadRows) rows of the residual stream, those named in workspace.inputs.head_rows()
+// from `first` on, to workspace.head_input.
+absl::Status EnqueueGather(CudaWorkspace& workspace, int first, int count, cudaStream_t stream);
+// Logits of x [count][d_model], count <= kHeadRows, to workspace.logits.
+absl::Status EnqueueHead(CudaWorkspace& workspace, const UnitStorage& head, const float* x,
+                         int count, cudaStream_t stream);
 
 }  // namespace stagecoach::cuda
 

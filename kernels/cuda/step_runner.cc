@@ -64,6 +64,7 @@ void StepRunner::TakeResidual(int rows) {
 void StepRunner::Begin() {
   waiting_.clear();
   batch_set_ = false;
+  begun_ = false;
   entry_ = nullptr;
   following_ = false;
   operations_.clear();
@@ -98,7 +99,6 @@ absl::Status StepRunner::SetBatch(const StepBatch& batch, const KvLayout& kv) {
                                    .last_position = last_position},
                                   workspace_.params.heads, kv, device_.multiprocessors(),
                                   workspace_.partials.size());
-  STAGECOACH_RETURN_IF_ERROR(EnqueueTurns(workspace_, device_.compute()));
   if (!graphs_ || batch.rows > kMaxGraphRows) return LaunchWaiting();
   if (entries_.size() >= kMaxShapes) DropGraphs();
   const AttentionPlan& plan = workspace_.plan;
@@ -149,6 +149,10 @@ absl::Status StepRunner::Launch(const Pending& operation) {
 }
 
 absl::Status StepRunner::LaunchWaiting() {
+  if (!std::exchange(begun_, true)) {
+    STAGECOACH_RETURN_IF_ERROR(batch_set_ ? EnqueueTurns(workspace_, device_.compute())
+                                          : workspace_.inputs.SendTokens());
+  }
   const std::vector<Pending> waiting = std::exchange(waiting_, {});
   for (const Pending& operation : waiting) STAGECOACH_RETURN_IF_ERROR(Launch(operation));
   return absl::OkStatus();
@@ -207,7 +211,7 @@ absl::Status StepRunner::MakeGraph(Entry& entry) {
 absl::Status StepRunner::Capture(std::span<const std::shared_ptr<const UnitStorage>> weights,
                                  cudaStream_t stream, Entry& entry) {
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  absl::Status status = absl::OkStatus();
+  absl::Status status = EnqueueTurns(workspace_, stream);
   for (size_t i = 0; i < operations_.size() && status.ok(); ++i) {
     status = Enqueue(weights[i].get(), operations_[i].kv, stream);
   }
