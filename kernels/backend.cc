@@ -81,14 +81,14 @@ absl::Status Backend::HeadDraw(Workspace&, const UnitWeights&, std::span<const i
   return absl::UnimplementedError("this backend draws no tokens");
 }
 
-absl::Status Backend::EnqueueChoices(Workspace&, const UnitWeights&, std::span<const int32_t>,
-                                     std::span<const TokenDraw>) {
+absl::Status Backend::EnqueuePicks(Workspace&, const UnitWeights&, std::span<const int32_t>,
+                                   std::span<const TokenDraw>) {
   return absl::UnimplementedError("this backend ends its steps at once");
 }
 
-bool Backend::ChoicesReady(Workspace&) { return true; }
+bool Backend::PicksReady(Workspace&) { return true; }
 
-absl::Status Backend::AwaitChoices(Workspace&, std::span<int32_t>, std::span<uint8_t>) {
+absl::Status Backend::AwaitPicks(Workspace&, std::span<int32_t>, std::span<uint8_t>) {
   return absl::UnimplementedError("this backend ends its steps at once");
 }
 

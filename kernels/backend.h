@@ -171,9 +171,9 @@ class Backend {
                                                                   int max_rows) = 0;
 
   // --- One step of a stage: Embed or SetResidual, RunLayer for each layer, all with the same
-  // batch, then GetResidual or Head; a backend may put its work off until then. The residual stream
-  // is float32 [rows][d_model].
-  // A token id may be ChoiceOf a draw of the latest EnqueueChoices; any token if it chose none.
+  // batch, then GetResidual, Head, ... or EnqueuePicks; a backend may put its work off until then.
+  // The residual stream is float32 [rows][d_model]. A token id may be PickOf a draw of the latest
+  // EnqueuePicks; any token if nothing was picked.
   virtual absl::Status Embed(Workspace& workspace, const UnitWeights& embedding,
                              std::span<const int32_t> token_ids) = 0;
   virtual absl::Status SetResidual(Workspace& workspace, std::span<const float> residual) = 0;
@@ -204,19 +204,19 @@ class Backend {
                                 std::span<const int32_t> rows, std::span<const TokenDraw> draws,
                                 std::span<int32_t> tokens);
 
-  // Optional, too: the end of a step that is not waited for, so that the next step is with the
-  // device when this one ends. At most MaxChoices() rows choose (0: not offered), each once and in
-  // order, and at most
-  // kStepsInFlight steps may be enqueued and not awaited; they are awaited in order.
-  virtual int MaxChoices() const { return 0; }
-  virtual absl::Status EnqueueChoices(Workspace& workspace, const UnitWeights& head,
-                                      std::span<const int32_t> rows,
-                                      std::span<const TokenDraw> draws);
-  // Whether AwaitChoices would return at once.
-  virtual bool ChoicesReady(Workspace& workspace);
+  // Optional, too: the end of a step, in place of those above, that is not waited for, so that the
+  // next step is with the device when this one ends. For at most MaxPicks() rows (0: not offered),
+  // each once and in order, what their draws pick. At most kStepsInFlight steps may be enqueued and
+  // not awaited; they are awaited in order.
+  virtual int MaxPicks() const { return 0; }
+  virtual absl::Status EnqueuePicks(Workspace& workspace, const UnitWeights& head,
+                                    std::span<const int32_t> rows,
+                                    std::span<const TokenDraw> draws);
+  // Whether AwaitPicks would return at once.
+  virtual bool PicksReady(Workspace& workspace);
   // tokens: as many as the draws, as HeadDraw; finite: for each row of the step, as LeaveResidual.
-  virtual absl::Status AwaitChoices(Workspace& workspace, std::span<int32_t> tokens,
-                                    std::span<uint8_t> finite);
+  virtual absl::Status AwaitPicks(Workspace& workspace, std::span<int32_t> tokens,
+                                  std::span<uint8_t> finite);
 
   // --- KV between steps, all layers of the cache, ordered with the steps around them.
   // Keys and values of each `from` to its `to`, bit for bit. No `to` occurs twice or as a `from`.

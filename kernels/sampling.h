@@ -90,8 +90,8 @@ struct TokenDraw {
   double temperature = 1;  // >= 0; 0: the best token, ties to the lower id
   double uniform = 0;      // in [0, 1)
 };
-// In place of the id of a token that no host knows yet: that which draw `index` of a step chooses.
-constexpr int32_t ChoiceOf(int index) { return -1 - index; }
+// In place of the id of a token that no host knows yet: the pick of draw `index` of a step.
+constexpr int32_t PickOf(int index) { return -1 - index; }
 // What Sample chooses with these parameters is that; nullopt if it is not (filters, bias,
 // penalties, log-probabilities).
 std::optional<TokenDraw> DrawAmongAll(const SamplingParams& params, int vocab, uint64_t position);

@@ -92,7 +92,7 @@ sanitizer_cases() {  # a line each: name, program, its filter
   echo Merges cuda_attention_test '*.WaysOfASmallStepAgree'
   echo TopLogits cuda_head_test '*.TopOfSmallVocabularies'
   echo Draws cuda_head_test '*.DrawsFromASmallVocabulary'
-  echo Choices cuda_head_test '*.ChoicesFromASmallVocabulary'
+  echo Picks cuda_head_test '*.PicksFromASmallVocabulary'
   echo Residual cuda_residual_test '*'
 }
 

@@ -53,6 +53,6 @@ expect 1 '^FINDINGS +racecheck Racy .*2 hazards' '^1 runs, 1 without' -- raceche
 expect 1 '^TIMED OUT +synccheck Slow .*still in a kernel' -- synccheck Slow
 expect 1 '^FAILED +racecheck Empty .*no test ran' -- racecheck Empty
 expect 1 '^FAILED \(139\) +racecheck Broken ' -- racecheck Broken
-expect 1 '^ok +racecheck Clean' '^10 runs, 4 without' -- racecheck
+expect 1 '^ok +racecheck Clean' '^11 runs, 4 without' -- racecheck
 expect 2 'no case has a name like Nothing' -- racecheck Nothing
 exit "$failures"

@@ -61,7 +61,7 @@ void KvSlots::SetTokens(int slot, size_t start, std::span<const int32_t> tokens)
   history.insert(history.end(), tokens.begin(), tokens.end());
 }
 
-void KvSlots::SetChosen(int slot, int32_t token) {
+void KvSlots::SetPicked(int slot, int32_t token) {
   if (!keep_history_) return;
   std::vector<int32_t>& history = stores_[slot][next_[slot].store].history;
   if (!history.empty() && history.back() < 0) history.back() = token;

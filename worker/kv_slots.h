@@ -61,9 +61,9 @@ class KvSlots {
   // Sets the tokens at positions start .. of the slot's sequence; start <= tokens known so far.
   void SetTokens(int slot, size_t start, std::span<const int32_t> tokens);
 
-  // The latest token of the slot's sequence, if it was set as ChoiceOf a draw whose outcome this
+  // The latest token of the slot's sequence, if it was set as PickOf a draw whose outcome this
   // is.
-  void SetChosen(int slot, int32_t token);
+  void SetPicked(int slot, int32_t token);
 
   // Tables with this block in them, the step being prepared included.
   int users(uint32_t block) const { return users_[block]; }

@@ -12,8 +12,8 @@
 #include "fmt/format.h"
 #include "model/checked_math.h"
 #include "model/status_macros.h"
-#include "worker/chosen_step.h"
 #include "worker/kv_slots.h"
+#include "worker/picked_step.h"
 #include "worker/stage_check.h"
 #include "worker/step_output.h"
 
@@ -57,7 +57,7 @@ class Stage::Impl {
 
   absl::StatusOr<bool> Submit(const Frame& frame);
   int pending() const { return static_cast<int>(pending_.size()); }
-  bool Ready() { return pending_.front().frame || backend_->ChoicesReady(*workspace_); }
+  bool Ready() { return pending_.front().frame || backend_->PicksReady(*workspace_); }
   absl::StatusOr<Frame> Finish();
   absl::StatusOr<ChannelMemory> ChannelMemoryOfResidual();
   void SetChannels(DeviceChannel* input, DeviceChannel* output) {
@@ -75,10 +75,10 @@ class Stage::Impl {
   struct Pending {
     std::optional<Frame> frame;
     v1::StepHeader step;
-    ChoosingRows choosing;
+    PickingRows picking;
     int rows = 0;
     Clock::time_point start;
-    Clock::duration stalled{};
+    Clock::duration stalled{};  // stalled_ at that time
   };
 
   bool first() const { return config_.stage == 0; }
@@ -97,12 +97,12 @@ class Stage::Impl {
   absl::StatusOr<Frame> MakeActivations(const Frame& frame);
   Frame BeginResult(const v1::StepHeader& step) const;
   absl::StatusOr<Frame> MakeResult(const Frame& frame);
-  bool Chooses(const v1::StepHeader& step);  // all that is wanted of it are choices: choosing_
+  bool Picks(const v1::StepHeader& step);  // all that is wanted of it are picks: picking_
   // Whether such a step can run behind those that are pending.
-  bool FitsBehind(const v1::StepHeader& step) const;
-  absl::Status EnqueueChoices(const v1::StepHeader& step, Pending& pending);
-  absl::StatusOr<Frame> MakeChosenResult(const Pending& pending);
-  void AddTiming(Clock::time_point start, Clock::duration stalled, Frame& frame);
+  bool FitsBehind(const v1::StepHeader& step);
+  absl::Status EnqueuePicks(const v1::StepHeader& step, Pending& pending);
+  absl::StatusOr<Frame> MakePickedResult(const Pending& pending);
+  void AddTiming(const Pending& step, Frame& frame);
 
   Backend* const backend_;
   const std::shared_ptr<const ModelFile> model_;
@@ -115,16 +115,18 @@ class Stage::Impl {
   std::optional<StepOutput> output_;  // last stage only
 
   uint64_t last_step_ = 0;
-  Clock::duration stalled_{};                   // in this step, waiting for weights and channels
+  bool resident_ = false;                       // all units are, and stay so
+  Clock::duration stalled_{};                   // ever, waiting for weights and channels
   std::optional<Clock::time_point> last_end_;   // of the step before
+  Clock::duration stalled_before_end_{};        // stalled_ at that time
   std::vector<int32_t> cleared_;                // blocks, before the rows of this step
   std::vector<KvBlockCopy> copies_;             // likewise
   std::vector<BatchSequence> batch_sequences_;  // of this step
   std::vector<int32_t> token_ids_;              // of its rows, those of rows ahead filled in
   StepBatch batch_;
-  std::deque<Pending> pending_;  // at most kStepsInFlight; more than one only of choices
-  ChoosingRows choosing_;        // of the step being submitted
-  std::vector<int> choice_of_;   // [slot]: its draw in the step submitted last, or -1
+  std::deque<Pending> pending_;  // at most kStepsInFlight; more than one only of picks
+  PickingRows picking_;          // of the step being submitted
+  std::vector<int> pick_of_;     // [slot]: its draw in the step submitted last, or -1
   std::vector<float> residual_;  // last stage: [max_step_tokens][d_model], if finite_ is empty
   DeviceChannel* input_channel_ = nullptr;
   DeviceChannel* output_channel_ = nullptr;
@@ -144,7 +146,7 @@ Stage::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model, Laye
       slots_(config.max_slots, config.max_context, config.kv_blocks, /*keep_history=*/last()) {
   batch_sequences_.reserve(std::min(config.max_slots, config.max_step_tokens));
   token_ids_.reserve(config.max_step_tokens);
-  choice_of_.resize(config.max_slots, -1);
+  pick_of_.resize(config.max_slots, -1);
   const bool stays = backend_->residual_memory(*workspace_).data != nullptr;
   if (config.device_output || (last() && stays)) finite_.resize(config.max_step_tokens);
   if (!last()) return;
@@ -153,20 +155,19 @@ Stage::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model, Laye
 }
 
 absl::StatusOr<bool> Stage::Impl::Submit(const Frame& frame) {
-  Pending pending = {.start = Clock::now()};
-  stalled_ = {};
+  Pending pending = {.start = Clock::now(), .stalled = stalled_};
   STAGECOACH_RETURN_IF_ERROR(PrepareStep(config_, params_, frame, last_step_, slots_, cleared_));
   const v1::StepHeader& step = frame.header.step();
-  const bool chooses = Chooses(step);
-  if (!pending_.empty() && !(chooses && FitsBehind(step))) return false;
+  const bool picks = Picks(step);
+  if (!pending_.empty() && !(picks && FitsBehind(step))) return false;
   STAGECOACH_RETURN_IF_ERROR(ChangeBlocks(step));
   MakeBatch(step);
   STAGECOACH_RETURN_IF_ERROR(RunLayers(frame));
-  if (chooses) {
-    STAGECOACH_RETURN_IF_ERROR(EnqueueChoices(step, pending));
+  if (picks) {
+    STAGECOACH_RETURN_IF_ERROR(EnqueuePicks(step, pending));
   } else {
     STAGECOACH_ASSIGN_OR_RETURN(pending.frame, last() ? MakeResult(frame) : MakeActivations(frame));
-    AddTiming(pending.start, stalled_, *pending.frame);
+    AddTiming(pending, *pending.frame);
   }
   slots_.Commit();
   pending_.push_back(std::move(pending));
@@ -180,8 +181,8 @@ absl::StatusOr<Frame> Stage::Impl::Finish() {
   Pending pending = std::move(pending_.front());
   pending_.pop_front();
   if (pending.frame) return *std::move(pending.frame);
-  STAGECOACH_ASSIGN_OR_RETURN(Frame out, MakeChosenResult(pending));
-  AddTiming(pending.start, pending.stalled, out);
+  STAGECOACH_ASSIGN_OR_RETURN(Frame out, MakePickedResult(pending));
+  AddTiming(pending, out);
   return out;
 }
 
@@ -224,8 +225,8 @@ void Stage::Impl::MakeBatch(const v1::StepHeader& step) {
 }
 
 int32_t Stage::Impl::TokenAhead(int slot) const {
-  const bool chosen = !pending_.empty() && choice_of_[slot] >= 0;
-  return chosen ? ChoiceOf(choice_of_[slot]) : slots_.next(slot).sampled;
+  const bool picked = !pending_.empty() && pick_of_[slot] >= 0;
+  return picked ? PickOf(pick_of_[slot]) : slots_.next(slot).sampled;
 }
 
 absl::StatusOr<ChannelMemory> Stage::Impl::ChannelMemoryOfResidual() {
@@ -347,16 +348,22 @@ absl::StatusOr<Frame> Stage::Impl::MakeResult(const Frame& frame) {
   return out;
 }
 
-bool Stage::Impl::Chooses(const v1::StepHeader& step) {
-  const int most = backend_->MaxChoices();
+bool Stage::Impl::Picks(const v1::StepHeader& step) {
+  const int most = backend_->MaxPicks();
   return last() && most > 0 && !step.rows().empty() &&
-         FindChoosingRows(step, slots_, params_.vocab_size, most, choosing_);
+         FindPickingRows(step, slots_, params_.vocab_size, most, picking_);
 }
 
 // What a pending step may yet find out (that a sequence is poisoned) must not be needed for this
 // one, nor its residual stream be overwritten from outside.
-bool Stage::Impl::FitsBehind(const v1::StepHeader& step) const {
+// Nor must results that are ready wait while this one waits for weights.
+bool Stage::Impl::FitsBehind(const v1::StepHeader& step) {
   if (pending() == kStepsInFlight || config_.device_input || !step.copies().empty()) return false;
+  if (!resident_) {
+    const std::vector<UnitState> states = store_->States();
+    resident_ = std::ranges::count(states, UnitState::kResident) == std::ssize(states);
+    if (!resident_) return false;
+  }
   return std::ranges::none_of(pending_, [&](const Pending& pending) {
     return pending.frame || std::ranges::any_of(pending.step.rows(), [&](const auto& rows) {
              return std::ranges::find(step.close(), rows.slot()) != step.close().end();
@@ -364,39 +371,41 @@ bool Stage::Impl::FitsBehind(const v1::StepHeader& step) const {
   });
 }
 
-absl::Status Stage::Impl::EnqueueChoices(const v1::StepHeader& step, Pending& pending) {
+absl::Status Stage::Impl::EnqueuePicks(const v1::StepHeader& step, Pending& pending) {
   STAGECOACH_ASSIGN_OR_RETURN(const UnitLease head, Acquire({.kind = Unit::Kind::kHead}));
   STAGECOACH_RETURN_IF_ERROR(
-      backend_->EnqueueChoices(*workspace_, *head, choosing_.rows, choosing_.draws));
-  std::ranges::fill(choice_of_, -1);
-  for (size_t i = 0; i < choosing_.sequences.size(); ++i) {
-    choice_of_[step.rows(choosing_.sequences[i]).slot()] = static_cast<int>(i);
+      backend_->EnqueuePicks(*workspace_, *head, picking_.rows, picking_.draws));
+  std::ranges::fill(pick_of_, -1);
+  for (size_t i = 0; i < picking_.sequences.size(); ++i) {
+    pick_of_[step.rows(picking_.sequences[i]).slot()] = static_cast<int>(i);
   }
   pending.step = step;
-  pending.choosing = choosing_;
+  pending.picking = picking_;
   pending.rows = batch_.rows;
-  pending.stalled = stalled_;
   return absl::OkStatus();
 }
 
 // On what a later step has left: that one may have been submitted, and goes on with these tokens.
-absl::StatusOr<Frame> Stage::Impl::MakeChosenResult(const Pending& pending) {
-  std::vector<int32_t> tokens(pending.choosing.draws.size());
+absl::StatusOr<Frame> Stage::Impl::MakePickedResult(const Pending& pending) {
+  std::vector<int32_t> tokens(pending.picking.draws.size());
   std::vector<uint8_t> finite(pending.rows);
-  STAGECOACH_RETURN_IF_ERROR(backend_->AwaitChoices(*workspace_, tokens, finite));
+  STAGECOACH_RETURN_IF_ERROR(backend_->AwaitPicks(*workspace_, tokens, finite));
   Frame out = BeginResult(pending.step);
   slots_.Begin();
   MarkPoisoned(pending.step, finite, slots_);
-  AddChosenTokens(pending.step, pending.choosing, tokens, slots_, *out.header.mutable_result());
+  AddPickedTokens(pending.step, pending.picking, tokens, slots_, *out.header.mutable_result());
   slots_.Commit();
   return out;
 }
 
-// Steps may lie one behind the other on the device: time counts once.
-void Stage::Impl::AddTiming(Clock::time_point start, Clock::duration stalled, Frame& frame) {
+// Steps may lie one behind the other on the device: time counts once, from the end of the one
+// before.
+void Stage::Impl::AddTiming(const Pending& step, Frame& frame) {
   const Clock::time_point end = Clock::now();
-  const Clock::time_point begin = last_end_ ? std::max(start, *last_end_) : start;
-  const Clock::duration compute = std::max(end - begin - stalled, Clock::duration{});
+  const bool behind = last_end_ && step.start < *last_end_;
+  const Clock::time_point begin = behind ? *last_end_ : step.start;
+  const Clock::duration compute =
+      end - begin - (stalled_ - (behind ? stalled_before_end_ : step.stalled));
   compute_ns_ += std::chrono::duration_cast<std::chrono::nanoseconds>(compute).count();
   v1::StageTiming& timing =
       *(frame.header.has_step() ? frame.header.mutable_step()->add_timings()
@@ -404,6 +413,7 @@ void Stage::Impl::AddTiming(Clock::time_point start, Clock::duration stalled, Fr
   timing.set_compute_us(Microseconds(compute));
   if (last_end_) timing.set_wait_us(Microseconds(begin - *last_end_));
   last_end_ = end;
+  stalled_before_end_ = stalled_;
 }
 
 absl::StatusOr<std::unique_ptr<Stage>> Stage::Create(Backend* backend,

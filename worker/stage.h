@@ -78,12 +78,14 @@ class Stage {
   absl::StatusOr<Frame> Run(const Frame& frame);
 
   // The same in two parts. Submit does what Run does (with its errors) but for what a backend with
-  // MaxChoices() can leave to the device: the step is pending then, until Finish, which waits for
+  // MaxPicks() can leave to the device: the step is pending then, until Finish, which waits for
   // it, returns its frame. False: the step needs what those pending will find out (or there are
-  // too many of them); nothing has changed, and it can be submitted again after a Finish.
+  // too many of them), or would wait for weights; nothing has changed, and it can be submitted
+  // again after a Finish. An error of Finish is a device's fault, behind which the stage is of no
+  // use.
   absl::StatusOr<bool> Submit(const Frame& frame);
   int pending() const;
-  // Of the earliest pending step: whether Finish would return at once.
+  // Of the earliest pending step, of which there must be one: whether Finish would return at once.
   bool Ready();
   absl::StatusOr<Frame> Finish();
 

@@ -11,9 +11,9 @@
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "model/test_paths.h"
-#include "worker/choosing_backend.h"
 #include "worker/kv_slots.h"
 #include "worker/link/in_process_link.h"
+#include "worker/picking_backend.h"
 
 namespace stagecoach {
 namespace {
@@ -152,22 +152,22 @@ class WorkerNodeTest : public testing::Test {
       }
     }
   }
-  // The first worker with chooses_, alone in epoch 1.
-  void UseChoosingBackend() {
+  // The first worker with picks_, alone in epoch 1.
+  void UsePickingBackend() {
     hub_.StopListening(Address(0));
     nodes_[0] =
-        std::make_unique<WorkerNode>(&chooses_, model_, &hub_, WorkerOptions{.name = Address(0)});
+        std::make_unique<WorkerNode>(&picks_, model_, &hub_, WorkerOptions{.name = Address(0)});
     hub_.Listen(Address(0), nodes_[0].get());
     AssignAll(1, 1);
     AwaitLinksReady(1);
     v1::LinkHello hello = Hello(1);
-    hello.set_kernel_revision(chooses_.info().kernel_revision);
+    hello.set_kernel_revision(picks_.info().kernel_revision);
     ASSERT_TRUE(DialFirst(hello).ok());
   }
   void AwaitEnqueued(int steps) const {
     const absl::Time deadline = absl::Now() + kTimeout;
-    while (chooses_.enqueued < steps) {
-      ASSERT_LT(absl::Now(), deadline) << chooses_.enqueued << " steps enqueued";
+    while (picks_.enqueued < steps) {
+      ASSERT_LT(absl::Now(), deadline) << picks_.enqueued << " steps enqueued";
       absl::SleepFor(absl::Milliseconds(1));
     }
   }
@@ -221,7 +221,7 @@ class WorkerNodeTest : public testing::Test {
 
   std::shared_ptr<const ModelFile> model_ = DemoModel();
   std::unique_ptr<Backend> backend_ = MakeCpuBackend({.threads = 1});
-  ChoosingBackend chooses_;
+  PickingBackend picks_;
   InProcessHub hub_;
   Results results_;
   Mail broken_;
@@ -251,14 +251,14 @@ TEST_F(WorkerNodeTest, TwoStagesTellTheStoryAndCountTheirWork) {
 }
 
 TEST_F(WorkerNodeTest, AStepGoesOutBehindOneThatHasNotEnded) {
-  UseChoosingBackend();
-  chooses_.ready = false;
+  UsePickingBackend();
+  picks_.ready = false;
   ASSERT_TRUE(to_first_->Send(StepOf(1, 1, 0, {7})).ok());
   Frame ahead = StepOf(1, 2, 1, {0});
   ahead.header.mutable_step()->mutable_rows(0)->set_ahead(true);
   ASSERT_TRUE(to_first_->Send(std::move(ahead)).ok());
   AwaitEnqueued(2);
-  chooses_.ready = true;
+  picks_.ready = true;
   for (int step = 1; step <= 2; ++step) {
     const std::optional<Frame> result = results_.Next();
     ASSERT_TRUE(result.has_value());
@@ -271,8 +271,8 @@ TEST_F(WorkerNodeTest, AStepGoesOutBehindOneThatHasNotEnded) {
 }
 
 TEST_F(WorkerNodeTest, AnEpochEndsWhileAStepHasNot) {
-  UseChoosingBackend();
-  chooses_.ready = false;
+  UsePickingBackend();
+  picks_.ready = false;
   ASSERT_TRUE(to_first_->Send(StepOf(1, 1, 0, {7})).ok());
   AwaitEnqueued(1);
   AssignAll(2, 1);

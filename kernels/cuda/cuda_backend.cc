@@ -122,13 +122,15 @@ class CudaBackend final : public Backend {
                         std::span<const int32_t> rows, std::span<const TokenDraw> draws,
                         std::span<int32_t> tokens) override;
 
-  int MaxChoices() const override { return kMaxChoices; }
-  absl::Status EnqueueChoices(Workspace& workspace, const UnitWeights& head,
-                              std::span<const int32_t> rows,
-                              std::span<const TokenDraw> draws) override;
-  bool ChoicesReady(Workspace& workspace) override { return StepEndReady(*Own(workspace).buffers); }
-  absl::Status AwaitChoices(Workspace& workspace, std::span<int32_t> tokens,
-                            std::span<uint8_t> finite) override {
+  int MaxPicks() const override { return kMaxPicks; }
+  absl::Status EnqueuePicks(Workspace& workspace, const UnitWeights& head,
+                            std::span<const int32_t> rows,
+                            std::span<const TokenDraw> draws) override;
+  bool PicksReady(Workspace& workspace) override {
+    return !device_->MakeCurrent().ok() || StepEndReady(*Own(workspace).buffers);
+  }
+  absl::Status AwaitPicks(Workspace& workspace, std::span<int32_t> tokens,
+                          std::span<uint8_t> finite) override {
     STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
     return AwaitStepEnd(*Own(workspace).buffers, tokens, finite);
   }
@@ -281,9 +283,9 @@ absl::Status CudaBackend::HeadDraw(Workspace& workspace, const UnitWeights& head
   });
 }
 
-absl::Status CudaBackend::EnqueueChoices(Workspace& workspace, const UnitWeights& head,
-                                         std::span<const int32_t> rows,
-                                         std::span<const TokenDraw> draws) {
+absl::Status CudaBackend::EnqueuePicks(Workspace& workspace, const UnitWeights& head,
+                                       std::span<const int32_t> rows,
+                                       std::span<const TokenDraw> draws) {
   STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
   StageWorkspace& own = Own(workspace);
   STAGECOACH_RETURN_IF_ERROR(BeginStepEnd(*own.buffers, rows, draws));

@@ -179,7 +179,7 @@ absl::Status Bench::Enqueue(const Step& step) {
   }
   if (!step.head) return absl::OkStatus();
   draws_.assign(last_rows_.size(), {.temperature = 0});
-  return backend_->EnqueueChoices(*workspace_, *head_, last_rows_, draws_);
+  return backend_->EnqueuePicks(*workspace_, *head_, last_rows_, draws_);
 }
 
 absl::Status Bench::Await(const Step& step) {
@@ -187,8 +187,8 @@ absl::Status Bench::Await(const Step& step) {
   if (!step.head) {
     return backend_->GetResidual(*workspace_, std::span(residual_).first(rows * params_.d_model));
   }
-  return backend_->AwaitChoices(*workspace_, std::span(tokens_).first(step.sequences),
-                                std::span(finite_).first(rows));
+  return backend_->AwaitPicks(*workspace_, std::span(tokens_).first(step.sequences),
+                              std::span(finite_).first(rows));
 }
 
 absl::Status Bench::Run(const Step& step) {

@@ -98,34 +98,34 @@ class CudaHead : public CudaTest {
     }
   }
 
-  // The choices of `rows`, every second one greedy, by Sample.
-  struct Choices {
+  // The picks of `rows`, every second one greedy, by Sample.
+  struct Picks {
     std::vector<int32_t> rows;
     std::vector<TokenDraw> draws;
     std::vector<int32_t> expected;
   };
-  Choices MakeChoices(int first, int step, uint64_t position) {
-    Choices choices;
-    for (int row = first; row < kRows; row += step) choices.rows.push_back(row);
+  Picks MakePicks(int first, int step, uint64_t position) {
+    Picks picks;
+    for (int row = first; row < kRows; row += step) picks.rows.push_back(row);
     const size_t vocab = params_.vocab_size;
-    std::vector<float> logits(choices.rows.size() * vocab);
+    std::vector<float> logits(picks.rows.size() * vocab);
     EXPECT_TRUE(backend_->SetResidual(*workspace_, residual_).ok());
-    EXPECT_TRUE(backend_->Head(*workspace_, *head_, choices.rows, logits).ok());
-    for (size_t i = 0; i < choices.rows.size(); ++i) {
+    EXPECT_TRUE(backend_->Head(*workspace_, *head_, picks.rows, logits).ok());
+    for (size_t i = 0; i < picks.rows.size(); ++i) {
       const SamplingParams params = {.temperature = i % 2 == 0 ? 0.0f : 0.8f, .seed = i};
-      choices.draws.push_back(*DrawAmongAll(params, params_.vocab_size, position));
+      picks.draws.push_back(*DrawAmongAll(params, params_.vocab_size, position));
       const auto of_row = std::span(logits).subspan(i * vocab, vocab);
       const auto sampled = Sample(of_row, params, {}, 0, position);
-      choices.expected.push_back(AllFinite(of_row) ? sampled.value().token_id : -1);
+      picks.expected.push_back(AllFinite(of_row) ? sampled.value().token_id : -1);
     }
-    return choices;
+    return picks;
   }
 
-  void ExpectAwaited(const Choices& choices) {
-    std::vector<int32_t> tokens(choices.rows.size());
+  void ExpectAwaited(const Picks& picks) {
+    std::vector<int32_t> tokens(picks.rows.size());
     std::vector<uint8_t> finite(kRows);
-    ASSERT_TRUE(backend_->AwaitChoices(*workspace_, tokens, finite).ok());
-    EXPECT_EQ(tokens, choices.expected);
+    ASSERT_TRUE(backend_->AwaitPicks(*workspace_, tokens, finite).ok());
+    EXPECT_EQ(tokens, picks.expected);
     for (int row = 0; row < kRows; ++row) {
       const size_t d_model = params_.d_model;
       EXPECT_EQ(finite[row], AllFinite(std::span(residual_).subspan(row * d_model, d_model)));
@@ -133,9 +133,9 @@ class CudaHead : public CudaTest {
   }
 
   // Of some rows, of all, and greedily alone, two steps at a time with the device.
-  void ExpectChoices() {
-    const Choices some = MakeChoices(1, 3, /*position=*/3), all = MakeChoices(0, 1, 4);
-    Choices greedy = some;
+  void ExpectPicks() {
+    const Picks some = MakePicks(1, 3, /*position=*/3), all = MakePicks(0, 1, 4);
+    Picks greedy = some;
     for (size_t i = 1; i < greedy.rows.size(); i += 2) {
       greedy.draws[i].temperature = 0;
       const int32_t row[] = {greedy.rows[i]};
@@ -144,14 +144,14 @@ class CudaHead : public CudaTest {
       ASSERT_TRUE(backend_->HeadTop(*workspace_, *head_, row, 1, best, {}).ok());
       greedy.expected[i] = std::isfinite(best[0].logit) ? best[0].id : -1;
     }
-    const Choices* const steps[] = {&some, &all, &greedy, &all, &all, &some};
+    const Picks* const steps[] = {&some, &all, &greedy, &all, &all, &some};
     for (size_t i = 0; i < std::size(steps); ++i) {
       ASSERT_TRUE(backend_->SetResidual(*workspace_, residual_).ok());
       ASSERT_TRUE(
-          backend_->EnqueueChoices(*workspace_, *head_, steps[i]->rows, steps[i]->draws).ok());
+          backend_->EnqueuePicks(*workspace_, *head_, steps[i]->rows, steps[i]->draws).ok());
       if (i > 0) ExpectAwaited(*steps[i - 1]);
     }
-    while (!backend_->ChoicesReady(*workspace_)) {
+    while (!backend_->PicksReady(*workspace_)) {
     }
     ExpectAwaited(some);
   }
@@ -193,20 +193,20 @@ TEST_F(CudaHead, DrawsFromASmallVocabulary) {
   ExpectDraws();
 }
 
-TEST_F(CudaHead, ChoicesAreThoseOfTheHost) {
+TEST_F(CudaHead, PicksAreThoseOfTheHost) {
   for (const int vocab : {325, 4500, 128256}) {
     Open(vocab);
-    ExpectChoices();
+    ExpectPicks();
   }
 }
 
 // As TopOfSmallVocabularies.
-TEST_F(CudaHead, ChoicesFromASmallVocabulary) {
+TEST_F(CudaHead, PicksFromASmallVocabulary) {
   Open(325);
-  ExpectChoices();
+  ExpectPicks();
 }
 
-TEST_F(CudaHead, AStepGoesOnWithChoicesThatNoHostHasSeen) {
+TEST_F(CudaHead, AStepGoesOnWithPicksThatNoHostHasSeen) {
   Open(325);
   RandomSource random(3);
   const auto embedding = BuildUnit(
@@ -214,18 +214,18 @@ TEST_F(CudaHead, AStepGoesOnWithChoicesThatNoHostHasSeen) {
       MakeRandomUnit(random, params_, {Unit::Kind::kEmbedding}, TensorType::kQ4_0, false));
   ASSERT_TRUE(embedding.ok()) << embedding.status();
   residual_[5 * params_.d_model] = std::numeric_limits<float>::quiet_NaN();
-  const Choices choices = MakeChoices(0, 1, /*position=*/3);
+  const Picks picks = MakePicks(0, 1, /*position=*/3);
   ASSERT_TRUE(backend_->SetResidual(*workspace_, residual_).ok());
-  ASSERT_TRUE(backend_->EnqueueChoices(*workspace_, *head_, choices.rows, choices.draws).ok());
-  const int32_t ids[] = {ChoiceOf(69), 17, ChoiceOf(0), ChoiceOf(5)};
-  const int32_t known[] = {choices.expected[69], 17, choices.expected[0], 0};
+  ASSERT_TRUE(backend_->EnqueuePicks(*workspace_, *head_, picks.rows, picks.draws).ok());
+  const int32_t ids[] = {PickOf(69), 17, PickOf(0), PickOf(5)};
+  const int32_t known[] = {picks.expected[69], 17, picks.expected[0], 0};
   std::vector<float> rows(std::size(ids) * params_.d_model), expected = rows;
   ASSERT_TRUE(backend_->Embed(*workspace_, **embedding, ids).ok());
   ASSERT_TRUE(backend_->GetResidual(*workspace_, rows).ok());
   ASSERT_TRUE(backend_->Embed(*workspace_, **embedding, known).ok());
   ASSERT_TRUE(backend_->GetResidual(*workspace_, expected).ok());
   EXPECT_EQ(rows, expected);
-  ExpectAwaited(choices);
+  ExpectAwaited(picks);
 }
 
 TEST_F(CudaHead, NonFiniteRowsShow) {
@@ -234,7 +234,7 @@ TEST_F(CudaHead, NonFiniteRowsShow) {
   residual_[69 * params_.d_model + 5] = std::numeric_limits<float>::infinity();
   ExpectTop(2);
   ExpectDraws();
-  ExpectChoices();
+  ExpectPicks();
 }
 
 }  // namespace

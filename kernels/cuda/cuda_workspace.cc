@@ -162,13 +162,13 @@ absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaD
   const size_t sums = kHeadRows * static_cast<size_t>(UnitSums(params.vocab_size));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->unit_sums, device.NewBuffer<uint64_t>(sums));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->unit_sums_out, device.NewPinnedBuffer<uint64_t>(sums));
-  STAGECOACH_ASSIGN_OR_RETURN(workspace->drawn, device.NewBuffer<int32_t>(kMaxChoices));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->drawn, device.NewBuffer<int32_t>(kMaxPicks));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->drawn_out, device.NewPinnedBuffer<int32_t>(kHeadRows));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->finite, device.NewBuffer<uint8_t>(max_rows));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->finite_out, device.NewPinnedBuffer<uint8_t>(max_rows));
   for (StepEnd& end : workspace->ends) {
-    STAGECOACH_ASSIGN_OR_RETURN(end.draws, device.NewPinnedBuffer<TokenDraw>(kMaxChoices));
-    STAGECOACH_ASSIGN_OR_RETURN(end.tokens, device.NewPinnedBuffer<int32_t>(kMaxChoices));
+    STAGECOACH_ASSIGN_OR_RETURN(end.draws, device.NewPinnedBuffer<TokenDraw>(kMaxPicks));
+    STAGECOACH_ASSIGN_OR_RETURN(end.tokens, device.NewPinnedBuffer<int32_t>(kMaxPicks));
     STAGECOACH_ASSIGN_OR_RETURN(end.finite, device.NewPinnedBuffer<uint8_t>(max_rows));
     STAGECOACH_ASSIGN_OR_RETURN(end.done, device.NewEvent());
   }

@@ -23,8 +23,8 @@ namespace stagecoach::cuda {
 
 // Rows that go through the head at once: bounds the logits held on the device.
 inline constexpr int kHeadRows = 64;
-// Rows of a step that choose by themselves.
-inline constexpr int kMaxChoices = 256;
+// Tokens of a step that are picked without the host.
+inline constexpr int kMaxPicks = 256;
 inline constexpr int kMaxWorkspaceRows = 65535;  // a dimension of a launch
 
 // Memory of a MatmulScratch, for products on the compute stream.
@@ -81,10 +81,10 @@ class StepInputs {
 // device reads and writes the arrays where they are.
 struct StepEnd {
   int rows = 0;           // of the step
-  int count = 0;          // of them, rows that choose
+  int count = 0;          // of them, rows with a pick
   bool all_rows = false;  // these are all
   bool all_greedy = false;
-  PinnedBuffer<TokenDraw> draws;  // [kMaxChoices], likewise tokens
+  PinnedBuffer<TokenDraw> draws;  // [kMaxPicks], likewise tokens
   PinnedBuffer<int32_t> tokens;
   PinnedBuffer<uint8_t> finite;  // [max_rows]
   Event done;
@@ -121,7 +121,7 @@ struct CudaWorkspace {
   PinnedBuffer<TokenDraw> draws_in;     // [kHeadRows]
   DeviceBuffer<uint64_t> unit_sums;     // [kHeadRows][UnitSums]
   PinnedBuffer<uint64_t> unit_sums_out;
-  DeviceBuffer<int32_t> drawn;               // [kMaxChoices], of the latest draws
+  DeviceBuffer<int32_t> drawn;               // [kMaxPicks], of the latest draws
   PinnedBuffer<int32_t> drawn_out;           // [kHeadRows]
   std::array<StepEnd, kStepsInFlight> ends;  // of the steps in flight, in turn:
   int first_end = 0, end_count = 0;
@@ -131,6 +131,7 @@ struct CudaWorkspace {
   PinnedBuffer<float> out;           // [max_rows][d_model] or [kHeadRows][vocab]
   Event residual_sent;               // the device has taken residual_in
 
+  StepEnd& NextEnd() { return ends[(first_end + end_count) % kStepsInFlight]; }
   MatmulScratch MatmulMemory() const { return {scratch.data()}; }
 
   int rows = 0;        // of the step under way

@@ -12,12 +12,12 @@ constexpr int kThreads = 256;
 
 template <typename Block>
 __global__ void EmbedKernel(const Block* table, int columns, const int32_t* ids,
-                            const int32_t* choices, float* out) {
+                            const int32_t* picks, float* out) {
   LetNextKernelStart();
   WaitForPreviousKernel();
   const int blocks_per_row = columns / Block::kElements;
   int id = ids[blockIdx.x];
-  if (id < 0) id = max(choices[ChoiceOf(id)], 0);  // ChoiceOf is its own inverse
+  if (id < 0) id = max(picks[PickOf(id)], 0);  // PickOf is its own inverse
   const Block* row = table + static_cast<size_t>(id) * blocks_per_row;
   out += static_cast<size_t>(blockIdx.x) * columns;
   for (int k = threadIdx.x; k < columns; k += kThreads) {
@@ -36,11 +36,11 @@ __global__ void EmbedKernel(const Block* table, int columns, const int32_t* ids,
 }  // namespace
 
 cudaError_t EmbedRows(TensorType type, const void* table, int columns, const int32_t* ids,
-                      const int32_t* choices, int rows, float* out, cudaStream_t stream) {
+                      const int32_t* picks, int rows, float* out, cudaStream_t stream) {
   const LaunchShape shape = {.grid = dim3(rows), .threads = kThreads};
   return VisitBlockType(type, [&]<typename Block>() {
     return LaunchKernel(EmbedKernel<Block>, shape, stream, static_cast<const Block*>(table),
-                        columns, ids, choices, out);
+                        columns, ids, picks, out);
   });
 }
 

@@ -11,9 +11,9 @@
 namespace stagecoach::cuda {
 
 // out[i][columns] = row ids[i] of `table` [..][columns], i < rows; its bytes are as in the file. An
-// id that is ChoiceOf(c) stands for choices[c], and that for 0 if it is negative.
+// id that is PickOf(c) stands for picks[c], and that for 0 if it is negative.
 cudaError_t EmbedRows(TensorType type, const void* table, int columns, const int32_t* ids,
-                      const int32_t* choices, int rows, float* out, cudaStream_t stream);
+                      const int32_t* picks, int rows, float* out, cudaStream_t stream);
 
 // cudaSuccess if this program holds kernels for the current device.
 cudaError_t ProbeKernels();

@@ -80,20 +80,18 @@ absl::Status TakeDraws(CudaWorkspace& workspace, std::span<const TokenDraw> draw
 
 absl::Status BeginStepEnd(CudaWorkspace& workspace, std::span<const int32_t> rows,
                           std::span<const TokenDraw> draws) {
-  const int next = (workspace.first_end + workspace.end_count) % kStepsInFlight;
-  StepEnd& end = workspace.ends[next];
+  StepEnd& end = workspace.NextEnd();
   end.rows = workspace.rows;
   end.count = static_cast<int>(draws.size());
   end.all_greedy =
       std::ranges::all_of(draws, [](const TokenDraw& d) { return d.temperature == 0; });
   std::ranges::copy(draws, end.draws.data());
   end.all_rows = end.count == end.rows;
-  ++workspace.end_count;
   return end.all_rows ? absl::OkStatus() : workspace.inputs.SetHeadRows(rows);
 }
 
 absl::Status EnqueueStepEnd(CudaWorkspace& ws, const UnitStorage& head, cudaStream_t stream) {
-  StepEnd& end = ws.ends[(ws.first_end + ws.end_count - 1) % kStepsInFlight];
+  StepEnd& end = ws.NextEnd();
   const int vocab = ws.params.vocab_size;
   for (int first = 0; first < end.count; first += kHeadRows) {
     const int count = std::min(kHeadRows, end.count - first);
@@ -112,19 +110,23 @@ absl::Status EnqueueStepEnd(CudaWorkspace& ws, const UnitStorage& head, cudaStre
                                           ws.drawn.data(), end.count, end.finite.data(),
                                           end.tokens.data(), stream));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(end.done.get(), stream));
+  ++ws.end_count;
   return absl::OkStatus();
 }
 
 bool StepEndReady(const CudaWorkspace& workspace) {
-  return cudaEventQuery(workspace.ends[workspace.first_end].done.get()) != cudaErrorNotReady;
+  const cudaError_t done = cudaEventQuery(workspace.ends[workspace.first_end].done.get());
+  if (done != cudaErrorNotReady) return true;
+  cudaGetLastError();  // it is no error, but remembered like one
+  return false;
 }
 
 absl::Status AwaitStepEnd(CudaWorkspace& workspace, std::span<int32_t> tokens,
                           std::span<uint8_t> finite) {
   const StepEnd& end = workspace.ends[workspace.first_end];
-  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(end.done.get()));
   workspace.first_end = (workspace.first_end + 1) % kStepsInFlight;
   --workspace.end_count;
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(end.done.get()));
   std::copy_n(end.tokens.data(), tokens.size(), tokens.begin());
   std::copy_n(end.finite.data(), finite.size(), finite.begin());
   return absl::OkStatus();

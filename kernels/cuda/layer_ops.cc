@@ -35,14 +35,16 @@ absl::Status Project(const CudaWorkspace& workspace, std::span<const MatmulTerm>
   return absl::OkStatus();
 }
 
-// The products of `terms` with the normed rows of `input`, and what `fusion` has besides.
-absl::Status ProjectNormed(const CudaWorkspace& ws, std::span<const MatmulTerm> terms, int rows,
-                           const float* input, const float* norm_weight, Fusion fusion,
-                           cudaStream_t stream) {
-  const bool fits = std::ranges::all_of(terms, [&](const MatmulTerm& term) {
-    return CanFuseNorm(
-        LayOutActivations(nullptr, FormFor(term.weights.type), rows, term.weights.k));
-  });
+// The products of `terms`, of `unit`, with the normed rows of `input`, and what `fusion` has
+// besides. A product that norms for itself reads weights at once, where a norm before it would have
+// waited: only if they are known to be there.
+absl::Status ProjectNormed(const CudaWorkspace& ws, const UnitStorage& unit,
+                           std::span<const MatmulTerm> terms, int rows, const float* input,
+                           const float* norm_weight, Fusion fusion, cudaStream_t stream) {
+  const bool fits = unit.Uploaded() && std::ranges::all_of(terms, [&](const MatmulTerm& term) {
+                      return CanFuseNorm(LayOutActivations(nullptr, FormFor(term.weights.type),
+                                                           rows, term.weights.k));
+                    });
   if (fits) {
     fusion.norm_input = input;
     fusion.norm_weight = norm_weight;
@@ -94,7 +96,7 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
       Term(w.matrix(TensorRole::kAttnQ), ws.q.data(), w.vector(TensorRole::kAttnQBias)),
       Term(w.matrix(TensorRole::kAttnK), ws.k.data(), w.vector(TensorRole::kAttnKBias)),
       Term(w.matrix(TensorRole::kAttnV), ws.v.data(), w.vector(TensorRole::kAttnVBias))};
-  STAGECOACH_RETURN_IF_ERROR(ProjectNormed(ws, qkv, ws.rows, ws.residual.data(),
+  STAGECOACH_RETURN_IF_ERROR(ProjectNormed(ws, w, qkv, ws.rows, ws.residual.data(),
                                            w.vector(TensorRole::kAttnNorm), {}, stream));
   const AttentionInputs inputs = {.q = ws.q.data(),
                                   .k = ws.k.data(),
@@ -127,7 +129,7 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
     gate.gated =
         LayOutActivations(ws.gate.data(), ActivationForm::kHalf, ws.rows, params.ffn_length);
   }
-  STAGECOACH_RETURN_IF_ERROR(ProjectNormed(ws, inward, ws.rows, ws.residual.data(),
+  STAGECOACH_RETURN_IF_ERROR(ProjectNormed(ws, w, inward, ws.rows, ws.residual.data(),
                                            w.vector(TensorRole::kFfnNorm), gate, stream));
   if (gate.gated.halves != nullptr) {
     STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchMatmul(outward, gate.gated, stream, ws.MatmulMemory()));
@@ -148,7 +150,8 @@ absl::Status EnqueueGather(CudaWorkspace& ws, int first, int count, cudaStream_t
 absl::Status EnqueueHead(CudaWorkspace& ws, const UnitStorage& head, const float* x, int count,
                          cudaStream_t stream) {
   const MatmulTerm output[] = {Term(head.matrix(TensorRole::kOutput), ws.logits.data())};
-  return ProjectNormed(ws, output, count, x, head.vector(TensorRole::kOutputNorm), {}, stream);
+  return ProjectNormed(ws, head, output, count, x, head.vector(TensorRole::kOutputNorm), {},
+                       stream);
 }
 
 }  // namespace stagecoach::cuda

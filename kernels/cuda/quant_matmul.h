@@ -20,11 +20,11 @@
 // rows' (the rest's times kRestScale).
 //
 // Overlap: every kernel is launched with programmatic stream serialisation. It may start, and read
-// packed weights, while the kernel before it in the stream still runs; it reads anything else
-// (but the row table of a step, rope.h), and writes anything at all, only after that kernel is
-// complete; but products of several types in one LaunchMatmul run side by side, once what precedes
-// the first is complete. So weights must be complete before the work that precedes the launch in
-// its stream has begun (an event wait well ahead of it).
+// weights, packed ones and those of norms, while the kernel before it in the stream still runs; it
+// reads anything else (but the row table of a step, rope.h), and writes anything at all, only after
+// that kernel is complete; but products of several types in one LaunchMatmul run side by side, once
+// what precedes the first is complete. So weights must be complete before the work that precedes
+// the launch in its stream has begun (an event wait well ahead of it).
 #ifndef STAGECOACH_KERNELS_CUDA_QUANT_MATMUL_H_
 #define STAGECOACH_KERNELS_CUDA_QUANT_MATMUL_H_
 

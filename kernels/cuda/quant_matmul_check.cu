@@ -376,11 +376,70 @@ bool RunMixedCheck(std::span<const TensorType> types, int n, int k) {
   return ok;
 }
 
+// Terms of the types that norm one row for themselves, against a norm and products behind it; if
+// there are two of one type, also as gate and up.
+bool RunNormCheck(std::span<const TensorType> types, int n, int k) {
+  constexpr int kOneRow[] = {1};
+  constexpr float kEpsilon = 1e-5f;
+  std::mt19937 random(k);
+  std::vector<CheckedTerm> terms;
+  for (const TensorType type : types)
+    terms.push_back(MakeTerm(random, {type, n, k, kOneRow}, n, false));
+  const DeviceArray<float> values(RandomValues(random, k, 3)), weight(RandomValues(random, k, 1));
+  const std::vector<uint8_t> nothing(ActivationBytes(1, k), 0xff);  // NaN, if it is read
+  const DeviceArray<uint8_t> normed(nothing), unused(nothing);
+  const std::vector<uint8_t> empty(ActivationBytes(1, n), 0xdd);
+  const DeviceArray<uint8_t> expected_gate(empty), gate(empty);
+  std::vector<DeviceArray<float>> expected, actual;
+  const auto launch = [&](std::vector<DeviceArray<float>>& results, const Activations& x,
+                          const Fusion& fusion) {
+    std::vector<MatmulTerm> launched;
+    for (size_t i = 0; i < terms.size(); ++i) {
+      results.emplace_back(std::vector<float>(n, NAN));
+      launched.push_back({{types[i], n, k, terms[i].packed.get()}, results.back().get(), n});
+    }
+    CheckDevice(LaunchMatmul(launched, x, nullptr, {}, fusion));
+    return CanFuseGate(launched);
+  };
+  const auto lay_out = [](const DeviceArray<uint8_t>& memory, int columns) {
+    return LayOutActivations(memory.get(), ActivationForm::kHalf, 1, columns);
+  };
+  const Activations x = lay_out(normed, k), by_itself = lay_out(unused, k);
+  Fusion fusion = {
+      .norm_input = values.get(), .norm_weight = weight.get(), .norm_epsilon = kEpsilon};
+  CheckDevice(LaunchRmsNorm(values.get(), weight.get(), kEpsilon, x, nullptr));
+  bool ok = CanFuseNorm(by_itself);
+  const bool gated = launch(expected, x, {});
+  launch(actual, by_itself, fusion);
+  CheckDevice(cudaDeviceSynchronize());
+  for (size_t i = 0; i < terms.size(); ++i) {
+    ok &= CopyToHost(expected[i].get(), n) == CopyToHost(actual[i].get(), n);
+  }
+  if (gated) {
+    launch(expected, x, {.gated = lay_out(expected_gate, n)});
+    fusion.gated = lay_out(gate, n);
+    launch(actual, by_itself, fusion);
+    CheckDevice(cudaDeviceSynchronize());
+    ok &= CopyToHost(expected_gate.get(), empty.size()) == CopyToHost(gate.get(), empty.size());
+  }
+  std::printf("%s %zu terms n %d k %5d: a row normed by its products%s %s\n", ok ? "ok  " : "FAIL",
+              terms.size(), n, k, gated ? ", gated, too," : "",
+              ok ? "has the same bits" : "DIFFERS");
+  return ok;
+}
+
 bool RunAllMatmulChecks(bool small) {
   bool ok = RunActivationCheck();
   constexpr TensorType kTypes[] = {TensorType::kQ4_K, TensorType::kQ6_K, TensorType::kQ5_K};
   ok &= RunMixedCheck(std::span(kTypes).first(2), 277, 1280);
   ok &= RunMixedCheck(kTypes, 1024, 4096);
+  constexpr TensorType kAlike[] = {TensorType::kQ4_K, TensorType::kQ4_K},
+                       k32[] = {TensorType::kQ4_0};
+  for (const int k : {256, 2304, 4096, 5120, 8192}) {
+    ok &= RunNormCheck(std::span(kTypes).first(2), 277, k);
+    ok &= RunNormCheck(kAlike, 768, k);
+  }
+  ok &= RunNormCheck(k32, 50, 1312);
   constexpr int kFewRows[] = {1, 2, 3, 5, 8, 9, 17, 33, 70};
   constexpr int kDirectRows[] = {1, 2, 3, 8, 16};  // which do not fit shared memory, if long
   constexpr int kManyRows[] = {1, 2, 4, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 200};

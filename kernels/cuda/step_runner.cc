@@ -150,8 +150,11 @@ absl::Status StepRunner::Launch(const Pending& operation) {
 
 absl::Status StepRunner::LaunchWaiting() {
   if (!std::exchange(begun_, true)) {
-    STAGECOACH_RETURN_IF_ERROR(batch_set_ ? EnqueueTurns(workspace_, device_.compute())
-                                          : workspace_.inputs.SendTokens());
+    if (batch_set_) {
+      STAGECOACH_RETURN_IF_ERROR(EnqueueTurns(workspace_, device_.compute()));
+    } else if (!waiting_.empty() && !waiting_.front().residual) {
+      STAGECOACH_RETURN_IF_ERROR(workspace_.inputs.SendTokens());
+    }
   }
   const std::vector<Pending> waiting = std::exchange(waiting_, {});
   for (const Pending& operation : waiting) STAGECOACH_RETURN_IF_ERROR(Launch(operation));
@@ -162,6 +165,7 @@ absl::Status StepRunner::Flush() {
   Entry* const entry = std::exchange(entry_, nullptr);
   if (std::exchange(following_, false) && operations_.size() == entry->operations.size()) {
     const std::vector<Pending> held = std::exchange(waiting_, {});  // until it is launched
+    begun_ = true;
     STAGECOACH_RETURN_IF_CUDA_ERROR(cudaGraphLaunch(entry->graph, device_.compute()));
     if (held.front().residual) {
       STAGECOACH_RETURN_IF_CUDA_ERROR(

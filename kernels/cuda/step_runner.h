@@ -95,7 +95,7 @@ class StepRunner {
 
   // The step under way.
   bool batch_set_ = false;
-  bool begun_ = false;            // something has been launched by itself
+  bool begun_ = false;            // its first launch has been prepared
   Entry* entry_ = nullptr;        // of its shape; null before the first layer, or without graphs
   bool following_ = false;        // operations wait for entry_'s graph
   std::vector<Pending> waiting_;  // not launched yet

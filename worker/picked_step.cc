@@ -1,4 +1,4 @@
-#include "worker/chosen_step.h"
+#include "worker/picked_step.h"
 
 #include <algorithm>
 #include <optional>
@@ -16,11 +16,11 @@ void SetDataLoss(const char* what, v1::SequenceResult& result) {
 
 }  // namespace
 
-bool FindChoosingRows(const v1::StepHeader& step, const KvSlots& slots, int vocab_size, int most,
-                      ChoosingRows& choosing) {
-  choosing.sequences.clear();
-  choosing.rows.clear();
-  choosing.draws.clear();
+bool FindPickingRows(const v1::StepHeader& step, const KvSlots& slots, int vocab_size, int most,
+                     PickingRows& picking) {
+  picking.sequences.clear();
+  picking.rows.clear();
+  picking.draws.clear();
   int end = 0;
   for (int i = 0; i < step.rows_size(); ++i) {
     const v1::SequenceRows& rows = step.rows(i);
@@ -30,10 +30,10 @@ bool FindChoosingRows(const v1::StepHeader& step, const KvSlots& slots, int voca
     if (!rows.sample() || slot.poisoned()) continue;
     const std::optional<TokenDraw> draw =
         DrawAmongAll(slot.sampling, vocab_size, static_cast<uint64_t>(slot.length));
-    if (!draw || static_cast<int>(choosing.rows.size()) == most) return false;
-    choosing.sequences.push_back(i);
-    choosing.rows.push_back(end - 1);
-    choosing.draws.push_back(*draw);
+    if (!draw || static_cast<int>(picking.rows.size()) == most) return false;
+    picking.sequences.push_back(i);
+    picking.rows.push_back(end - 1);
+    picking.draws.push_back(*draw);
   }
   return true;
 }
@@ -48,16 +48,17 @@ void MarkPoisoned(const v1::StepHeader& step, std::span<const uint8_t> finite, K
   }
 }
 
-void AddChosenTokens(const v1::StepHeader& step, const ChoosingRows& choosing,
+void AddPickedTokens(const v1::StepHeader& step, const PickingRows& picking,
                      std::span<const int32_t> tokens, KvSlots& slots, v1::StepResult& result) {
   for (const v1::SequenceRows& rows : step.rows()) {
+    slots.next(rows.slot()).sampled = 0;
     v1::SequenceResult& sequence = *result.add_sequences();
     sequence.set_slot(rows.slot());
     sequence.set_sequence_id(rows.sequence_id());
     if (slots.next(rows.slot()).poisoned()) SetDataLoss("non-finite activations", sequence);
   }
   for (size_t i = 0; i < tokens.size(); ++i) {
-    v1::SequenceResult& sequence = *result.mutable_sequences(choosing.sequences[i]);
+    v1::SequenceResult& sequence = *result.mutable_sequences(picking.sequences[i]);
     if (sequence.status_code() != 0) continue;
     SlotState& slot = slots.next(sequence.slot());
     if (tokens[i] < 0) {
@@ -68,7 +69,7 @@ void AddChosenTokens(const v1::StepHeader& step, const ChoosingRows& choosing,
     sequence.set_sampled(true);
     sequence.set_token_id(tokens[i]);
     slot.sampled = tokens[i];
-    slots.SetChosen(sequence.slot(), tokens[i]);
+    slots.SetPicked(sequence.slot(), tokens[i]);
   }
 }
 

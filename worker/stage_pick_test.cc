@@ -1,4 +1,4 @@
-// Steps whose tokens the backend chooses: they lie one behind the other, and their results are
+// Steps whose tokens the backend picks: they lie one behind the other, and their results are
 // those of steps run one by one.
 #include <algorithm>
 #include <cmath>
@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "gtest/gtest.h"
-#include "worker/choosing_backend.h"
 #include "worker/kv_slots.h"
+#include "worker/picking_backend.h"
 #include "worker/stage.h"
 #include "worker/stage_fixture.h"
 
@@ -22,7 +22,7 @@ using Code = absl::StatusCode;
 constexpr int32_t kZero[] = {0};
 constexpr int kLayers = 32;  // each adds one to a token
 
-class StageChoiceTest : public ::testing::Test {
+class StagePickTest : public ::testing::Test {
  protected:
   void SetUp() override {
     auto model = OpenHookedModel("demo-Q4_K_M.gguf", std::make_shared<ReadHook>());
@@ -60,12 +60,12 @@ class StageChoiceTest : public ::testing::Test {
     return Ahead(step, slot, position).Build();
   }
 
-  ChoosingBackend backend_;
+  PickingBackend backend_;
   std::shared_ptr<const ModelFile> model_;
   std::optional<StageRow> row_;
 };
 
-TEST_F(StageChoiceTest, StepsLieBehindEachOther) {
+TEST_F(StagePickTest, StepsLieBehindEachOther) {
   backend_.ready = false;
   EXPECT_TRUE(Submit(Begin(1, 0, 7)));
   EXPECT_EQ(stage().pending(), 1);
@@ -86,8 +86,8 @@ TEST_F(StageChoiceTest, StepsLieBehindEachOther) {
   EXPECT_EQ(stage().tokens(), 4u);
 }
 
-// The choice of a row is found by its slot, whatever the rows' order; slots come and go meanwhile.
-TEST_F(StageChoiceTest, EachGoesOnWithItsOwnChoice) {
+// The pick of a row is found by its slot, whatever the rows' order; slots come and go meanwhile.
+TEST_F(StagePickTest, EachGoesOnWithItsOwnPick) {
   StepBuilder first(1);
   const std::vector<int32_t> prompt = {5, 6};
   Begin(first, 2, 100).Open(3, 4).Rows(3, 4, 0, prompt);
@@ -113,7 +113,7 @@ TEST_F(StageChoiceTest, EachGoesOnWithItsOwnChoice) {
 }
 
 // It chose in a step before the one that is pending: its token is known.
-TEST_F(StageChoiceTest, ASequenceThatSatAStepOutGoesOnWithItsOwnToken) {
+TEST_F(StagePickTest, ASequenceThatSatAStepOutGoesOnWithItsOwnToken) {
   StepBuilder first(1);
   Begin(first, 0, 7);
   EXPECT_TRUE(Submit(Begin(first, 1, 100).Build()));
@@ -124,7 +124,7 @@ TEST_F(StageChoiceTest, ASequenceThatSatAStepOutGoesOnWithItsOwnToken) {
   EXPECT_EQ(FinishedToken(), 7 + 2 * kLayers);
 }
 
-TEST_F(StageChoiceTest, WhatNeedsAnEarlierResultWaitsForIt) {
+TEST_F(StagePickTest, WhatNeedsAnEarlierResultWaitsForIt) {
   v1::SamplingParams penalised;
   penalised.set_presence_penalty(1);
   const std::vector<int32_t> prompt = {5, 6};
@@ -149,18 +149,19 @@ TEST_F(StageChoiceTest, WhatNeedsAnEarlierResultWaitsForIt) {
   }
 }
 
-// More rows than choose at once: as if the backend chose nothing.
-TEST_F(StageChoiceTest, StepsOfManyRowsWait) {
+// More rows than are picked for at once: as if the backend picked nothing.
+TEST_F(StagePickTest, StepsOfManyRowsWait) {
   StepBuilder step(1);
   for (uint32_t slot = 0; slot < 4; ++slot) Begin(step, slot, 10 * static_cast<int32_t>(slot));
   EXPECT_TRUE(Submit(step.Build()));
   backend_.ready = false;
   EXPECT_TRUE(stage().Ready());
+  EXPECT_FALSE(Submit(Ahead(2, 0, 1))) << "behind a frame that nobody has taken yet";
   const v1::StepResult result = Finish();
   for (int i = 0; i < 4; ++i) EXPECT_EQ(result.sequences(i).token_id(), 10 * i + kLayers);
 }
 
-TEST_F(StageChoiceTest, ABadFrameBehindAStepChangesNothing) {
+TEST_F(StagePickTest, ABadFrameBehindAStepChangesNothing) {
   EXPECT_TRUE(Submit(Begin(1, 0, 7)));
   EXPECT_EQ(stage().Submit(Ahead(2, 0, 5)).status().code(), Code::kOutOfRange);
   EXPECT_TRUE(Submit(Ahead(2, 0, 1)));
@@ -170,7 +171,7 @@ TEST_F(StageChoiceTest, ABadFrameBehindAStepChangesNothing) {
 
 // A row that fails takes the row ahead behind it along, which is with the device already; their
 // company goes on, and the blocks are clean for who comes next.
-TEST_F(StageChoiceTest, ARowAheadBehindAFailedRowEndsAlike) {
+TEST_F(StagePickTest, ARowAheadBehindAFailedRowEndsAlike) {
   backend_.poison_layer = 3;  // so that it gets into the KV
   backend_.poison_token = 100;
   backend_.bad_logits = 50 + kLayers;
@@ -200,15 +201,15 @@ TEST_F(StageChoiceTest, ARowAheadBehindAFailedRowEndsAlike) {
   }
 }
 
-TEST(KvSlots, AChoiceTakesItsPlaceInTheHistory) {
+TEST(KvSlots, APickTakesItsPlaceInTheHistory) {
   KvSlots slots(/*slots=*/1, /*max_context=*/8, /*kv_blocks=*/1, /*keep_history=*/true);
-  const int32_t tokens[] = {4, ChoiceOf(0)};
+  const int32_t tokens[] = {4, PickOf(0)};
   slots.Begin();
   slots.Open(0, {.sequence_id = 1, .length = 2});
   slots.SetTokens(0, 0, tokens);
-  slots.SetChosen(0, 6);
+  slots.SetPicked(0, 6);
   EXPECT_EQ(slots.History(0)[1], 6);
-  slots.SetChosen(0, 5);  // the latest token is known: the choice is of a later one
+  slots.SetPicked(0, 5);  // the latest token is known: the pick is of a later one
   EXPECT_EQ(slots.History(0)[0], 4);
   EXPECT_EQ(slots.History(0)[1], 6);
 }
