@@ -132,9 +132,11 @@ class CudaHead : public CudaTest {
     }
   }
 
-  // Of some rows, of all, and greedily alone, two steps at a time with the device.
+  // Of some rows, of all (and all but one: more than go through the head at once), and greedily
+  // alone, two steps at a time with the device.
   void ExpectPicks() {
     const Picks some = MakePicks(1, 3, /*position=*/3), all = MakePicks(0, 1, 4);
+    const Picks most = MakePicks(1, 1, /*position=*/5);
     Picks greedy = some;
     for (size_t i = 1; i < greedy.rows.size(); i += 2) {
       greedy.draws[i].temperature = 0;
@@ -144,7 +146,7 @@ class CudaHead : public CudaTest {
       ASSERT_TRUE(backend_->HeadTop(*workspace_, *head_, row, 1, best, {}).ok());
       greedy.expected[i] = std::isfinite(best[0].logit) ? best[0].id : -1;
     }
-    const Picks* const steps[] = {&some, &all, &greedy, &all, &all, &some};
+    const Picks* const steps[] = {&some, &all, &greedy, &all, &most, &all, &some};
     for (size_t i = 0; i < std::size(steps); ++i) {
       ASSERT_TRUE(backend_->SetResidual(*workspace_, residual_).ok());
       ASSERT_TRUE(
