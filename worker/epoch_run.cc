@@ -434,21 +434,20 @@ absl::Status EpochRun::SubmitStep(Work work) {
 }
 
 absl::Status EpochRun::FinishStep() {
-  absl::StatusOr<Frame> out = stage_->Finish();
+  const uint64_t tokens_before = stage_->tokens();
+  const double compute_before = stage_->compute_seconds();
+  STAGECOACH_ASSIGN_OR_RETURN(Frame out, stage_->Finish());
   StageCounters& counters = *context_.counters;
-  const double compute = stage_->compute_seconds();
-  counters.compute_ns += static_cast<int64_t>((compute - counted_compute_) * 1e9);
-  counted_compute_ = compute;
-  if (!out.ok()) return out.status();
   counters.steps += 1;
-  counters.tokens += stage_->tokens() - std::exchange(counted_tokens_, stage_->tokens());
+  counters.tokens += stage_->tokens() - tokens_before;
+  counters.compute_ns += static_cast<int64_t>((stage_->compute_seconds() - compute_before) * 1e9);
   std::shared_ptr<LinkSender> next_hop;
   {
     absl::MutexLock lock(&mu_);
     next_hop = next_hop_;
   }
   if (next_hop == nullptr) return absl::UnavailableError("the next hop is gone");
-  const absl::Status sent = next_hop->Send(*std::move(out));
+  const absl::Status sent = next_hop->Send(std::move(out));
   if (sent.ok() || absl::IsResourceExhausted(sent)) return sent;
   return absl::UnavailableError(fmt::format("the next hop is gone: {}", Printable(sent)));
 }

@@ -114,8 +114,6 @@ class EpochRun : public std::enable_shared_from_this<EpochRun> {
   std::unique_ptr<Stage> stage_;
   std::string outgoing_id_;  // of the channel to the next hop; empty = none
   Fault prepare_fault_ = Fault::kOurs;
-  double counted_compute_ = 0;  // of the stage's seconds and tokens, in the counters
-  uint64_t counted_tokens_ = 0;
   std::thread thread_;
 
   mutable absl::Mutex mu_;

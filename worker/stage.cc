@@ -90,14 +90,14 @@ class Stage::Impl {
   int32_t TokenAhead(int slot) const;  // of a row ahead
   absl::Status TakeActivations(const Frame& frame);
   absl::Status RunLayers(const Frame& frame);
-  // Non-finite rows poison the slots of their sequences.
-  void MarkNonFinite(const v1::StepHeader& step, std::span<const float> residual);
-  absl::Status LeaveResidual(const v1::StepHeader& step);  // where it lies; marks, too
+  // Non-finite rows poison the slots of their sequences: both say which these are.
+  absl::Status GetResidual(const v1::StepHeader& step, std::span<float> residual);
+  absl::Status LeaveResidual(const v1::StepHeader& step);  // where it lies
   absl::Status SendActivations(const v1::StepHeader& step);
   absl::StatusOr<Frame> MakeActivations(const Frame& frame);
   Frame BeginResult(const v1::StepHeader& step) const;
   absl::StatusOr<Frame> MakeResult(const Frame& frame);
-  bool Picks(const v1::StepHeader& step);  // all that is wanted of it are picks: picking_
+  bool Picks(const v1::StepHeader& step, PickingRows& picking);  // all that is wanted are picks
   // Whether such a step can run behind those that are pending.
   bool FitsBehind(const v1::StepHeader& step);
   absl::Status EnqueuePicks(const v1::StepHeader& step, Pending& pending);
@@ -118,19 +118,17 @@ class Stage::Impl {
   bool resident_ = false;                       // all units are, and stay so
   Clock::duration stalled_{};                   // ever, waiting for weights and channels
   std::optional<Clock::time_point> last_end_;   // of the step before
-  Clock::duration stalled_before_end_{};        // stalled_ at that time
   std::vector<int32_t> cleared_;                // blocks, before the rows of this step
   std::vector<KvBlockCopy> copies_;             // likewise
   std::vector<BatchSequence> batch_sequences_;  // of this step
   std::vector<int32_t> token_ids_;              // of its rows, those of rows ahead filled in
   StepBatch batch_;
   std::deque<Pending> pending_;  // at most kStepsInFlight; more than one only of picks
-  PickingRows picking_;          // of the step being submitted
   std::vector<int> pick_of_;     // [slot]: its draw in the step submitted last, or -1
-  std::vector<float> residual_;  // last stage: [max_step_tokens][d_model], if finite_ is empty
+  std::vector<uint8_t> finite_;  // [max_step_tokens], whether each row is
+  std::vector<float> residual_;  // last stage, if it has to look itself: [max_step_tokens][d_model]
   DeviceChannel* input_channel_ = nullptr;
   DeviceChannel* output_channel_ = nullptr;
-  std::vector<uint8_t> finite_;  // [max_step_tokens], where the residual need not come to the host
 };
 
 Stage::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model, LayerStore* store,
@@ -147,18 +145,19 @@ Stage::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model, Laye
   batch_sequences_.reserve(std::min(config.max_slots, config.max_step_tokens));
   token_ids_.reserve(config.max_step_tokens);
   pick_of_.resize(config.max_slots, -1);
-  const bool stays = backend_->residual_memory(*workspace_).data != nullptr;
-  if (config.device_output || (last() && stays)) finite_.resize(config.max_step_tokens);
+  finite_.resize(config.max_step_tokens);
   if (!last()) return;
   output_.emplace(backend_, workspace_.get(), params_.vocab_size, config.max_step_tokens);
-  if (!stays) residual_.resize(static_cast<size_t>(config.max_step_tokens) * params_.d_model);
+  if (backend_->residual_memory(*workspace_).data == nullptr) {
+    residual_.resize(static_cast<size_t>(config.max_step_tokens) * params_.d_model);
+  }
 }
 
 absl::StatusOr<bool> Stage::Impl::Submit(const Frame& frame) {
   Pending pending = {.start = Clock::now(), .stalled = stalled_};
   STAGECOACH_RETURN_IF_ERROR(PrepareStep(config_, params_, frame, last_step_, slots_, cleared_));
   const v1::StepHeader& step = frame.header.step();
-  const bool picks = Picks(step);
+  const bool picks = Picks(step, pending.picking);
   if (!pending_.empty() && !(picks && FitsBehind(step))) return false;
   STAGECOACH_RETURN_IF_ERROR(ChangeBlocks(step));
   MakeBatch(step);
@@ -167,23 +166,24 @@ absl::StatusOr<bool> Stage::Impl::Submit(const Frame& frame) {
     STAGECOACH_RETURN_IF_ERROR(EnqueuePicks(step, pending));
   } else {
     STAGECOACH_ASSIGN_OR_RETURN(pending.frame, last() ? MakeResult(frame) : MakeActivations(frame));
-    AddTiming(pending, *pending.frame);
   }
+  pending.rows = batch_.rows;
   slots_.Commit();
   pending_.push_back(std::move(pending));
   last_step_ = step.step();
-  steps_ += 1;
-  tokens_ += batch_.rows;
   return true;
 }
 
 absl::StatusOr<Frame> Stage::Impl::Finish() {
   Pending pending = std::move(pending_.front());
   pending_.pop_front();
-  if (pending.frame) return *std::move(pending.frame);
-  STAGECOACH_ASSIGN_OR_RETURN(Frame out, MakePickedResult(pending));
-  AddTiming(pending, out);
-  return out;
+  if (!pending.frame) {
+    STAGECOACH_ASSIGN_OR_RETURN(pending.frame, MakePickedResult(pending));
+  }
+  AddTiming(pending, *pending.frame);
+  steps_ += 1;
+  tokens_ += pending.rows;
+  return *std::move(pending.frame);
 }
 
 absl::StatusOr<UnitLease> Stage::Impl::Acquire(const Unit& unit) {
@@ -269,14 +269,14 @@ absl::Status Stage::Impl::RunLayers(const Frame& frame) {
   return absl::OkStatus();
 }
 
-void Stage::Impl::MarkNonFinite(const v1::StepHeader& step, std::span<const float> residual) {
-  for (int i = 0; i < step.rows_size(); ++i) {
-    const BatchSequence& sequence = batch_sequences_[i];
-    const size_t d_model = params_.d_model;
-    if (!AllFinite(residual.subspan(sequence.first_row * d_model, sequence.row_count * d_model))) {
-      slots_.next(step.rows(i).slot()).Poison(sequence.start_position);
-    }
+absl::Status Stage::Impl::GetResidual(const v1::StepHeader& step, std::span<float> residual) {
+  STAGECOACH_RETURN_IF_ERROR(backend_->GetResidual(*workspace_, residual));
+  const size_t d_model = params_.d_model;
+  for (int row = 0; row < batch_.rows; ++row) {
+    finite_[row] = AllFinite(residual.subspan(row * d_model, d_model));
   }
+  MarkPoisoned(step, {finite_.data(), static_cast<size_t>(batch_.rows)}, slots_);
+  return absl::OkStatus();
 }
 
 absl::Status Stage::Impl::LeaveResidual(const v1::StepHeader& step) {
@@ -309,8 +309,7 @@ absl::StatusOr<Frame> Stage::Impl::MakeActivations(const Frame& frame) {
     return out;
   }
   std::vector<float> residual(floats);
-  STAGECOACH_RETURN_IF_ERROR(backend_->GetResidual(*workspace_, residual));
-  MarkNonFinite(step, residual);
+  STAGECOACH_RETURN_IF_ERROR(GetResidual(step, residual));
   out.payload = Payload(std::move(residual));
   return out;
 }
@@ -329,13 +328,11 @@ absl::StatusOr<Frame> Stage::Impl::MakeResult(const Frame& frame) {
   const v1::StepHeader& step = frame.header.step();
   Frame out = BeginResult(step);
   if (batch_.rows == 0) return out;
-  if (!finite_.empty()) {
+  if (residual_.empty()) {
     STAGECOACH_RETURN_IF_ERROR(LeaveResidual(step));
   } else {
-    const std::span<float> residual(residual_.data(),
-                                    static_cast<size_t>(batch_.rows) * params_.d_model);
-    STAGECOACH_RETURN_IF_ERROR(backend_->GetResidual(*workspace_, residual));
-    MarkNonFinite(step, residual);
+    const size_t floats = static_cast<size_t>(batch_.rows) * params_.d_model;
+    STAGECOACH_RETURN_IF_ERROR(GetResidual(step, {residual_.data(), floats}));
   }
   STAGECOACH_ASSIGN_OR_RETURN(const UnitLease head, Acquire({.kind = Unit::Kind::kHead}));
   std::vector<float> logits;
@@ -348,10 +345,10 @@ absl::StatusOr<Frame> Stage::Impl::MakeResult(const Frame& frame) {
   return out;
 }
 
-bool Stage::Impl::Picks(const v1::StepHeader& step) {
+bool Stage::Impl::Picks(const v1::StepHeader& step, PickingRows& picking) {
   const int most = backend_->MaxPicks();
   return last() && most > 0 && !step.rows().empty() &&
-         FindPickingRows(step, slots_, params_.vocab_size, most, picking_);
+         FindPickingRows(step, slots_, params_.vocab_size, most, picking);
 }
 
 // What a pending step may yet find out (that a sequence is poisoned) must not be needed for this
@@ -373,22 +370,21 @@ bool Stage::Impl::FitsBehind(const v1::StepHeader& step) {
 
 absl::Status Stage::Impl::EnqueuePicks(const v1::StepHeader& step, Pending& pending) {
   STAGECOACH_ASSIGN_OR_RETURN(const UnitLease head, Acquire({.kind = Unit::Kind::kHead}));
+  const PickingRows& picking = pending.picking;
   STAGECOACH_RETURN_IF_ERROR(
-      backend_->EnqueuePicks(*workspace_, *head, picking_.rows, picking_.draws));
+      backend_->EnqueuePicks(*workspace_, *head, picking.rows, picking.draws));
   std::ranges::fill(pick_of_, -1);
-  for (size_t i = 0; i < picking_.sequences.size(); ++i) {
-    pick_of_[step.rows(picking_.sequences[i]).slot()] = static_cast<int>(i);
+  for (size_t i = 0; i < picking.sequences.size(); ++i) {
+    pick_of_[step.rows(picking.sequences[i]).slot()] = static_cast<int>(i);
   }
   pending.step = step;
-  pending.picking = picking_;
-  pending.rows = batch_.rows;
   return absl::OkStatus();
 }
 
 // On what a later step has left: that one may have been submitted, and goes on with these tokens.
 absl::StatusOr<Frame> Stage::Impl::MakePickedResult(const Pending& pending) {
   std::vector<int32_t> tokens(pending.picking.draws.size());
-  std::vector<uint8_t> finite(pending.rows);
+  const std::span<uint8_t> finite(finite_.data(), pending.rows);
   STAGECOACH_RETURN_IF_ERROR(backend_->AwaitPicks(*workspace_, tokens, finite));
   Frame out = BeginResult(pending.step);
   slots_.Begin();
@@ -399,13 +395,13 @@ absl::StatusOr<Frame> Stage::Impl::MakePickedResult(const Pending& pending) {
 }
 
 // Steps may lie one behind the other on the device: time counts once, from the end of the one
-// before.
+// before. Such a step has not stalled (FitsBehind).
 void Stage::Impl::AddTiming(const Pending& step, Frame& frame) {
   const Clock::time_point end = Clock::now();
   const bool behind = last_end_ && step.start < *last_end_;
   const Clock::time_point begin = behind ? *last_end_ : step.start;
-  const Clock::duration compute =
-      end - begin - (stalled_ - (behind ? stalled_before_end_ : step.stalled));
+  const Clock::duration stalled = behind ? Clock::duration{} : stalled_ - step.stalled;
+  const Clock::duration compute = end - begin - stalled;
   compute_ns_ += std::chrono::duration_cast<std::chrono::nanoseconds>(compute).count();
   v1::StageTiming& timing =
       *(frame.header.has_step() ? frame.header.mutable_step()->add_timings()
@@ -413,7 +409,6 @@ void Stage::Impl::AddTiming(const Pending& step, Frame& frame) {
   timing.set_compute_us(Microseconds(compute));
   if (last_end_) timing.set_wait_us(Microseconds(begin - *last_end_));
   last_end_ = end;
-  stalled_before_end_ = stalled_;
 }
 
 absl::StatusOr<std::unique_ptr<Stage>> Stage::Create(Backend* backend,

@@ -90,9 +90,10 @@ class Stage {
   absl::StatusOr<Frame> Finish();
 
   const StageConfig& config() const;
+  // Of finished steps.
   uint64_t steps() const;
-  uint64_t tokens() const;         // rows run
-  double compute_seconds() const;  // of steps under way, stalls on weights excluded
+  uint64_t tokens() const;         // rows
+  double compute_seconds() const;  // stalls on weights and channels excluded
 
  private:
   class Impl;

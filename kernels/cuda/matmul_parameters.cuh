@@ -22,8 +22,7 @@ __host__ __device__ inline int SplitBegin(int split, int superblocks) {
   return split * superblocks / kSplits;
 }
 
-// Where the stream kernel norms its activations itself.
-inline constexpr int kMostNormedRows = 1;
+// Of a row that the stream kernel norms itself.
 inline constexpr int kMostNormedSuperblocks = 32;
 
 // What fits a MatmulScratch: groups of kQuarters blocks that add their sums up.

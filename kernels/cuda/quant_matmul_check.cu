@@ -434,12 +434,12 @@ bool RunAllMatmulChecks(bool small) {
   ok &= RunMixedCheck(std::span(kTypes).first(2), 277, 1280);
   ok &= RunMixedCheck(kTypes, 1024, 4096);
   constexpr TensorType kAlike[] = {TensorType::kQ4_K, TensorType::kQ4_K},
-                       k32[] = {TensorType::kQ4_0};
+                       kSmallBlocks[] = {TensorType::kQ4_0};
   for (const int k : {256, 2304, 4096, 5120, 8192}) {
     ok &= RunNormCheck(std::span(kTypes).first(2), 277, k);
     ok &= RunNormCheck(kAlike, 768, k);
   }
-  ok &= RunNormCheck(k32, 50, 1312);
+  ok &= RunNormCheck(kSmallBlocks, 50, 1312);
   constexpr int kFewRows[] = {1, 2, 3, 5, 8, 9, 17, 33, 70};
   constexpr int kDirectRows[] = {1, 2, 3, 8, 16};  // which do not fit shared memory, if long
   constexpr int kManyRows[] = {1, 2, 4, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 200};

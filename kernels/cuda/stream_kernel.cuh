@@ -190,32 +190,26 @@ class PassSums {
   float gate_ = 0;
 };
 
-// Makes the activations of a warp's split itself (Fusion::norm_input), together with the others.
-template <int kRows>
+// Makes the activations, one row, of a warp's split itself (Fusion::norm_input), together with the
+// others.
 class SplitNorm {
  public:
-  __device__ SplitNorm(const MatmulParameters& p, int split) : split_(split) {
-    if (kRows > kMostNormedRows || p.norm_input == nullptr || split >= p.superblocks) return;
-    LoadColumns(p.norm_weight, p.k, split, threadIdx.x % 32, weight_);
+  __device__ SplitNorm(const MatmulParameters& p, bool norms, int split) : split_(split) {
+    if (norms && split < p.superblocks) {
+      LoadColumns(p.norm_weight, p.k, split, threadIdx.x % 32, weight_);
+    }
   }
 
-  // A share in the rows' sums of squares. squares: shared, [kRows][kNormWarps], which nobody uses
-  // until all have called Finish.
+  // A share in the row's sum of squares. squares: shared, [kNormWarps], which nobody uses until all
+  // have called Finish.
   __device__ void AddUp(const MatmulParameters& p, float* squares, uint64_t* barrier) {
-    if (split_ < p.superblocks) {  // all rows' loads ahead of any sum
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) Load(p, row, split_);
+    float sum = 0;
+    for (int s = split_; s < p.superblocks; s += kNormWarps) {
+      LoadColumns(p.norm_input, p.k, s, threadIdx.x % 32, x_);
+      AddSquares(x_, sum);
     }
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      float sum = 0;
-      for (int s = split_; s < p.superblocks; s += kNormWarps) {
-        if (s != split_) Load(p, row, s);
-        AddSquares(x_[row], sum);
-      }
-      sum = WarpSum(sum);
-      if (threadIdx.x % 32 == 0) squares[row * kNormWarps + split_] = sum;
-    }
+    sum = WarpSum(sum);
+    if (threadIdx.x % 32 == 0) squares[split_] = sum;
     __syncwarp();
     Arrive(barrier);
   }
@@ -228,34 +222,26 @@ class SplitNorm {
     const bool once = p.superblocks == kSplits;
     Activations out;
     out.form = ActivationForm::kHalf;
-    out.rows = kRows;
+    out.rows = 1;
     out.k = p.k;
     out.halves = reinterpret_cast<uint16_t*>(activations);
     AwaitPhase(barrier, 0);
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      const float factor = NormFactor(squares + row * kNormWarps, p.k, p.norm_epsilon);
-      for (int s = first; s < last; ++s) {
-        if (!once) {
-          Load(p, row, s);
-          LoadColumns(p.norm_weight, p.k, s, lane, weight_);
-        }
-        Normalise(factor, weight_, x_[row]);
-        StoreHalves(out, row, s * kSuperblock + lane * kLaneColumns, ToHalfActivations(x_[row]));
+    const float factor = NormFactor(squares, p.k, p.norm_epsilon);
+    for (int s = first; s < last; ++s) {
+      if (!once) {
+        LoadColumns(p.norm_input, p.k, s, lane, x_);
+        LoadColumns(p.norm_weight, p.k, s, lane, weight_);
       }
+      Normalise(factor, weight_, x_);
+      StoreHalves(out, /*row=*/0, s * kSuperblock + lane * kLaneColumns, ToHalfActivations(x_));
     }
     __syncwarp();
   }
 
  private:
   static_assert(kNormWarps == kSplits);
-  __device__ void Load(const MatmulParameters& p, int row, int superblock) {
-    LoadColumns(p.norm_input + static_cast<size_t>(row) * p.k, p.k, superblock, threadIdx.x % 32,
-                x_[row]);
-  }
-
   int split_;
-  float weight_[kLaneColumns], x_[kRows][kLaneColumns];
+  float weight_[kLaneColumns], x_[kLaneColumns];
 };
 
 // Adds the products of kTaken tiles and the activations x of each superblock of the warp.
@@ -309,14 +295,15 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   __syncwarp();
   TileStream<Tile, kTiles> stream(p, block_rows, shared + warp * Layout::kPassBytes, tile_barrier,
                                   first, last);
-  const bool ahead = warp < WarpsAhead(p.norm_input != nullptr);
+  const bool norms = kShared && kColumns == 1 && p.norm_input != nullptr;
+  const bool ahead = warp < WarpsAhead(norms);
   if (ahead) stream.Start();
   if (!p.beside_next) LetNextKernelStart();
   __syncthreads();
 
   PassSums<Tile, Layout> sums(p, block_rows);
   const uint8_t* const x = kShared ? activations : p.x;
-  SplitNorm<kColumns> norm(p, split);
+  SplitNorm norm(p, norms, split);
   bool prepared = false;
   // What has to wait for the kernel before this one.
   const auto prepare = [&] {
@@ -324,15 +311,13 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     prepared = true;
     BeginReading(p);
     sums.Begin(0);
-    if constexpr (kShared && kColumns <= kMostNormedRows) {
-      if (p.norm_input != nullptr) {
-        // Free until the second pass, which all warps reach together.
-        float* const squares = both_partials + Layout::kPartials;
-        norm.AddUp(p, squares, norm_barrier);
-        if (!ahead) stream.Start();
-        norm.Finish(p, first, last, squares, norm_barrier, activations);
-        return;
-      }
+    if (norms) {
+      // Free until the second pass, which all warps reach together.
+      float* const squares = both_partials + Layout::kPartials;
+      norm.AddUp(p, squares, norm_barrier);
+      if (!ahead) stream.Start();
+      norm.Finish(p, first, last, squares, norm_barrier, activations);
+      return;
     }
     if (kShared && first < last) {
       const int begin = first * ActivationBlockBytes(rows), end = last * ActivationBlockBytes(rows);
