@@ -98,13 +98,13 @@ class CudaHead : public CudaTest {
     }
   }
 
-  // The picks of `rows`, every second one greedy, by Sample.
+  // The picks of every `step`-th row from `first` on, all greedy or every second one, by Sample.
   struct Picks {
     std::vector<int32_t> rows;
     std::vector<TokenDraw> draws;
     std::vector<int32_t> expected;
   };
-  Picks MakePicks(int first, int step, uint64_t position) {
+  Picks MakePicks(int first, int step, uint64_t position, bool greedy = false) {
     Picks picks;
     for (int row = first; row < kRows; row += step) picks.rows.push_back(row);
     const size_t vocab = params_.vocab_size;
@@ -112,7 +112,7 @@ class CudaHead : public CudaTest {
     EXPECT_TRUE(backend_->SetResidual(*workspace_, residual_).ok());
     EXPECT_TRUE(backend_->Head(*workspace_, *head_, picks.rows, logits).ok());
     for (size_t i = 0; i < picks.rows.size(); ++i) {
-      const SamplingParams params = {.temperature = i % 2 == 0 ? 0.0f : 0.8f, .seed = i};
+      const SamplingParams params = {.temperature = greedy || i % 2 == 0 ? 0.0f : 0.8f, .seed = i};
       picks.draws.push_back(*DrawAmongAll(params, params_.vocab_size, position));
       const auto of_row = std::span(logits).subspan(i * vocab, vocab);
       const auto sampled = Sample(of_row, params, {}, 0, position);
@@ -132,21 +132,14 @@ class CudaHead : public CudaTest {
     }
   }
 
-  // Of some rows, of all (and all but one: more than go through the head at once), and greedily
+  // Of some rows, of all (and all but one: more than go through the head at once), also greedily
   // alone, two steps at a time with the device.
   void ExpectPicks() {
     const Picks some = MakePicks(1, 3, /*position=*/3), all = MakePicks(0, 1, 4);
     const Picks most = MakePicks(1, 1, /*position=*/5);
-    Picks greedy = some;
-    for (size_t i = 1; i < greedy.rows.size(); i += 2) {
-      greedy.draws[i].temperature = 0;
-      const int32_t row[] = {greedy.rows[i]};
-      TopLogit best[1];
-      ASSERT_TRUE(backend_->SetResidual(*workspace_, residual_).ok());
-      ASSERT_TRUE(backend_->HeadTop(*workspace_, *head_, row, 1, best, {}).ok());
-      greedy.expected[i] = std::isfinite(best[0].logit) ? best[0].id : -1;
-    }
-    const Picks* const steps[] = {&some, &all, &greedy, &all, &most, &all, &some};
+    const Picks greedy = MakePicks(1, 3, 6, /*greedy=*/true), all_greedy = MakePicks(0, 1, 7, true);
+    const Picks* const steps[] = {&some, &all,        &greedy, &all, &most,
+                                  &all,  &all_greedy, &greedy, &some};
     for (size_t i = 0; i < std::size(steps); ++i) {
       ASSERT_TRUE(backend_->SetResidual(*workspace_, residual_).ok());
       ASSERT_TRUE(
@@ -216,18 +209,20 @@ TEST_F(CudaHead, AStepGoesOnWithPicksThatNoHostHasSeen) {
       MakeRandomUnit(random, params_, {Unit::Kind::kEmbedding}, TensorType::kQ4_0, false));
   ASSERT_TRUE(embedding.ok()) << embedding.status();
   residual_[5 * params_.d_model] = std::numeric_limits<float>::quiet_NaN();
-  const Picks picks = MakePicks(0, 1, /*position=*/3);
-  ASSERT_TRUE(backend_->SetResidual(*workspace_, residual_).ok());
-  ASSERT_TRUE(backend_->EnqueuePicks(*workspace_, *head_, picks.rows, picks.draws).ok());
-  const int32_t ids[] = {PickOf(69), 17, PickOf(0), PickOf(5)};
-  const int32_t known[] = {picks.expected[69], 17, picks.expected[0], 0};
-  std::vector<float> rows(std::size(ids) * params_.d_model), expected = rows;
-  ASSERT_TRUE(backend_->Embed(*workspace_, **embedding, ids).ok());
-  ASSERT_TRUE(backend_->GetResidual(*workspace_, rows).ok());
-  ASSERT_TRUE(backend_->Embed(*workspace_, **embedding, known).ok());
-  ASSERT_TRUE(backend_->GetResidual(*workspace_, expected).ok());
-  EXPECT_EQ(rows, expected);
-  ExpectAwaited(picks);
+  for (const bool greedy : {false, true}) {
+    const Picks picks = MakePicks(0, 1, /*position=*/3, greedy);
+    ASSERT_TRUE(backend_->SetResidual(*workspace_, residual_).ok());
+    ASSERT_TRUE(backend_->EnqueuePicks(*workspace_, *head_, picks.rows, picks.draws).ok());
+    const int32_t ids[] = {PickOf(69), 17, PickOf(0), PickOf(5)};
+    const int32_t known[] = {picks.expected[69], 17, picks.expected[0], 0};
+    std::vector<float> rows(std::size(ids) * params_.d_model), expected = rows;
+    ASSERT_TRUE(backend_->Embed(*workspace_, **embedding, ids).ok());
+    ASSERT_TRUE(backend_->GetResidual(*workspace_, rows).ok());
+    ASSERT_TRUE(backend_->Embed(*workspace_, **embedding, known).ok());
+    ASSERT_TRUE(backend_->GetResidual(*workspace_, expected).ok());
+    EXPECT_EQ(rows, expected);
+    ExpectAwaited(picks);
+  }
 }
 
 TEST_F(CudaHead, NonFiniteRowsShow) {

@@ -69,7 +69,7 @@ absl::Status TakeDraws(CudaWorkspace& workspace, std::span<const TokenDraw> draw
                                           stream));
   STAGECOACH_RETURN_IF_CUDA_ERROR(
       DrawTokens(workspace.logits.data(), rows, vocab, workspace.top.data(), workspace.draws.data(),
-                 /*all_greedy=*/false, workspace.unit_sums.data(), workspace.drawn.data(), stream));
+                 workspace.unit_sums.data(), workspace.drawn.data(), stream));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(workspace.drawn_out.data(),
                                                   workspace.drawn.data(), tokens.size_bytes(),
                                                   cudaMemcpyDeviceToHost, stream));
@@ -93,6 +93,11 @@ absl::Status BeginStepEnd(CudaWorkspace& workspace, std::span<const int32_t> row
 absl::Status EnqueueStepEnd(CudaWorkspace& ws, const UnitStorage& head, cudaStream_t stream) {
   StepEnd& end = ws.NextEnd();
   const int vocab = ws.params.vocab_size;
+  StepPicks picks = {.count = end.count, .drawn = ws.drawn.data()};
+  if (end.all_greedy) {
+    picks.largest = ws.top_scratch.data();
+    picks.runs = LargestRuns(vocab);
+  }
   for (int first = 0; first < end.count; first += kHeadRows) {
     const int count = std::min(kHeadRows, end.count - first);
     if (!end.all_rows) STAGECOACH_RETURN_IF_ERROR(EnqueueGather(ws, first, count, stream));
@@ -100,15 +105,20 @@ absl::Status EnqueueStepEnd(CudaWorkspace& ws, const UnitStorage& head, cudaStre
                                ? ws.residual.data() + static_cast<size_t>(first) * ws.params.d_model
                                : ws.head_input.data();
     STAGECOACH_RETURN_IF_ERROR(EnqueueHead(ws, head, x, count, stream));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(FindTop(ws.logits.data(), count, vocab, /*count=*/1,
-                                            ws.top_scratch.data(), ws.top.data(), stream));
-    STAGECOACH_RETURN_IF_CUDA_ERROR(
-        DrawTokens(ws.logits.data(), count, vocab, ws.top.data(), end.draws.data() + first,
-                   end.all_greedy, ws.unit_sums.data(), ws.drawn.data() + first, stream));
+    if (end.all_greedy) {
+      static_assert(kMaxPicks <= 2 * kHeadRows * kMostTopLogits, "keys must fit top_scratch");
+      TopKey* const largest = ws.top_scratch.data() + static_cast<size_t>(first) * picks.runs;
+      STAGECOACH_RETURN_IF_CUDA_ERROR(FindLargest(ws.logits.data(), count, vocab, largest, stream));
+    } else {
+      STAGECOACH_RETURN_IF_CUDA_ERROR(FindTop(ws.logits.data(), count, vocab, /*count=*/1,
+                                              ws.top_scratch.data(), ws.top.data(), stream));
+      STAGECOACH_RETURN_IF_CUDA_ERROR(DrawTokens(ws.logits.data(), count, vocab, ws.top.data(),
+                                                 end.draws.data() + first, ws.unit_sums.data(),
+                                                 ws.drawn.data() + first, stream));
+    }
   }
-  STAGECOACH_RETURN_IF_CUDA_ERROR(EndStep(ws.residual.data(), end.rows, ws.params.d_model,
-                                          ws.drawn.data(), end.count, end.finite.data(),
-                                          end.tokens.data(), stream));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(EndStep(ws.residual.data(), end.rows, ws.params.d_model, picks,
+                                          end.finite.data(), end.tokens.data(), stream));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(end.done.get(), stream));
   ++ws.end_count;
   return absl::OkStatus();

@@ -22,7 +22,9 @@ __host__ __device__ inline int SplitBegin(int split, int superblocks) {
   return split * superblocks / kSplits;
 }
 
-// Of a row that the stream kernel norms itself.
+// What the stream kernel norms itself. More rows are better normed by a kernel of their own: it
+// does once what every block would do.
+inline constexpr int kMostNormedRows = 2;
 inline constexpr int kMostNormedSuperblocks = 32;
 
 // What fits a MatmulScratch: groups of kQuarters blocks that add their sums up.

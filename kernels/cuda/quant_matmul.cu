@@ -53,7 +53,7 @@ cudaError_t ReadLimits(DeviceLimits* limits) {
 }  // namespace
 
 bool CanFuseNorm(const Activations& x) {
-  return x.form == ActivationForm::kHalf && x.rows == 1 &&
+  return x.form == ActivationForm::kHalf && x.rows <= kMostNormedRows &&
          x.PaddedColumns() <= kMostNormedSuperblocks * kSuperblock;
 }
 

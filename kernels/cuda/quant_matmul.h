@@ -149,15 +149,14 @@ inline constexpr int kMaxMatmulTerms = 4;
 struct Fusion {
   // x of the product is LaunchRmsNorm(norm_input, norm_weight, norm_epsilon), made by each block
   // for itself; its own memory is not used. Where CanFuseNorm.
-  const float* norm_input = nullptr;   // [k]
+  const float* norm_input = nullptr;   // [rows][k]
   const float* norm_weight = nullptr;  // [k]
   float norm_epsilon = 0;
   // The two terms are gate and up; all that is stored of them is LaunchSwiGlu(gate, up), in form
   // kHalf, not in the memory of x. Where CanFuseGate.
   Activations gated;
 };
-// One row, of columns that fit. (More rows are better normed by a kernel of their own: it does once
-// what every block would do.)
+// A row or two, of columns that fit.
 bool CanFuseNorm(const Activations& x);
 // Two terms of one quantised type and shape, of a multiple of kSuperblock outputs.
 bool CanFuseGate(std::span<const MatmulTerm> terms);

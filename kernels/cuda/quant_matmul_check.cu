@@ -376,33 +376,35 @@ bool RunMixedCheck(std::span<const TensorType> types, int n, int k) {
   return ok;
 }
 
-// Terms of the types that norm one row for themselves, against a norm and products behind it; if
+// Terms of the types that norm their rows for themselves, against a norm and products behind it; if
 // there are two of one type, also as gate and up.
-bool RunNormCheck(std::span<const TensorType> types, int n, int k) {
-  constexpr int kOneRow[] = {1};
+bool RunNormCheck(std::span<const TensorType> types, int n, int k, int rows) {
+  const int counts[] = {rows};
   constexpr float kEpsilon = 1e-5f;
   std::mt19937 random(k);
   std::vector<CheckedTerm> terms;
   for (const TensorType type : types)
-    terms.push_back(MakeTerm(random, {type, n, k, kOneRow}, n, false));
-  const DeviceArray<float> values(RandomValues(random, k, 3)), weight(RandomValues(random, k, 1));
-  const std::vector<uint8_t> nothing(ActivationBytes(1, k), 0xff);  // NaN, if it is read
+    terms.push_back(MakeTerm(random, {type, n, k, counts}, n, false));
+  const DeviceArray<float> values(RandomValues(random, static_cast<size_t>(rows) * k, 3)),
+      weight(RandomValues(random, k, 1));
+  const std::vector<uint8_t> nothing(ActivationBytes(rows, k), 0xff);  // NaN, if it is read
   const DeviceArray<uint8_t> normed(nothing), unused(nothing);
-  const std::vector<uint8_t> empty(ActivationBytes(1, n), 0xdd);
+  const std::vector<uint8_t> empty(ActivationBytes(rows, n), 0xdd);
   const DeviceArray<uint8_t> expected_gate(empty), gate(empty);
+  const size_t outputs = static_cast<size_t>(rows) * n;
   std::vector<DeviceArray<float>> expected, actual;
   const auto launch = [&](std::vector<DeviceArray<float>>& results, const Activations& x,
                           const Fusion& fusion) {
     std::vector<MatmulTerm> launched;
     for (size_t i = 0; i < terms.size(); ++i) {
-      results.emplace_back(std::vector<float>(n, NAN));
+      results.emplace_back(std::vector<float>(outputs, NAN));
       launched.push_back({{types[i], n, k, terms[i].packed.get()}, results.back().get(), n});
     }
     CheckDevice(LaunchMatmul(launched, x, nullptr, {}, fusion));
     return CanFuseGate(launched);
   };
-  const auto lay_out = [](const DeviceArray<uint8_t>& memory, int columns) {
-    return LayOutActivations(memory.get(), ActivationForm::kHalf, 1, columns);
+  const auto lay_out = [&](const DeviceArray<uint8_t>& memory, int columns) {
+    return LayOutActivations(memory.get(), ActivationForm::kHalf, rows, columns);
   };
   const Activations x = lay_out(normed, k), by_itself = lay_out(unused, k);
   Fusion fusion = {
@@ -413,7 +415,7 @@ bool RunNormCheck(std::span<const TensorType> types, int n, int k) {
   launch(actual, by_itself, fusion);
   CheckDevice(cudaDeviceSynchronize());
   for (size_t i = 0; i < terms.size(); ++i) {
-    ok &= CopyToHost(expected[i].get(), n) == CopyToHost(actual[i].get(), n);
+    ok &= CopyToHost(expected[i].get(), outputs) == CopyToHost(actual[i].get(), outputs);
   }
   if (gated) {
     launch(expected, x, {.gated = lay_out(expected_gate, n)});
@@ -422,9 +424,9 @@ bool RunNormCheck(std::span<const TensorType> types, int n, int k) {
     CheckDevice(cudaDeviceSynchronize());
     ok &= CopyToHost(expected_gate.get(), empty.size()) == CopyToHost(gate.get(), empty.size());
   }
-  std::printf("%s %zu terms n %d k %5d: a row normed by its products%s %s\n", ok ? "ok  " : "FAIL",
-              terms.size(), n, k, gated ? ", gated, too," : "",
-              ok ? "has the same bits" : "DIFFERS");
+  std::printf("%s %zu terms n %d k %5d: %d rows normed by their products%s %s\n",
+              ok ? "ok  " : "FAIL", terms.size(), n, k, rows, gated ? ", gated, too," : "",
+              ok ? "have the same bits" : "DIFFER");
   return ok;
 }
 
@@ -435,11 +437,14 @@ bool RunAllMatmulChecks(bool small) {
   ok &= RunMixedCheck(kTypes, 1024, 4096);
   constexpr TensorType kAlike[] = {TensorType::kQ4_K, TensorType::kQ4_K},
                        kSmallBlocks[] = {TensorType::kQ4_0};
-  for (const int k : {256, 2304, 4096, 5120, 8192}) {
-    ok &= RunNormCheck(std::span(kTypes).first(2), 277, k);
-    ok &= RunNormCheck(kAlike, 768, k);
+  for (int rows = 1; rows <= kMostNormedRows; ++rows) {
+    for (const int k : {256, 2304, 4096, 5120, 8192}) {
+      ok &= RunNormCheck(std::span(kTypes).first(2), 277, k, rows);
+      ok &= RunNormCheck(kAlike, 768, k, rows);
+    }
+    ok &= RunNormCheck(kSmallBlocks, 50, 1312, rows);
+    ok &= RunNormCheck(kAlike, 4352, 4096, rows);  // several passes
   }
-  ok &= RunNormCheck(kSmallBlocks, 50, 1312);
   constexpr int kFewRows[] = {1, 2, 3, 5, 8, 9, 17, 33, 70};
   constexpr int kDirectRows[] = {1, 2, 3, 8, 16};  // which do not fit shared memory, if long
   constexpr int kManyRows[] = {1, 2, 4, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 200};

@@ -190,8 +190,9 @@ class PassSums {
   float gate_ = 0;
 };
 
-// Makes the activations, one row, of a warp's split itself (Fusion::norm_input), together with the
-// others.
+// Makes the activations, kRows rows, of a warp's split itself (Fusion::norm_input), together with
+// the others.
+template <int kRows>
 class SplitNorm {
  public:
   __device__ SplitNorm(const MatmulParameters& p, bool norms, int split) : split_(split) {
@@ -200,16 +201,21 @@ class SplitNorm {
     }
   }
 
-  // A share in the row's sum of squares. squares: shared, [kNormWarps], which nobody uses until all
-  // have called Finish.
+  // A share in the rows' sums of squares. squares: shared, [kRows][kNormWarps], which nobody uses
+  // until all have called Finish.
   __device__ void AddUp(const MatmulParameters& p, float* squares, uint64_t* barrier) {
-    float sum = 0;
+    float sums[kRows] = {};
     for (int s = split_; s < p.superblocks; s += kNormWarps) {
-      LoadColumns(p.norm_input, p.k, s, threadIdx.x % 32, x_);
-      AddSquares(x_, sum);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) Load(p, row, s);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) AddSquares(x_[row], sums[row]);
     }
-    sum = WarpSum(sum);
-    if (threadIdx.x % 32 == 0) squares[split_] = sum;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      sums[row] = WarpSum(sums[row]);
+      if (threadIdx.x % 32 == 0) squares[row * kNormWarps + split_] = sums[row];
+    }
     __syncwarp();
     Arrive(barrier);
   }
@@ -222,26 +228,36 @@ class SplitNorm {
     const bool once = p.superblocks == kSplits;
     Activations out;
     out.form = ActivationForm::kHalf;
-    out.rows = 1;
+    out.rows = kRows;
     out.k = p.k;
     out.halves = reinterpret_cast<uint16_t*>(activations);
     AwaitPhase(barrier, 0);
-    const float factor = NormFactor(squares, p.k, p.norm_epsilon);
+    float factors[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      factors[row] = NormFactor(squares + row * kNormWarps, p.k, p.norm_epsilon);
+    }
     for (int s = first; s < last; ++s) {
-      if (!once) {
-        LoadColumns(p.norm_input, p.k, s, lane, x_);
-        LoadColumns(p.norm_weight, p.k, s, lane, weight_);
+      if (!once) LoadColumns(p.norm_weight, p.k, s, lane, weight_);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        if (!once) Load(p, row, s);
+        Normalise(factors[row], weight_, x_[row]);
+        StoreHalves(out, row, s * kSuperblock + lane * kLaneColumns, ToHalfActivations(x_[row]));
       }
-      Normalise(factor, weight_, x_);
-      StoreHalves(out, /*row=*/0, s * kSuperblock + lane * kLaneColumns, ToHalfActivations(x_));
     }
     __syncwarp();
   }
 
  private:
   static_assert(kNormWarps == kSplits);
+  __device__ void Load(const MatmulParameters& p, int row, int superblock) {
+    LoadColumns(p.norm_input + static_cast<size_t>(row) * p.k, p.k, superblock, threadIdx.x % 32,
+                x_[row]);
+  }
+
   int split_;
-  float weight_[kLaneColumns], x_[kLaneColumns];
+  float weight_[kLaneColumns], x_[kRows][kLaneColumns];
 };
 
 // Adds the products of kTaken tiles and the activations x of each superblock of the warp.
@@ -295,17 +311,19 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   __syncwarp();
   TileStream<Tile, kTiles> stream(p, block_rows, shared + warp * Layout::kPassBytes, tile_barrier,
                                   first, last);
-  const bool norms = kShared && kColumns == 1 && p.norm_input != nullptr;
-  const bool ahead = warp < WarpsAhead(norms);
+  constexpr bool kFewRows = kShared && kColumns <= kMostNormedRows;
+  const bool norms = kFewRows && Tile::kParts == 1 && p.norm_input != nullptr;
+  const bool ahead = first < last && warp < WarpsAhead(norms);
   if (ahead) stream.Start();
   if (!p.beside_next) LetNextKernelStart();
   __syncthreads();
 
   PassSums<Tile, Layout> sums(p, block_rows);
   const uint8_t* const x = kShared ? activations : p.x;
-  SplitNorm norm(p, norms, split);
+  SplitNorm<kFewRows ? kColumns : 1> norm(p, norms, split);
   bool prepared = false;
-  // What has to wait for the kernel before this one.
+  // What has to wait for the kernel before this one. In few places: each kernel reads its code from
+  // memory as it comes to it.
   const auto prepare = [&] {
     if (prepared) return;
     prepared = true;
@@ -334,17 +352,26 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     sums.Finish(pass, both_partials + (pass & 1) * Layout::kPartials);
   };
 
-  if (!ahead) prepare();
+  // Where many rows of activations are waited for, some warps take their first tiles before, so
+  // that the next ones are on their way. Elsewhere shorter code is worth more.
+  constexpr bool kTakesFirst = kShared && !kFewRows;
+  const auto prepare_late = [&] {
+    if (kTakesFirst) prepare();
+  };
+  if (!kTakesFirst || !ahead) prepare();
   int pass = 0;
 #pragma unroll 1
   for (; pass * kTiles < block_rows.count; ++pass) {
     float acc[kTiles][kColumnTiles][4] = {};
-    if (kTiles == 1 || pass * kTiles + 1 < block_rows.count) {
-      AddPass<kTiles, Tile, kColumns, kShared>(stream, first, last, x, rows, prepare, acc);
+    // If the first pass has but one tile, the second is what lies in its place: nobody stores the
+    // sums. So there is one place where prepare_late is called.
+    const bool begins = kTakesFirst && pass == 0;
+    if (kTiles == 1 || begins || pass * kTiles + 1 < block_rows.count) {
+      AddPass<kTiles, Tile, kColumns, kShared>(stream, first, last, x, rows, prepare_late, acc);
     } else {
-      AddPass<1, Tile, kColumns, kShared>(stream, first, last, x, rows, prepare, acc);
+      AddPass<1, Tile, kColumns, kShared>(
+          stream, first, last, x, rows, [] {}, acc);
     }
-    prepare();
     // Nobody reads what this overwrites: all of pass - 2 is stored before pass - 1 is complete.
     if (pass > 0) {
       finish(pass - 1);

@@ -41,7 +41,7 @@ struct StreamLayout {
         kShared ? static_cast<size_t>(superblocks) * ActivationBlockBytes(rows) : 0;
     return kFixedBytes + activations + 8 * kBarriers;
   }
-  static_assert(kColumns > 1 || !kShared ||
+  static_assert(kColumns > kMostNormedRows || !kShared ||
                 kFixedBytes + kMostNormedSuperblocks * ActivationBlockBytes(kColumns) +
                         8 * kBarriers <=
                     kMostSharedBytes);

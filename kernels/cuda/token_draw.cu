@@ -134,13 +134,10 @@ cudaError_t SumUnits(const float* logits, int rows, int vocab, const TopKey* bes
 }
 
 cudaError_t DrawTokens(const float* logits, int rows, int vocab, const TopKey* best,
-                       const TokenDraw* draws, bool all_greedy, uint64_t* sums, int32_t* tokens,
+                       const TokenDraw* draws, uint64_t* sums, int32_t* tokens,
                        cudaStream_t stream) {
-  if (!all_greedy) {
-    const cudaError_t error =
-        SumUnits(logits, rows, vocab, best, /*stride=*/1, draws, sums, stream);
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = SumUnits(logits, rows, vocab, best, /*stride=*/1, draws, sums, stream);
+  if (error != cudaSuccess) return error;
   return LaunchKernel(PickKernel, {.grid = dim3(rows), .threads = kThreads}, stream, logits, vocab,
                       best, draws, sums, UnitSums(vocab), tokens);
 }

@@ -22,10 +22,10 @@ cudaError_t SumUnits(const float* logits, int rows, int vocab, const TopKey* bes
                      const TokenDraw* draws, uint64_t* sums, cudaStream_t stream);
 
 // tokens[rows], by draws[rows] from logits[rows][vocab]; -1 for a row of which a logit is not
-// finite. best[rows]: FindTop with a count of 1. all_greedy: all temperatures are known to be 0.
-// sums: scratch, as above. All where the device can read it.
+// finite. best[rows]: FindTop with a count of 1. sums: scratch, as above. All where the device can
+// read it.
 cudaError_t DrawTokens(const float* logits, int rows, int vocab, const TopKey* best,
-                       const TokenDraw* draws, bool all_greedy, uint64_t* sums, int32_t* tokens,
+                       const TokenDraw* draws, uint64_t* sums, int32_t* tokens,
                        cudaStream_t stream);
 
 }  // namespace stagecoach::cuda

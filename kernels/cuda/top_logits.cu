@@ -100,6 +100,13 @@ size_t TopScratchKeys(int rows, int vocab, int count) {
   return 2 * static_cast<size_t>(rows) * Runs(vocab) * count;
 }
 
+int LargestRuns(int vocab) { return Runs(vocab); }
+
+cudaError_t FindLargest(const float* logits, int rows, int vocab, TopKey* keys,
+                        cudaStream_t stream) {
+  return LaunchRuns(logits, vocab, rows, /*count=*/1, keys, stream);
+}
+
 cudaError_t FindTop(const float* logits, int rows, int vocab, int count, TopKey* scratch,
                     TopKey* top, cudaStream_t stream) {
   TopKey* other = scratch + TopScratchKeys(rows, vocab, count) / 2;

@@ -33,6 +33,12 @@ size_t TopScratchKeys(int rows, int vocab, int count);
 cudaError_t FindTop(const float* logits, int rows, int vocab, int count, TopKey* scratch,
                     TopKey* top, cudaStream_t stream);
 
+// The best keys of runs of a row's logits, of which the best is FindTop's first.
+// keys[rows][LargestRuns(vocab)]; TopScratchKeys(rows, vocab, count) are 2 * count times as many.
+int LargestRuns(int vocab);
+cudaError_t FindLargest(const float* logits, int rows, int vocab, TopKey* keys,
+                        cudaStream_t stream);
+
 }  // namespace stagecoach::cuda
 
 #endif  // STAGECOACH_KERNELS_CUDA_TOP_LOGITS_H_
