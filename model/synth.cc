@@ -18,6 +18,7 @@
 #include "model/status_macros.h"
 #include "model/synth_vocab.h"
 #include "model/tensor_type.h"
+#include "model/type_mix.h"
 
 namespace stagecoach {
 namespace {
@@ -51,22 +52,6 @@ constexpr auto kShapes = std::to_array<SynthShape>({
     {"llama2-70b", 80, 8192, 64, 8, 28672, 32000, 4096},
 });
 
-// Which type the matrices get: `base`, but `output` for the output matrix and `more` for attn_v and
-// ffn_down where a mix wants more bits.
-struct TypeMix {
-  std::string_view name;
-  TensorType base;
-  TensorType more;
-  TensorType output;
-  bool half_of_layers;  // more: about half of the layers; else the first eighth
-};
-
-constexpr auto kMixes = std::to_array<TypeMix>({
-    {"q4_k_s", TensorType::kQ4_K, TensorType::kQ5_K, TensorType::kQ6_K, false},
-    {"q4_k_m", TensorType::kQ4_K, TensorType::kQ6_K, TensorType::kQ6_K, true},
-    {"q5_k_m", TensorType::kQ5_K, TensorType::kQ6_K, TensorType::kQ6_K, true},
-});
-
 // About this many bytes of random blocks are made for each type and row length; tensors are cut
 // from them at random places.
 constexpr size_t kPoolBytes = 4 << 20;
@@ -76,15 +61,6 @@ std::string Lower(std::string_view text) {
   std::string lower(text);
   for (char& c : lower) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
   return lower;
-}
-
-std::optional<TypeMix> FindMix(std::string_view name) {
-  for (const TypeMix& mix : kMixes) {
-    if (mix.name == name) return mix;
-  }
-  const std::optional<TensorType> type = ParseTensorType(name);
-  if (!type) return std::nullopt;
-  return TypeMix{name, *type, *type, *type, false};
 }
 
 // The type for rows of `columns` elements: `wanted`, or where its blocks do not fit what
@@ -182,12 +158,8 @@ void SynthModel::PlanTensors() {
 void SynthModel::PlanLayer(uint32_t layer) {
   const uint64_t d_model = shape_.d_model;
   const uint64_t kv_length = d_model / shape_.heads * shape_.kv_heads;
-  const uint32_t eighth = shape_.layers / 8;
-  const bool first = layer < eighth;
-  const bool more = mix_.half_of_layers
-                        ? first || layer >= 7 * shape_.layers / 8 || (layer - eighth) % 3 == 2
-                        : first;
-  const TensorType v_and_down = more ? mix_.more : mix_.base;
+  const TensorType v_and_down =
+      mix_.VAndDown(static_cast<int>(layer), static_cast<int>(shape_.layers));
   const auto name = [&](std::string_view part) {
     return fmt::format("blk.{}.{}.weight", layer, part);
   };
@@ -265,7 +237,7 @@ std::vector<std::string_view> SynthShapeNames() {
 
 std::vector<std::string_view> SynthTypeNames() {
   std::vector<std::string_view> names;
-  for (const TypeMix& mix : kMixes) names.push_back(mix.name);
+  for (const TypeMix& mix : TypeMixes()) names.push_back(mix.name);
   for (const TensorTypeInfo& info : AllTensorTypes()) names.push_back(info.name);
   return names;
 }
@@ -278,8 +250,7 @@ absl::Status WriteSyntheticModel(const std::string& path, const SynthSpec& spec)
     return absl::InvalidArgumentError(fmt::format("no shape is called '{}'; there are {}",
                                                   spec.shape, fmt::join(SynthShapeNames(), ", ")));
   }
-  const std::string types = Lower(spec.types);
-  const std::optional<TypeMix> mix = FindMix(types);
+  const std::optional<TypeMix> mix = FindTypeMix(spec.types);
   if (!mix) {
     return absl::InvalidArgumentError(fmt::format("no types are called '{}'; there are {}",
                                                   spec.types, fmt::join(SynthTypeNames(), ", ")));

@@ -20,6 +20,7 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/random_tensor.h"
 #include "model/status_macros.h"
+#include "model/type_mix.h"
 
 namespace stagecoach {
 namespace {
@@ -69,23 +70,10 @@ struct Step {
   int first_sequence = 0;
 };
 
-// Of a model's matrices. better: of the head and, in about half of the layers, of v and down.
-struct Types {
-  TensorType most;
-  TensorType better;
-};
-
-absl::StatusOr<Types> ParseTypes(const std::string& name) {
-  if (name == "Q4_K_M") return Types{TensorType::kQ4_K, TensorType::kQ6_K};
-  if (name == "Q5_K_M") return Types{TensorType::kQ5_K, TensorType::kQ6_K};
-  if (const std::optional<TensorType> type = ParseTensorType(name)) return Types{*type, *type};
-  return absl::InvalidArgumentError("there is no type " + name);
-}
-
 // A model and as many sequences as the widest step has rows.
 class Bench {
  public:
-  static absl::StatusOr<std::unique_ptr<Bench>> Open(const BenchFlags& flags, const Types& types);
+  static absl::StatusOr<std::unique_ptr<Bench>> Open(const BenchFlags& flags, const TypeMix& mix);
 
   absl::Status Run(const Step& step);
   // The two parts of Run. Steps with a head may be enqueued one behind the other.
@@ -105,7 +93,7 @@ class Bench {
   }
 
  private:
-  absl::Status Build(const Types& types);
+  absl::Status Build(const TypeMix& mix);
 
   ModelParams params_;
   double seconds_ = 0;
@@ -123,13 +111,13 @@ class Bench {
   std::vector<uint8_t> finite_;
 };
 
-absl::StatusOr<std::unique_ptr<Bench>> Bench::Open(const BenchFlags& flags, const Types& types) {
+absl::StatusOr<std::unique_ptr<Bench>> Bench::Open(const BenchFlags& flags, const TypeMix& mix) {
   auto bench = std::make_unique<Bench>();
   bench->params_ = Shapes().at(flags.shape);
   bench->seconds_ = flags.seconds;
   STAGECOACH_ASSIGN_OR_RETURN(
       bench->backend_, MakeCudaBackend({.device = flags.device, .graphs = !flags.no_graphs}));
-  STAGECOACH_RETURN_IF_ERROR(bench->Build(types));
+  STAGECOACH_RETURN_IF_ERROR(bench->Build(mix));
   const int most_rows = *std::ranges::max_element(flags.rows);
   const int longest = std::max(flags.prior + 1, *std::ranges::max_element(flags.prompts));
   bench->blocks_per_sequence_ = (longest + kKvBlockPositions - 1) / kKvBlockPositions;
@@ -154,30 +142,29 @@ absl::StatusOr<std::unique_ptr<Bench>> Bench::Open(const BenchFlags& flags, cons
 }
 
 // Layers of the same types differ in place, not in value.
-absl::Status Bench::Build(const Types& types) {
+absl::Status Bench::Build(const TypeMix& mix) {
   RandomSource random(1);
   const auto make = [&](Unit unit, TensorType type) {
     return MakeRandomUnit(random, params_, unit, type, false);
   };
   STAGECOACH_ASSIGN_OR_RETURN(
-      embedding_, BuildUnit(*backend_, params_, make({Unit::Kind::kEmbedding}, types.most)));
-  STAGECOACH_ASSIGN_OR_RETURN(
-      head_, BuildUnit(*backend_, params_, make({Unit::Kind::kHead}, types.better)));
-  const RandomUnit layer = make({Unit::Kind::kLayer}, types.most);
-  RandomUnit better = layer;
-  if (types.better != types.most) {
-    const RandomUnit other = make({Unit::Kind::kLayer}, types.better);
+      embedding_, BuildUnit(*backend_, params_, make({Unit::Kind::kEmbedding}, mix.base)));
+  STAGECOACH_ASSIGN_OR_RETURN(head_,
+                              BuildUnit(*backend_, params_, make({Unit::Kind::kHead}, mix.output)));
+  const RandomUnit layer = make({Unit::Kind::kLayer}, mix.base);
+  RandomUnit more = layer;
+  if (mix.more != mix.base) {
+    const RandomUnit other = make({Unit::Kind::kLayer}, mix.more);
     for (size_t i = 0; i < other.roles.size(); ++i) {
       if (other.roles[i] == TensorRole::kAttnV || other.roles[i] == TensorRole::kFfnDown) {
-        better.tensors[i] = other.tensors[i];
+        more.tensors[i] = other.tensors[i];
       }
     }
   }
-  const int eighth = params_.layers / 8;
-  for (int i = 0; i < params_.layers; ++i) {  // as llama.cpp chooses for its *_M files
-    const bool more = i < eighth || i >= 7 * params_.layers / 8 || (i - eighth) % 3 == 2;
+  for (int i = 0; i < params_.layers; ++i) {
+    const bool is_base = mix.VAndDown(i, params_.layers) == mix.base;
     STAGECOACH_ASSIGN_OR_RETURN(layers_.emplace_back(),
-                                BuildUnit(*backend_, params_, more ? better : layer));
+                                BuildUnit(*backend_, params_, is_base ? layer : more));
     weight_bytes_ += layers_.back()->bytes();
   }
   weight_bytes_ += head_->bytes();
@@ -248,8 +235,9 @@ absl::StatusOr<double> Bench::MedianSeconds(const Step& step) {
 }
 
 absl::Status RunBench(const BenchFlags& flags) {
-  STAGECOACH_ASSIGN_OR_RETURN(const Types types, ParseTypes(flags.type));
-  STAGECOACH_ASSIGN_OR_RETURN(const std::unique_ptr<Bench> bench, Bench::Open(flags, types));
+  const std::optional<TypeMix> mix = FindTypeMix(flags.type);
+  if (!mix) return absl::InvalidArgumentError("there is no type or mix " + flags.type);
+  STAGECOACH_ASSIGN_OR_RETURN(const std::unique_ptr<Bench> bench, Bench::Open(flags, *mix));
   STAGECOACH_ASSIGN_OR_RETURN(const double bandwidth, MeasureCudaReadBandwidth(bench->backend()));
   fmt::print("{} {} on {}: {:.2f} GB of weights per step, reads {:.2f} TB/s\n", flags.shape,
              flags.type, bench->backend().info().description, 1e-9 * bench->weight_bytes(),
@@ -288,7 +276,7 @@ int main(int argc, char** argv) {
   app.add_option("--shape", flags.shape, "Model")
       ->check(CLI::IsMember(shapes))
       ->capture_default_str();
-  app.add_option("--type", flags.type, "Type of all matrices, or Q4_K_M or Q5_K_M")
+  app.add_option("--type", flags.type, "Type of all matrices, or a mix, as synth has them")
       ->capture_default_str();
   app.add_option("--rows", flags.rows, "Sequences of decode steps")
       ->delimiter(',')

@@ -28,10 +28,7 @@ __global__ void FiniteRowsKernel(const float* x, int columns, uint8_t* finite) {
 __device__ int32_t PickLargest(const TopKey* keys, int runs) {
   TopKey largest = 0;
   for (int i = threadIdx.x; i < runs; i += kWarpLanes) largest = max(largest, keys[i]);
-  for (int offset = kWarpLanes / 2; offset > 0; offset /= 2) {
-    largest = max(largest, __shfl_xor_sync(kAllLanes, largest, offset));
-  }
-  const TopLogit best = FromTopKey(largest);
+  const TopLogit best = FromTopKey(WarpMax(largest));
   return isnan(best.logit) ? -1 : best.id;
 }
 

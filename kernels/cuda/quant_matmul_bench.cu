@@ -16,6 +16,7 @@
 #include "kernels/cuda/device_array.h"
 #include "kernels/cuda/quant_matmul.h"
 #include "kernels/cuda/quant_matmul_check.h"
+#include "model/type_mix.h"
 
 namespace stagecoach::cuda {
 namespace {
@@ -218,22 +219,21 @@ void MeasureModel(Bench& bench, const ModelShape& shape) {
     bytes += static_cast<double>(PackedBytes(type, n, k));
     return bench.Take(type, n, k);
   };
+  const TypeMix mix = *FindTypeMix("q4_k_m");
   std::vector<LayerWeights> layers;
   for (int i = 0; i < shape.layers; ++i) {
-    const int eighth = shape.layers / 8;
-    const bool more = i < eighth || i >= 7 * eighth || (i - eighth) % 3 == 2;
-    const TensorType type = TensorType::kQ4_K, better = more ? TensorType::kQ6_K : type;
+    const TensorType type = mix.base, v_and_down = mix.VAndDown(i, shape.layers);
     LayerWeights w;
     w.q = take(type, shape.width, shape.width);
     w.k = take(type, shape.kv_width, shape.width);
-    w.v = take(better, shape.kv_width, shape.width);
+    w.v = take(v_and_down, shape.kv_width, shape.width);
     w.output = take(type, shape.width, shape.width);
     w.gate = take(type, shape.hidden, shape.width);
     w.up = take(type, shape.hidden, shape.width);
-    w.down = take(better, shape.width, shape.hidden);
+    w.down = take(v_and_down, shape.width, shape.hidden);
     layers.push_back(w);
   }
-  const PackedMatrix head = take(TensorType::kQ6_K, shape.vocab, shape.width);
+  const PackedMatrix head = take(mix.output, shape.vocab, shape.width);
   std::printf("%s, %.2f GB packed: a pass of all products; and with norms and SwiGLU\n", shape.name,
               bytes * 1e-9);
   for (const int rows : kRows) {

@@ -56,9 +56,7 @@ __global__ void LargestKernel(const From* from, int size, TopKey* to) {
   for (int i = first + threadIdx.x; i < last; i += kThreads) {
     largest = max(largest, KeyAt(from, i));
   }
-  for (int offset = kWarpLanes / 2; offset > 0; offset /= 2) {
-    largest = max(largest, __shfl_xor_sync(kAllLanes, largest, offset));
-  }
+  largest = WarpMax(largest);
   if (threadIdx.x % kWarpLanes == 0) warp_largest[threadIdx.x / kWarpLanes] = largest;
   __syncthreads();
   if (threadIdx.x != 0) return;

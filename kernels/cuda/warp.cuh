@@ -15,9 +15,10 @@ __device__ inline float WarpSum(float value) {
   }
   return value;
 }
-__device__ inline float WarpMax(float value) {
+template <typename Value>
+__device__ inline Value WarpMax(Value value) {
   for (int offset = kWarpLanes / 2; offset > 0; offset /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
+    value = max(value, __shfl_xor_sync(kAllLanes, value, offset));
   }
   return value;
 }
