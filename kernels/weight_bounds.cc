@@ -46,7 +46,7 @@ bool SurelyWithin(const Block& block, const WeightBounds& bounds) {
   const float d = std::fabs(block.delta()), m = std::fabs(block.delta_min());
   constexpr Largest kMost = kLargest<Block>;
   const float scale = d * kMost.scale, min = m * kMost.min;
-  return d < bounds.delta && m < bounds.delta && 2 * scale < bounds.scale &&
+  return d < bounds.delta && m < bounds.delta_min && 2 * scale < bounds.scale &&
          scale * kMost.quant + min < bounds.weight;
 }
 
@@ -54,9 +54,10 @@ bool SurelyWithin(const Block& block, const WeightBounds& bounds) {
 template <typename Block>
 std::string Excess(const Block& block, const WeightBounds& bounds) {
   const float deltas[] = {block.delta(), block.delta_min()};
-  for (const float delta : deltas) {
-    if (std::fabs(delta) >= bounds.delta) {
-      return fmt::format("a block scale of {} (less than {} is held)", delta, bounds.delta);
+  const float delta_bounds[] = {bounds.delta, bounds.delta_min};
+  for (int i = 0; i < 2; ++i) {
+    if (std::fabs(deltas[i]) >= delta_bounds[i]) {
+      return fmt::format("a block scale of {} (less than {} is held)", deltas[i], delta_bounds[i]);
     }
   }
   for (int g = 0; g < Block::kElements / Block::kGroup; ++g) {

@@ -15,12 +15,15 @@ namespace stagecoach {
 // Of magnitudes. By default everything finite is held.
 struct WeightBounds {
   static constexpr float kNone = std::numeric_limits<float>::infinity();
-  float delta = kNone;   // delta and delta_min are less
-  float scale = kNone;   // delta * scale of a group, rounded to a half, is less
-  float weight = kNone;  // delta_min * min of a group, and every weight, is this at most;
-                         // the only one that float types have
+  float delta = kNone;      // delta is less
+  float delta_min = kNone;  // delta_min is less
+  float scale = kNone;      // delta * scale of a group, rounded to a half, is less
+  float weight = kNone;     // delta_min * min of a group, and every weight, is this at most;
+                            // the only one that float types have
 
-  bool any() const { return delta != kNone || scale != kNone || weight != kNone; }
+  bool any() const {
+    return delta != kNone || delta_min != kNone || scale != kNone || weight != kNone;
+  }
 };
 
 // `raw`: whole rows of the tensor, from row `first_row` on, whose bytes are whole blocks. Reads

@@ -19,7 +19,7 @@ using ::testing::HasSubstr;
 
 constexpr int kRows = 3, kRowBlocks = 4;
 // As of a backend that multiplies halves (kernels/cuda/weight_bounds.h).
-constexpr WeightBounds kBounds = {.delta = 64, .scale = 2, .weight = 65504};
+constexpr WeightBounds kBounds = {.delta = 64, .delta_min = 64, .scale = 2, .weight = 65504};
 
 template <typename Block>
 struct Matrix {
@@ -72,6 +72,18 @@ TEST(WeightBounds, BlockScalesAreBoundByThemselves) {
   matrix.at(2, 3).dmin = FloatToHalf(64);
   ExpectRefused(matrix.Check(kBounds), "row 2, Q5_K block 3", "a block scale of 64 (less than 64");
   EXPECT_TRUE(matrix.Check({.scale = 2, .weight = 65504}).ok());
+
+  // Those of minimums have another bound.
+  Matrix<BlockQ4_K> apart(TensorType::kQ4_K);
+  constexpr WeightBounds kApart = {.delta = 1.0f / 32, .delta_min = 8188};
+  apart.at(0, 1).d = FloatToHalf(0.0312f);
+  apart.at(0, 1).dmin = FloatToHalf(8000);
+  EXPECT_TRUE(apart.Check(kApart).ok());
+  apart.at(0, 1).dmin = FloatToHalf(8188);
+  ExpectRefused(apart.Check(kApart), "row 0, Q4_K block 1", "scale of 8188 (less than 8188");
+  apart.at(0, 1).dmin = 0;
+  apart.at(0, 1).d = FloatToHalf(-1.0f / 32);
+  ExpectRefused(apart.Check(kApart), "row 0, Q4_K block 1", "scale of -0.03125 (less than 0.03125");
 }
 
 TEST(WeightBounds, WeightsWithoutScales) {

@@ -18,27 +18,28 @@ constexpr int kNormThreads = kNormWarps * 32;
 
 size_t AlignUp(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
-// Writes a lane's 8 columns of row `row` in the form of `out`. Columns beyond out.k are zero.
+// Writes a lane's 8 columns of row `row` in kForm, which is that of `out` (known when compiled:
+// code that does not run is read, too). Columns beyond out.k are zero.
+template <ActivationForm kForm>
 __device__ void StoreColumns(const float (&v)[kLaneColumns], const Activations& out, int row,
                              int superblock, int lane) {
   const int column = superblock * kSuperblock + lane * kLaneColumns;
-  if (out.form == ActivationForm::kFloat) {
+  if constexpr (kForm == ActivationForm::kFloat) {
     float* values = out.values + static_cast<size_t>(row) * out.k;
     for (int i = 0; i < kLaneColumns; ++i) {
       if (column + i < out.k) values[column + i] = v[i];
     }
-    return;
-  }
-  if (out.form == ActivationForm::kHalf) {
+  } else if constexpr (kForm == ActivationForm::kHalf) {
     StoreHalves(out, row, column, ToHalfActivations(v));
-    return;
+  } else {
+    float rest[kLaneColumns];
+    StoreHalves(out, 2 * row, column, ToHalfActivations(v, rest));
+    StoreHalves(out, 2 * row + 1, column, ToHalfActivations(rest));
   }
-  float rest[kLaneColumns];
-  StoreHalves(out, 2 * row, column, ToHalfActivations(v, rest));
-  StoreHalves(out, 2 * row + 1, column, ToHalfActivations(rest));
 }
 
 // Grid: x = groups of kWarps superblocks, y = rows. One superblock per warp.
+template <ActivationForm kForm>
 __global__ void __launch_bounds__(kThreads)
     ConvertKernel(const float* x, const __grid_constant__ Activations out) {
   LetNextKernelStart();
@@ -48,9 +49,10 @@ __global__ void __launch_bounds__(kThreads)
   if (superblock * kSuperblock >= out.k) return;
   float v[kLaneColumns];
   LoadColumns(x + static_cast<size_t>(row) * out.k, out.k, superblock, lane, v);
-  StoreColumns(v, out, row, superblock, lane);
+  StoreColumns<kForm>(v, out, row, superblock, lane);
 }
 
+template <ActivationForm kForm>
 __global__ void __launch_bounds__(kThreads)
     SwiGluKernel(const float* gate, const float* up, int stride,
                  const __grid_constant__ Activations out) {
@@ -64,10 +66,11 @@ __global__ void __launch_bounds__(kThreads)
   LoadColumns(up + static_cast<size_t>(row) * stride, out.k, superblock, lane, u);
 #pragma unroll
   for (int i = 0; i < kLaneColumns; ++i) v[i] = SiluTimes(v[i], u[i]);
-  StoreColumns(v, out, row, superblock, lane);
+  StoreColumns<kForm>(v, out, row, superblock, lane);
 }
 
 // Grid: one block per row.
+template <ActivationForm kForm>
 __global__ void __launch_bounds__(kNormThreads)
     RmsNormKernel(const float* x, const float* weight, float epsilon,
                   const __grid_constant__ Activations out) {
@@ -96,7 +99,7 @@ __global__ void __launch_bounds__(kNormThreads)
       LoadColumns(weight, out.k, s, lane, w);
     }
     Normalise(factor, w, v);
-    StoreColumns(v, out, row, s, lane);
+    StoreColumns<kForm>(v, out, row, s, lane);
   }
 }
 
@@ -106,6 +109,20 @@ LaunchShape ShapeBySuperblock(const Activations& out) {
   shape.grid = dim3((superblocks + kWarps - 1) / kWarps, out.rows);
   shape.threads = kThreads;
   return shape;
+}
+
+// Calls launch.template operator()<form>().
+template <typename Launch>
+cudaError_t WithForm(ActivationForm form, const Launch& launch) {
+  switch (form) {
+    case ActivationForm::kFloat:
+      return launch.template operator()<ActivationForm::kFloat>();
+    case ActivationForm::kHalf:
+      return launch.template operator()<ActivationForm::kHalf>();
+    case ActivationForm::kHalfPairs:
+      return launch.template operator()<ActivationForm::kHalfPairs>();
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -145,7 +162,9 @@ Activations LayOutActivations(void* memory, ActivationForm form, int rows, int k
 }
 
 cudaError_t LaunchConvert(const float* x, const Activations& out, cudaStream_t stream) {
-  return LaunchKernel(ConvertKernel, ShapeBySuperblock(out), stream, x, out);
+  return WithForm(out.form, [&]<ActivationForm kForm>() {
+    return LaunchKernel(ConvertKernel<kForm>, ShapeBySuperblock(out), stream, x, out);
+  });
 }
 
 cudaError_t LaunchRmsNorm(const float* x, const float* weight, float epsilon,
@@ -153,12 +172,16 @@ cudaError_t LaunchRmsNorm(const float* x, const float* weight, float epsilon,
   LaunchShape shape;
   shape.grid = dim3(out.rows);
   shape.threads = kNormThreads;
-  return LaunchKernel(RmsNormKernel, shape, stream, x, weight, epsilon, out);
+  return WithForm(out.form, [&]<ActivationForm kForm>() {
+    return LaunchKernel(RmsNormKernel<kForm>, shape, stream, x, weight, epsilon, out);
+  });
 }
 
 cudaError_t LaunchSwiGlu(const float* gate, const float* up, int stride, const Activations& out,
                          cudaStream_t stream) {
-  return LaunchKernel(SwiGluKernel, ShapeBySuperblock(out), stream, gate, up, stride, out);
+  return WithForm(out.form, [&]<ActivationForm kForm>() {
+    return LaunchKernel(SwiGluKernel<kForm>, ShapeBySuperblock(out), stream, gate, up, stride, out);
+  });
 }
 
 }  // namespace stagecoach::cuda

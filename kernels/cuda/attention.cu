@@ -21,7 +21,7 @@ __global__ void MergeChunksKernel(const __grid_constant__ AttentionTask task, in
   const int length = task.kv.value_length;
   const int chunks = task.table.positions[row] / chunk_positions + 1;
   const float* partials = task.partials + head * task.chunks * (length + 2);
-  const AttendedHead out(task, head, length);
+  const AttendedHead out(task, blockIdx.y, blockIdx.x, length);
   for (int d = threadIdx.x; d < length; d += kMergeThreads) {
     out.Store(d, MergeChunks(partials, chunks, length, d));
   }
@@ -71,14 +71,15 @@ AttentionPlan PlanAttention(const AttentionShape& shape, int heads, const KvLayo
   }
   if (plan.tiles * kv.kv_heads >= kTensorWarps * multiprocessors) return plan;
   const HeadGroups groups = HeadGroups::Of(heads, kv.kv_heads);
-  const int cluster =
-      ClusterBlocks(plan.tiles * kv.kv_heads * groups.slices, plan.chunks, multiprocessors);
+  const int tiles = plan.tiles * kv.kv_heads * groups.slices;
+  const int cluster = ClusterBlocks(tiles, plan.chunks, multiprocessors);
   if (cluster > 0 && plan.chunks > kTensorWarps / 2) {
     plan.chunks = cluster * kTensorWarps;  // costs no more, and fewer shapes
     plan.merge = AttentionPlan::Merge::kCluster;
   } else if (plan.chunks <= WarpsThatMerge(QueriesTogether(plan, groups.group))) {
     plan.chunks = std::max(plan.chunks, kTensorWarps);  // as above
     plan.merge = AttentionPlan::Merge::kBlock;
+    plan.alone = plan.chunks == kTensorWarps && tiles <= multiprocessors;
   } else if (PartialFloats(plan.rows, heads, plan.chunks, kv.value_length) <= scratch_floats) {
     plan.merge = AttentionPlan::Merge::kScratch;
   }

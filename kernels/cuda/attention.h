@@ -39,6 +39,8 @@ struct AttentionPlan {
   // The kernel itself turns queries and stores keys and values: for steps of one row per sequence,
   // whose only new position is the row's own.
   bool stores = false;
+  // kBlock of 8 chunks: so few blocks that each has a multiprocessor for itself.
+  bool alone = false;
 };
 
 // Of all rows of a step, before they are turned and stored.

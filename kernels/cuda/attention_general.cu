@@ -174,7 +174,8 @@ __global__ void __launch_bounds__(kThreads)
   const int group = task.heads / kv.kv_heads, slices = CeilDivide(group, kHeads);
   const int kv_head = blockIdx.y / slices, first_of_group = blockIdx.y % slices * kHeads;
   const int heads_here = min(kHeads, group - first_of_group);
-  const size_t first_head = row * task.heads + kv_head * group + first_of_group;
+  const int first_of_row = kv_head * group + first_of_group;
+  const size_t first_head = row * task.heads + first_of_row;
   state.LoadQueries(task, first_head, heads_here);
 
   const int32_t* blocks = task.table.blocks + task.table.first[row];
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kThreads)
         partial[kv.value_length + 1] = state.softmax[h].sum;
       }
     } else {
-      AttendedHead(task, first_head + h, kv.value_length)
+      AttendedHead(task, static_cast<int>(row), first_of_row + h, kv.value_length)
           .Store(d, state.values[h][d] * (1.0f / state.softmax[h].sum));
     }
   }

@@ -61,7 +61,7 @@ __device__ void MergeQueries(const AttentionTask& task, const QueryTile& tile, c
   for (int i = threadIdx.x; i < values; i += kThreads) {
     const int query = i * partials.blocks / kDims, d = i - query * length;
     if (chunks[query] == 0) continue;
-    AttendedHead(task, tile.Head(query, task.heads), kDims)
+    tile.Out(query, task, kDims)
         .Store(first_dim + d, MergeChunks(partials.At(query, 0), chunks[query], length, d));
   }
 }

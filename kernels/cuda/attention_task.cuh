@@ -51,11 +51,9 @@ struct AttentionTask {
 // Where the result of one row and head goes.
 class AttendedHead {
  public:
-  // index: row * heads + head. length: of values.
-  __device__ AttendedHead(const AttentionTask& task, size_t index, int length)
-      : out_(task.out),
-        row_(static_cast<int>(index / task.heads)),
-        column_(static_cast<int>(index % task.heads) * length) {}
+  // length: of values.
+  __device__ AttendedHead(const AttentionTask& task, int row, int head, int length)
+      : out_(task.out), row_(row), column_(head * length) {}
 
   __device__ void Store(int d, float value) const {
     if (out_.form == ActivationForm::kFloat) {

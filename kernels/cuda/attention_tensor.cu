@@ -230,7 +230,7 @@ __device__ void Walk(const AttentionTask& task, const QueryTile& tile,
   for (int row = 0; row < 2; ++row) {
     const int query = g + 8 * row;
     if (!tile.Valid(query)) continue;
-    const AttendedHead out(task, tile.Head(query, task.heads), kDims);
+    const AttendedHead out = tile.Out(query, task, kDims);
     const float inverse = 1.0f / softmax[row].sum;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
@@ -332,14 +332,14 @@ __global__ void __launch_bounds__(kTensorWarps* kWarpLanes)
 }
 
 // Grid: x = groups of kWarps chunks, one if the block merges them, a cluster if that does; y as
-// above, z = tiles. kHalves: of 8 queries, of a tile. A block of a cluster is told to be alone on
-// its multiprocessor, or the compiler saves registers by reading late.
-template <int kDims, Merge kMerge, int kHalves, int kWarps>
-__global__ void __launch_bounds__(kWarps* kWarpLanes, kMerge == Merge::kCluster ? 1 : 0)
+// above, z = tiles. kHalves: of 8 queries, of a tile. kAlone: on the multiprocessor. The compiler
+// is told, or it saves registers by reading late.
+template <int kDims, Merge kMerge, int kHalves, int kWarps, bool kAlone>
+__global__ void __launch_bounds__(kWarps* kWarpLanes, kAlone ? 1 : 0)
     ChunksKernel(const __grid_constant__ AttentionTask task) {
   constexpr int kThreads = kWarps * kWarpLanes;
   constexpr bool kCluster = kMerge == Merge::kCluster;
-  constexpr ReadAhead kAhead = kCluster                 ? ReadAhead::kAll
+  constexpr ReadAhead kAhead = kAlone                   ? ReadAhead::kAll
                                : kWarps == kTensorWarps ? ReadAhead::kSomeValues
                                                         : ReadAhead::kKeys;
   __shared__ Queries<kDims> queries;
@@ -400,10 +400,10 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, kMerge == Merge::kCluster 
   }
 }
 
-template <int kDims, Merge kMerge, int kHalves, int kWarps>
+template <int kDims, Merge kMerge, int kHalves, int kWarps, bool kAlone = false>
 cudaError_t LaunchChunks(const AttentionPlan& plan, const AttentionTask& task, int queries,
                          cudaStream_t stream) {
-  const auto kernel = ChunksKernel<kDims, kMerge, kHalves, kWarps>;
+  const auto kernel = ChunksKernel<kDims, kMerge, kHalves, kWarps, kAlone>;
   const int groups = CeilDivide(plan.chunks, kWarps);
   LaunchShape shape = {.threads = kWarps * kWarpLanes};
   shape.grid = dim3(groups, task.kv.kv_heads * task.groups.slices, plan.tiles);
@@ -428,12 +428,17 @@ cudaError_t LaunchHalves(const AttentionPlan& plan, const AttentionTask& task, i
     return LaunchChunks<kDims, Merge::kScratch, kHalves, kTensorWarps>(plan, task, queries, stream);
   }
   if (plan.merge == Merge::kCluster) {
-    return LaunchChunks<kDims, Merge::kCluster, kHalves, kTensorWarps>(plan, task, queries, stream);
+    return LaunchChunks<kDims, Merge::kCluster, kHalves, kTensorWarps, true>(plan, task, queries,
+                                                                             stream);
   }
   if constexpr (kHalves == 1) {
     if (plan.chunks > kTensorWarps) {
       return LaunchChunks<kDims, Merge::kBlock, kHalves, WarpsThatMerge(1)>(plan, task, queries,
                                                                             stream);
+    }
+    if (plan.alone) {
+      return LaunchChunks<kDims, Merge::kBlock, kHalves, kTensorWarps, true>(plan, task, queries,
+                                                                             stream);
     }
   }
   return LaunchChunks<kDims, Merge::kBlock, kHalves, kTensorWarps>(plan, task, queries, stream);

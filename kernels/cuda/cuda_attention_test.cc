@@ -30,7 +30,7 @@ std::string Name(const AttentionPlan& plan) {
     case Merge::kWalker:
       return "walker";
     case Merge::kBlock:
-      return fmt::format("block of {}", plan.chunks);
+      return fmt::format("block of {}{}", plan.chunks, plan.alone ? ", alone" : "");
     case Merge::kCluster:
       return fmt::format("cluster of {}", plan.chunks / kBlockChunks);
     case Merge::kScratch:
@@ -61,7 +61,9 @@ TEST(PlanAttention, ClustersWhileTheyAllRunAtOnce) {
 }
 
 TEST(PlanAttention, ClustersOfContextsForWhichABlockIsSlow) {
-  EXPECT_EQ(PlannedFor(1, 32, 8, 255), "block of 8");
+  EXPECT_EQ(PlannedFor(1, 32, 8, 255), "block of 8, alone");
+  EXPECT_EQ(PlannedFor(16, 32, 8, 255), "block of 8, alone");
+  EXPECT_EQ(PlannedFor(17, 32, 8, 255), "block of 8");
   EXPECT_EQ(PlannedFor(1, 32, 8, 256), "cluster of 8");
   EXPECT_EQ(PlannedFor(8, 32, 8, 1023), "cluster of 2");
   EXPECT_EQ(PlannedFor(9, 32, 8, 1023), "block of 16");  // more than run at once
@@ -139,7 +141,11 @@ class StepOnDevice {
     }
     std::vector<AttentionPlan> ways = {Plan(Merge::kWalker, chunks), Plan(Merge::kScratch, chunks)};
     const int queries = inputs_.tiles() == rows_ ? Group() : kQueryTile;
-    if (chunks <= kBlockChunks) ways.push_back(Plan(Merge::kBlock, kBlockChunks));
+    if (chunks <= kBlockChunks) {
+      ways.push_back(Plan(Merge::kBlock, kBlockChunks));
+      ways.push_back(ways.back());
+      ways.back().alone = true;
+    }
     if (chunks <= 2 * kBlockChunks && queries <= kQueryTile / 2) {
       ways.push_back(Plan(Merge::kBlock, 2 * kBlockChunks));
     }

@@ -2,6 +2,7 @@
 #ifndef STAGECOACH_KERNELS_CUDA_KV_STORE_CUH_
 #define STAGECOACH_KERNELS_CUDA_KV_STORE_CUH_
 
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -29,7 +30,7 @@ __device__ inline void StorePair(float2 pair, float* out) {
   *reinterpret_cast<float2*>(out) = pair;
 }
 __device__ inline void StorePair(float2 pair, uint16_t* out) {
-  *reinterpret_cast<ushort2*>(out) = make_ushort2(FloatToHalf(pair.x), FloatToHalf(pair.y));
+  *reinterpret_cast<__half2*>(out) = __floats2half2_rn(pair.x, pair.y);
 }
 
 // Values for tensor cores, by all kThreads threads of the block. Returns whether one was not
@@ -38,11 +39,11 @@ template <int kThreads>
 __device__ bool StoreTransposed(const float* v, int length, uint16_t* values, int place) {
   bool finite = true;
   for (int d = threadIdx.x; d < length; d += kThreads) {
-    finite = finite && HalfIsFinite(FloatToHalf(v[d]));
+    finite = finite && HalfIsFinite(__half_as_ushort(__float2half_rn(v[d])));
   }
   const bool broken = __syncthreads_or(!finite);
   for (int d = threadIdx.x; d < length; d += kThreads) {
-    values[d * kKvBlockPositions + place] = broken ? 0 : FloatToHalf(v[d]);
+    values[d * kKvBlockPositions + place] = __half_as_ushort(__float2half_rn(broken ? 0 : v[d]));
   }
   return broken;
 }

@@ -136,17 +136,24 @@ class ResultPlace {
     const MatmulParameters::Term& term = p.TermOf(tile_row);
     const int n = (tile_row - term.first_tile_row) * kTileRows + row_in_tile;
     if (n >= term.n) return result;
-    result.y_ = term.y + static_cast<size_t>(row) * term.y_stride + n;
+    float* const y = term.y + static_cast<size_t>(row) * term.y_stride + n;
+    result.at_ = y;
     if (term.bias != nullptr) result.bias_ = __ldcg(term.bias + n);
-    if (term.accumulate) result.old_ = __ldcg(result.y_);
+    if (term.accumulate) result.old_ = __ldcg(y);
+    return result;
+  }
+  static __device__ ResultPlace OfHalf(uint16_t* half) {
+    ResultPlace result;
+    result.at_ = half;
     return result;
   }
   __device__ void Store(float result) const {
-    if (y_ != nullptr) *y_ = __fadd_rn(__fadd_rn(result, bias_), old_);
+    if (at_ != nullptr) *static_cast<float*>(at_) = __fadd_rn(__fadd_rn(result, bias_), old_);
   }
+  __device__ void StoreHalf(uint16_t half) const { *static_cast<uint16_t*>(at_) = half; }
 
  private:
-  float* y_ = nullptr;
+  void* at_ = nullptr;
   float bias_ = 0, old_ = 0;
 };
 

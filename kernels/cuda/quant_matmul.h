@@ -100,12 +100,19 @@ struct Activations {
   }
   STAGECOACH_HOST_DEVICE bool IsWide() const { return HalfRows() > kMostStreamRows; }
   STAGECOACH_HOST_DEVICE int RowBlock() const { return HalfRows() <= 32 ? 32 : 64; }
+  // HalfPlace, if not IsWide().
+  STAGECOACH_HOST_DEVICE size_t NarrowPlace(int row, int column) const {
+    return (size_t(column / 32) * HalfRows() + row) * 32 + column % 32;
+  }
   // Where in `halves` a value is; row: of HalfRows(). An even column and the next are neighbours.
   STAGECOACH_HOST_DEVICE size_t HalfPlace(int row, int column) const {
-    if (!IsWide()) return (size_t(column / 32) * HalfRows() + row) * 32 + column % 32;
-    const int block = RowBlock(), blocks = (HalfRows() + block - 1) / block;
-    const size_t place = size_t(column / kSuperblock) * blocks + row / block;
-    return ((place * 32 + column % kSuperblock / 32 * 4 + column % 8 / 2) * block + row % block) *
+    if (!IsWide()) return NarrowPlace(row, column);
+    // Shifts: divisions by what a compiler does not know take long.
+    const int block = RowBlock(), shift = block == 32 ? 5 : 6;
+    const int blocks = (HalfRows() + block - 1) >> shift;
+    const size_t place = size_t(column / kSuperblock) * blocks + (row >> shift);
+    return ((place * 32 + column % kSuperblock / 32 * 4 + column % 8 / 2) * block +
+            (row & (block - 1))) *
                8 +
            column % 32 / 8 * 2 + column % 2;
   }

@@ -30,6 +30,9 @@ struct QueryTile {
   __device__ size_t Head(int m, int all_heads) const {
     return static_cast<size_t>(first_row + RowOf(m)) * all_heads + first_head + HeadOf(m);
   }
+  __device__ AttendedHead Out(int m, const AttentionTask& task, int length) const {
+    return AttendedHead(task, first_row + RowOf(m), first_head + HeadOf(m), length);
+  }
   // -1: sees nothing.
   __device__ int Position(int m, const int32_t* positions) const {
     return Valid(m) ? positions[first_row + RowOf(m)] : -1;

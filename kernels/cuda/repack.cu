@@ -94,14 +94,14 @@ __device__ void PackScales(const RawMatrix<Block>& raw, int row, int column, uin
       int value = 0;
       if (block != nullptr) {
         if constexpr (Tile::kScaling == Scaling::kInteger32) {
-          value = j < 8 ? block->scale(j) : block->min(j - 8);
+          value = j < 8 ? block->scale(j) << Tile::kScaleShift : block->min(j - 8);
         } else {
           const int half_group = j % 8 * 2 + j / 8;
           value = (block->scale(half_group) - Tile::kLeastScale) |
                   (Tile::kHasMin ? block->min(half_group) << 4 : 0);
         }
       }
-      tile[Tile::kScales + r % 8 * 32 + r / 8 * 16 + j] = static_cast<uint8_t>(value);
+      tile[Tile::kScales + r % 8 * 32 + r / 8 * 16 + PlaceScale(j)] = static_cast<uint8_t>(value);
     }
   }
   constexpr int kDeltaGroups = Tile::kFloatScales ? 8 : 1;
@@ -109,7 +109,7 @@ __device__ void PackScales(const RawMatrix<Block>& raw, int row, int column, uin
   for (int i = threadIdx.x; i < kDeltaGroups * 16; i += kRepackThreads) {
     const int group = i / 16, r = i % 16, place = group * 16 + r % 8 * 2 + r / 8;
     const Block* block = raw.Find(row + r, column + group * 32);
-    const uint16_t delta = block == nullptr ? 0 : FloatToHalf(block->delta());
+    const uint16_t delta = block == nullptr ? 0 : FloatToHalf(block->delta() * Tile::kDeltaFactor);
     const uint16_t delta_min = block == nullptr ? 0 : FloatToHalf(block->delta_min());
     if constexpr (Tile::kFloatScales) {
       halves[place] = delta;

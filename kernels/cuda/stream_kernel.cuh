@@ -134,13 +134,18 @@ class PassSums {
     const int turn = kTiles == 1 ? pass / 2 : pass;  // gate and up by the same threads
     const int index = (threadIdx.x - turn * kThreads) & (kStreamThreads - 1);
     // Of two tiles of gate and up, a thread has a row of both.
-    const int outputs = kTiles == 2 && rows_.gated ? kTileRows : Layout::kPassRows;
+    const int outputs = rows_.gated ? kTileRows : Layout::kPassRows;
     row_ = index % outputs;
     column_ = index / outputs;
     mine_ = column_ < p_.rows / Tile::kParts;
     place_ = {};
+    if (!mine_) return;
     const int i = pass * kTiles + row_ / kTileRows;
-    if (mine_ && !rows_.gated && i < rows_.count) {
+    if (rows_.gated) {
+      const int pair = rows_.begin + i / 2;
+      place_ = ResultPlace::OfHalf(p_.gated.halves +
+                                   p_.gated.NarrowPlace(column_, pair * kTileRows + row_));
+    } else if (i < rows_.count) {
       place_ = ResultPlace::Of<Tile>(p_, rows_.Place(p_, i), row_ % kTileRows, column_);
     }
   }
@@ -152,11 +157,11 @@ class PassSums {
     if (!rows_.gated) {
       place_.Store(ResultOf<Tile>(sum));
     } else if (kTiles == 2) {
-      StoreGated(pass, ResultOf<Tile>(sum), ResultOf<Tile>(Sum(partials, kTileRows + row_)));
+      StoreGated(ResultOf<Tile>(sum), ResultOf<Tile>(Sum(partials, kTileRows + row_)));
     } else if (pass % 2 == 0) {
       gate_ = ResultOf<Tile>(sum);
     } else {
-      StoreGated(pass / 2, gate_, ResultOf<Tile>(sum));
+      StoreGated(gate_, ResultOf<Tile>(sum));
     }
   }
 
@@ -176,10 +181,8 @@ class PassSums {
     }
     return JoinParts<Tile>(SumOfQuarters(quarters[0]), SumOfQuarters(quarters[Tile::kParts - 1]));
   }
-  __device__ void StoreGated(int pair, float gate, float up) const {
-    const Activations& out = p_.gated;
-    out.halves[out.HalfPlace(column_, (rows_.begin + pair) * kTileRows + row_)] =
-        ToHalfActivation(SiluTimes(gate, up));
+  __device__ void StoreGated(float gate, float up) const {
+    place_.StoreHalf(ToHalfActivation(SiluTimes(gate, up)));
   }
 
   const MatmulParameters& p_;

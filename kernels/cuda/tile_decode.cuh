@@ -115,25 +115,19 @@ struct PairScales {
   __half2 offset[2];  // of types with a minimum and subnormal ones
 };
 
-// kHalves1024 in a register: as a constant it would take the place of another one in instructions
-// that can have one only, which then costs an instruction each time.
-__device__ inline uint32_t Halves1024() {
-  uint32_t bits;
-  asm("mov.b32 %0, 0x64006400;" : "=r"(bits));
-  return bits;
-}
-
-// The bytes 2p and 2p + 1 of 8, as two halves, `least` added, times `delta`.
-template <int least>
+// Bytes of the pair p of groups among 8, as two halves, `least` added, times 2^(exponent - 10) and
+// `delta`.
+template <int least, int exponent = 10>
 __device__ inline __half2 ScaledBytes(uint2 bytes, int p, __half2 delta) {
-  const __half2 minus_1024_deltas = __hmul2_rn(delta, __float2half2_rn(-1024));
-  const uint32_t word = p < 2 ? bytes.x : bytes.y;
-  const __half2 value =
-      AsHalves(__byte_perm(word, Halves1024(), p % 2 == 0 ? 0x7170 : 0x7372));  // 1024 + byte
-  if constexpr (least == 0) {  // the same in one step: 1024 * delta is exact below 64
-    return __hfma2(value, delta, minus_1024_deltas);
+  constexpr float kBase = static_cast<float>(1 << exponent);
+  constexpr uint32_t kBaseBits = (15u + exponent) << 10;
+  const uint32_t word = (p < 2 ? bytes.x : bytes.y) >> p % 2 * 8;
+  // kBase * (1 + byte / 1024)
+  const __half2 value = AsHalves(MaskAndOr(word, 0x00ff00ff, kBaseBits * 0x00010001u));
+  if constexpr (least == 0) {  // in one step: kBase * delta is exact (weight_bounds.h)
+    return __hfma2(value, delta, __hmul2_rn(delta, __float2half2_rn(-kBase)));
   } else {
-    return __hmul2_rn(__hadd2_rn(value, __float2half2_rn(static_cast<float>(least - 1024))), delta);
+    return __hmul2_rn(__hadd2_rn(value, __float2half2_rn(least - kBase)), delta);
   }
 }
 
@@ -183,28 +177,23 @@ class TileScales {
       result.scale[0] = __lows2half2(delta[0], delta[1]);
       result.scale[1] = __highs2half2(delta[0], delta[1]);
       if constexpr (Tile::kHasMin) {
-        result.offset[0] = __hneg2(__lows2half2(min[0], min[1]));
-        result.offset[1] = __hneg2(__highs2half2(min[0], min[1]));
+        const __half2 factor = __float2half2_rn(-Tile::kWeightScale);
+        result.offset[0] = __hmul2_rn(__lows2half2(min[0], min[1]), factor);
+        result.offset[1] = __hmul2_rn(__highs2half2(min[0], min[1]), factor);
+      } else if constexpr (Tile::kSubnormal) {
+        const __half2 factor =
+            __float2half2_rn(Tile::kLeastQuant * Tile::kWeightScale / Tile::kQuantFactor);
+        for (int r = 0; r < 2; ++r) result.offset[r] = __hmul2_rn(result.scale[r], factor);
       }
     } else {
+      // Whose 1024th part is Tile::kWeightScale.
+      constexpr int kMinExponent = Tile::kSubnormal ? 3 : 10;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         result.scale[r] = ScaledBytes<Tile::kLeastScale>(scales_[r], p, delta_[r]);
         if constexpr (Tile::kHasMin) {
-          result.offset[r] = ScaledBytes<0>(mins_[r], p, minus_min_[r]);
+          result.offset[r] = ScaledBytes<0, kMinExponent>(mins_[r], p, minus_min_[r]);
         }
-      }
-    }
-    if constexpr (Tile::kSubnormal) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if constexpr (Tile::kHasMin) {
-          result.offset[r] = __hmul2_rn(result.offset[r], __float2half2_rn(Tile::kWeightScale));
-        } else {
-          result.offset[r] =
-              __hmul2_rn(result.scale[r], __float2half2_rn(Tile::kLeastQuant * Tile::kWeightScale));
-        }
-        result.scale[r] = __hmul2_rn(result.scale[r], __float2half2_rn(32768));
       }
     }
     return result;

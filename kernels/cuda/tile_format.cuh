@@ -11,8 +11,9 @@
 //   bytes   [group][lane][r] 8 bytes         the columns, 128 added to each
 //   scales  [g][r][16] bytes   8 scales of 32 columns, then 8 minimums; or 16 scales of 16 columns,
 //                              those of the first halves of groups before those of the second
-//                              (Q2_K: low half scale, high half minimum)
-//   deltas  [g][r] halves d (, dmin)
+//                              (Q2_K: low half scale, high half minimum); each 8 as PlaceScale
+//                              says, of Q4_K scales times 4
+//   deltas  [g][r] halves d * kDeltaFactor (, dmin)
 //   or, for blocks of 32 columns: deltas [group][g][r] halves, and delta minimums alike
 //
 // Weights of F16 and BF16 are halves [group][r][lane][8 columns], and nothing else.
@@ -70,10 +71,15 @@ struct TileFormat {
   static_assert(kBytes % 16 == 0);
 
   // Four bits in the middle of a half's mantissa, and nothing else, are a (subnormal) half
-  // themselves: the quant times 2^-20. Its scale is then taken times 2^15, so weights are 32 times
-  // too small.
+  // themselves: the quant times 2^-20. Its scale is then taken times kQuantFactor, so weights are
+  // 128 times too small.
   static constexpr bool kSubnormal = bits == 4;
-  static constexpr float kWeightScale = kSubnormal ? 1.0f / 32 : 1.0f;
+  static constexpr float kQuantFactor = kSubnormal ? 8192 : 1;
+  static constexpr float kWeightScale = kSubnormal ? 1.0f / 128 : 1.0f;
+  // Their integer scales are stored times 4, so that 1024 times the delta is still a half for more
+  // weights (ScaledBytes); deltas are stored times what is missing.
+  static constexpr int kScaleShift = kSubnormal && !kFloatScales ? 2 : 0;
+  static constexpr float kDeltaFactor = kQuantFactor / (1 << kScaleShift);
 
   static constexpr int kCrumbShift = kHasNibbles ? 4 : 0;  // the quant's first bit in this plane
   static constexpr int kBitShift = bits - 1;
@@ -91,6 +97,10 @@ struct HalfTile {
 __host__ __device__ constexpr int PlaceField(int width, int f) {
   return f / 2 % (4 / width) * width + f / 2 / (4 / width) * 8 + f % 2 * 4;
 }
+
+// Where among its neighbours scale j lies: the two of a pair of groups where the halves of a word
+// are, so that one mask takes both.
+__host__ __device__ constexpr int PlaceScale(int j) { return j / 4 * 4 + j % 2 * 2 + j / 2 % 2; }
 
 template <int bits, int least_quant, Scaling scaling, int least_scale, bool has_min>
 struct HasTile {

@@ -6,11 +6,15 @@
 
 namespace stagecoach::cuda {
 
-// One scale times 2^15 is a half in types of 4 bits.
-inline constexpr float kScaleBound4Bits = 2;
+// A scale times TileFormat::kQuantFactor is a half in types of 4 bits.
+inline constexpr float kScaleBound4Bits = 8;
+// Of Q4_K, whose integer scales are stored times 4: 1024 times a quarter of that, and 8 deltas of
+// minimums.
+inline constexpr float kDeltaBoundQ4K = 1.0f / 32;
+inline constexpr float kDeltaMinBoundQ4K = 8188;
 // The largest half: of scales, minimums and weights of all types.
 inline constexpr float kLargestHalf = 65504;
-// 1024 deltas are a half where integer scales have no sign.
+// 1024 deltas are a half where other integer scales have no sign.
 inline constexpr float kDeltaBoundUnsigned = 64;
 
 WeightBounds BoundsOfTiles(TensorType type);  // none for F32, F16
