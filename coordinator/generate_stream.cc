@@ -5,6 +5,14 @@
 
 namespace stagecoach {
 
+bool JoinEvents(v1::GenerateEvent& waiting, const v1::GenerateEvent& next) {
+  if (waiting.choice() != next.choice()) return false;
+  std::string text = waiting.text() + next.text();
+  waiting.MergeFrom(next);  // adds tokens, and sets what the end of a choice sets
+  waiting.set_text(std::move(text));
+  return true;
+}
+
 GenerateStream::GenerateStream(grpc::CallbackServerContext* context, Pipeline* pipeline,
                                std::shared_ptr<const Tokenizer> tokenizer,
                                const v1::GenerateRequest& request, bool at_start)

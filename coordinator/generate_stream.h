@@ -15,6 +15,10 @@
 
 namespace stagecoach {
 
+// Adds `next` to `waiting`, an earlier event, so that it says what both say, unless they are of
+// different choices; then it returns false.
+bool JoinEvents(v1::GenerateEvent& waiting, const v1::GenerateEvent& next);
+
 class GenerateStream : public RequestStream<v1::GenerateEvent> {
  public:
   // at_start: the output starts a text (nothing but BOS came before).
@@ -27,6 +31,11 @@ class GenerateStream : public RequestStream<v1::GenerateEvent> {
   void OnScores(uint32_t first, std::span<const float> logprobs,
                 std::span<const float> logits) override;  // never comes
   void OnEnd(const absl::Status& status, const RequestSummary& summary) override;
+
+ protected:
+  bool Join(v1::GenerateEvent& waiting, const v1::GenerateEvent& next) const override {
+    return JoinEvents(waiting, next);
+  }
 
  private:
   // Whether the token's text belongs to the output.

@@ -27,10 +27,11 @@ inline absl::Time ToDeadline(std::chrono::system_clock::time_point deadline) {
                                                                   : absl::FromChrono(deadline);
 }
 
-// Keeps events for the client in a bounded queue and writes one after the other. The call ends when
-// the pipeline ends the request and all events are written; if the client goes away or does not
-// read, the request is cancelled at once. Lives until both gRPC and the pipeline are done with it.
-// The derived class turns what the pipeline reports (on its thread) into events.
+// Keeps events for the client in a bounded queue and writes one after the other; events that wait
+// are joined where the derived class can, so that a busy machine sends fewer messages. The call
+// ends when the pipeline ends the request and all events are written; if the client goes away or
+// does not read, the request is cancelled at once. Lives until both gRPC and the pipeline are done
+// with it. The derived class turns what the pipeline reports (on its thread) into events.
 template <typename Event>
 class RequestStream : public grpc::ServerWriteReactor<Event>,
                       public RequestObserver,
@@ -69,6 +70,7 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
   void OnWriteDone(bool ok) final {
     absl::MutexLock lock(&mu_);
     writing_ = false;
+    unread_ -= outbox_.front().events;
     outbox_.pop_front();
     if (!ok) Abandon(absl::CancelledError("the client is gone"));
     Progress();
@@ -95,13 +97,18 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
   void Write(Event event) {
     absl::MutexLock lock(&mu_);
     if (ended_) return;
-    if (outbox_.size() >= max_unread_) {
+    if (unread_ >= max_unread_) {
       Abandon(absl::ResourceExhaustedError("the client does not read its events"));
     } else {
-      outbox_.push_back(std::move(event));
+      ++unread_;
+      Queue(std::move(event));
     }
     Progress();
   }
+
+  // Adds `next` to `waiting`, of which nothing has been written, unless that would say something
+  // else than one after the other; then it returns false.
+  virtual bool Join(Event& /*waiting*/, const Event& /*next*/) const { return false; }
 
   // The last event has been queued: ends the call once all are written.
   void End(const absl::Status& status) {
@@ -123,6 +130,20 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
   }
 
  private:
+  struct Queued {
+    Event event;
+    size_t events = 1;  // that it has been joined of
+  };
+
+  void Queue(Event event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    for (size_t i = writing_ ? 1 : 0; i < outbox_.size(); ++i) {
+      if (!Join(outbox_[i].event, event)) continue;
+      ++outbox_[i].events;
+      return;
+    }
+    outbox_.push_back({.event = std::move(event)});
+  }
+
   // Drops what is not being written, cancels the request and ends the call with `status`.
   void Abandon(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     outbox_.resize(writing_ ? 1 : 0);
@@ -138,7 +159,7 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
     if (writing_ || finished_) return;
     if (!outbox_.empty()) {
       writing_ = true;
-      this->StartWrite(&outbox_.front());
+      this->StartWrite(&outbox_.front().event);
     } else if (ended_) {
       finished_ = true;
       this->Finish(ToGrpcStatus(status_));
@@ -154,7 +175,8 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
   std::optional<RequestId> id_ ABSL_GUARDED_BY(mu_);          // once submitted
   bool cancel_wanted_ ABSL_GUARDED_BY(mu_) = false;
   std::vector<int> finish_wanted_ ABSL_GUARDED_BY(mu_);  // choices, before id_ is known
-  std::deque<Event> outbox_ ABSL_GUARDED_BY(mu_);        // front: being written, if writing_
+  std::deque<Queued> outbox_ ABSL_GUARDED_BY(mu_);       // front: being written, if writing_
+  size_t unread_ ABSL_GUARDED_BY(mu_) = 0;  // events in it, each that was joined counted
   bool writing_ ABSL_GUARDED_BY(mu_) = false;
   bool ended_ ABSL_GUARDED_BY(mu_) = false;     // Finish is to follow, with status_
   bool finished_ ABSL_GUARDED_BY(mu_) = false;  // Finish was called

@@ -14,13 +14,19 @@ namespace stagecoach {
 // wake-up; short enough to cost nothing once it has stopped.
 inline constexpr std::chrono::microseconds kSpinTime{1000};
 
-// Returns when `arrivals` differs from `seen`, or after kSpinTime; other threads go first
-// meanwhile.
+// A yield takes longer only if another thread runs meanwhile. Then every processor has something to
+// do, and is better left to it.
+inline constexpr std::chrono::microseconds kLongYield{20};
+
+// Returns when `arrivals` differs from `seen`, after kSpinTime, or when others want the processor.
 inline void SpinUntilArrival(const std::atomic<uint64_t>& arrivals, uint64_t seen) {
-  const auto end = std::chrono::steady_clock::now() + kSpinTime;
-  while (arrivals.load(std::memory_order_acquire) == seen &&
-         std::chrono::steady_clock::now() < end) {
+  auto now = std::chrono::steady_clock::now();
+  const auto end = now + kSpinTime;
+  while (arrivals.load(std::memory_order_acquire) == seen && now < end) {
+    const auto before = now;
     std::this_thread::yield();
+    now = std::chrono::steady_clock::now();
+    if (now - before > kLongYield) return;
   }
 }
 
