@@ -106,8 +106,8 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
     Progress();
   }
 
-  // Adds `next` to `waiting`, of which nothing has been written, unless that would say something
-  // else than one after the other; then it returns false.
+  // Adds `next` to `waiting`, the last event queued, of which nothing has been written, unless that
+  // would say something else than one after the other; then it returns false.
   virtual bool Join(Event& /*waiting*/, const Event& /*next*/) const { return false; }
 
   // The last event has been queued: ends the call once all are written.
@@ -136,17 +136,17 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
   };
 
   void Queue(Event event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
-    for (size_t i = writing_ ? 1 : 0; i < outbox_.size(); ++i) {
-      if (!Join(outbox_[i].event, event)) continue;
-      ++outbox_[i].events;
-      return;
+    if (outbox_.size() > (writing_ ? 1 : 0) && Join(outbox_.back().event, event)) {
+      ++outbox_.back().events;
+    } else {
+      outbox_.push_back({.event = std::move(event)});
     }
-    outbox_.push_back({.event = std::move(event)});
   }
 
   // Drops what is not being written, cancels the request and ends the call with `status`.
   void Abandon(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     outbox_.resize(writing_ ? 1 : 0);
+    unread_ = writing_ ? outbox_.front().events : 0;
     cancel_wanted_ = true;
     if (id_.has_value()) pipeline_->Cancel(*id_);
     if (!ended_) status_ = status;

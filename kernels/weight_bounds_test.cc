@@ -75,12 +75,12 @@ TEST(WeightBounds, BlockScalesAreBoundByThemselves) {
 
   // Those of minimums have another bound.
   Matrix<BlockQ4_K> apart(TensorType::kQ4_K);
-  constexpr WeightBounds kApart = {.delta = 1.0f / 32, .delta_min = 8188};
+  constexpr WeightBounds kApart = {.delta = 1.0f / 32, .delta_min = 8192};
   apart.at(0, 1).d = FloatToHalf(0.0312f);
-  apart.at(0, 1).dmin = FloatToHalf(8000);
-  EXPECT_TRUE(apart.Check(kApart).ok());
   apart.at(0, 1).dmin = FloatToHalf(8188);
-  ExpectRefused(apart.Check(kApart), "row 0, Q4_K block 1", "scale of 8188 (less than 8188");
+  EXPECT_TRUE(apart.Check(kApart).ok());
+  apart.at(0, 1).dmin = FloatToHalf(8192);
+  ExpectRefused(apart.Check(kApart), "row 0, Q4_K block 1", "scale of 8192 (less than 8192");
   apart.at(0, 1).dmin = 0;
   apart.at(0, 1).d = FloatToHalf(-1.0f / 32);
   ExpectRefused(apart.Check(kApart), "row 0, Q4_K block 1", "scale of -0.03125 (less than 0.03125");

@@ -18,8 +18,8 @@ constexpr int kNormThreads = kNormWarps * 32;
 
 size_t AlignUp(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
-// Writes a lane's 8 columns of row `row` in kForm, which is that of `out` (known when compiled:
-// code that does not run is read, too). Columns beyond out.k are zero.
+// Writes a lane's 8 columns of row `row` in kForm, that of `out`: a template parameter, so that a
+// kernel has the code of its own form only. Columns beyond out.k are zero.
 template <ActivationForm kForm>
 __device__ void StoreColumns(const float (&v)[kLaneColumns], const Activations& out, int row,
                              int superblock, int lane) {

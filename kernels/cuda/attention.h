@@ -39,7 +39,8 @@ struct AttentionPlan {
   // The kernel itself turns queries and stores keys and values: for steps of one row per sequence,
   // whose only new position is the row's own.
   bool stores = false;
-  // kBlock of 8 chunks: so few blocks that each has a multiprocessor for itself.
+  // kBlock of 8 chunks: so few blocks that each has a multiprocessor for itself (which follows from
+  // tiles, chunks and merge). Makes a difference for tiles of up to 8 queries.
   bool alone = false;
 };
 

@@ -142,6 +142,7 @@ class ResultPlace {
     if (term.accumulate) result.old_ = __ldcg(y);
     return result;
   }
+  // Of gate and up: a half, always inside.
   static __device__ ResultPlace OfHalf(uint16_t* half) {
     ResultPlace result;
     result.at_ = half;
@@ -153,7 +154,7 @@ class ResultPlace {
   __device__ void StoreHalf(uint16_t half) const { *static_cast<uint16_t*>(at_) = half; }
 
  private:
-  void* at_ = nullptr;
+  void* at_ = nullptr;  // a float, or (OfHalf) a half
   float bias_ = 0, old_ = 0;
 };
 

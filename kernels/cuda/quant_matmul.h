@@ -15,9 +15,9 @@
 //   y          = ((quarter[0] + quarter[1]) + quarter[2]) + quarter[3] (+ bias) (then y_old + that)
 //
 // Weights are decoded to halves (tile_decode.cuh), x is taken times kActivationScale, and y is
-// divided by it. Both are rounded to 11 bits, much less than int8 activations would lose. Where
-// weights are halves to begin with, x has a second row for the rest, and y is the sum of both
-// rows' (the rest's times kRestScale).
+// divided by it. Both are rounded to 11 bits (weights of 4 bits below 2^-7 to multiples of 2^-17),
+// much less than int8 activations would lose. Where weights are halves to begin with, x has a
+// second row for the rest, and y is the sum of both rows' (the rest's times kRestScale).
 //
 // Overlap: every kernel is launched with programmatic stream serialisation. It may start, and read
 // weights, packed ones and those of norms, while the kernel before it in the stream still runs; it

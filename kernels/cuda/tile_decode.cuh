@@ -2,7 +2,8 @@
 // kernel decodes with this code, so all multiply the same bits:
 //
 //   weight = half(quant * scale + offset), quant exact, one rounding,
-//   scale = half(d * integer scale), offset = -half(dmin * integer minimum);
+//   scale = half(d * integer scale), offset = -half(dmin * integer minimum), both times what the
+//           format has them times (TileFormat) before they are rounded;
 //   of blocks of 32 columns: scale = d, offset = -delta_min
 //   of F16 and BF16: weight = half(weight)
 //
@@ -119,6 +120,7 @@ struct PairScales {
 // `delta`.
 template <int least, int exponent = 10>
 __device__ inline __half2 ScaledBytes(uint2 bytes, int p, __half2 delta) {
+  static_assert(least == 0 || exponent == 10);
   constexpr float kBase = static_cast<float>(1 << exponent);
   constexpr uint32_t kBaseBits = (15u + exponent) << 10;
   const uint32_t word = (p < 2 ? bytes.x : bytes.y) >> p % 2 * 8;
@@ -186,8 +188,8 @@ class TileScales {
         for (int r = 0; r < 2; ++r) result.offset[r] = __hmul2_rn(result.scale[r], factor);
       }
     } else {
-      // Whose 1024th part is Tile::kWeightScale.
       constexpr int kMinExponent = Tile::kSubnormal ? 3 : 10;
+      static_assert((1 << kMinExponent) == 1024 * Tile::kWeightScale);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         result.scale[r] = ScaledBytes<Tile::kLeastScale>(scales_[r], p, delta_[r]);

@@ -11,10 +11,11 @@
 //   bytes   [group][lane][r] 8 bytes         the columns, 128 added to each
 //   scales  [g][r][16] bytes   8 scales of 32 columns, then 8 minimums; or 16 scales of 16 columns,
 //                              those of the first halves of groups before those of the second
-//                              (Q2_K: low half scale, high half minimum); each 8 as PlaceScale
-//                              says, of Q4_K scales times 4
+//                              (Q2_K: low half scale, high half minimum); each 8 lie as PlaceScale
+//                              says; Q4_K's scales, not its minimums, are times 4
 //   deltas  [g][r] halves d * kDeltaFactor (, dmin)
-//   or, for blocks of 32 columns: deltas [group][g][r] halves, and delta minimums alike
+//   or, for blocks of 32 columns: deltas [group][g][r] halves d * kDeltaFactor, and then, in the
+//                              same order, the minimums as they are
 //
 // Weights of F16 and BF16 are halves [group][r][lane][8 columns], and nothing else.
 //

@@ -8,10 +8,7 @@ WeightBounds BoundsOfTiles(TensorType type) {
     case TensorType::kQ4_1:
       return {.scale = kScaleBound4Bits, .weight = kLargestHalf};
     case TensorType::kQ4_K:
-      return {.delta = kDeltaBoundQ4K,
-              .delta_min = kDeltaMinBoundQ4K,
-              .scale = kScaleBound4Bits,
-              .weight = kLargestHalf};
+      return {.delta = kDeltaBoundQ4K, .delta_min = kDeltaMinBoundQ4K, .weight = kLargestHalf};
     case TensorType::kQ2_K:
     case TensorType::kQ5_K:
       return {.delta = kDeltaBoundUnsigned,

@@ -8,10 +8,10 @@ namespace stagecoach::cuda {
 
 // A scale times TileFormat::kQuantFactor is a half in types of 4 bits.
 inline constexpr float kScaleBound4Bits = 8;
-// Of Q4_K, whose integer scales are stored times 4: 1024 times a quarter of that, and 8 deltas of
-// minimums.
+// Of Q4_K: 1024 * delta * TileFormat::kDeltaFactor and 8 * delta_min (ScaledBytes) are halves.
+// Scales are within the bound above then.
 inline constexpr float kDeltaBoundQ4K = 1.0f / 32;
-inline constexpr float kDeltaMinBoundQ4K = 8188;
+inline constexpr float kDeltaMinBoundQ4K = 8192;
 // The largest half: of scales, minimums and weights of all types.
 inline constexpr float kLargestHalf = 65504;
 // 1024 deltas are a half where other integer scales have no sign.

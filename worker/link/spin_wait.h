@@ -14,8 +14,8 @@ namespace stagecoach {
 // wake-up; short enough to cost nothing once it has stopped.
 inline constexpr std::chrono::microseconds kSpinTime{1000};
 
-// A yield takes longer only if another thread runs meanwhile. Then every processor has something to
-// do, and is better left to it.
+// A yield that takes longer let another thread run: this processor is wanted, and is better left to
+// the others.
 inline constexpr std::chrono::microseconds kLongYield{20};
 
 // Returns when `arrivals` differs from `seen`, after kSpinTime, or when others want the processor.
