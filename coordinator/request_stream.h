@@ -5,7 +5,6 @@
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/server_callback.h>
 
-#include <deque>
 #include <memory>
 #include <optional>
 #include <string>
@@ -15,6 +14,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
+#include "coordinator/event_queue.h"
 #include "coordinator/limits.h"
 #include "coordinator/pipeline.h"
 #include "worker/link/grpc_wire.h"
@@ -69,9 +69,7 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
 
   void OnWriteDone(bool ok) final {
     absl::MutexLock lock(&mu_);
-    writing_ = false;
-    unread_ -= outbox_.front().events;
-    outbox_.pop_front();
+    outbox_.EndWrite();
     if (!ok) Abandon(absl::CancelledError("the client is gone"));
     Progress();
   }
@@ -97,11 +95,11 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
   void Write(Event event) {
     absl::MutexLock lock(&mu_);
     if (ended_) return;
-    if (unread_ >= max_unread_) {
+    if (outbox_.unread() >= max_unread_) {
       Abandon(absl::ResourceExhaustedError("the client does not read its events"));
     } else {
-      ++unread_;
-      Queue(std::move(event));
+      outbox_.Push(std::move(event),
+                   [this](Event& waiting, const Event& next) { return Join(waiting, next); });
     }
     Progress();
   }
@@ -130,23 +128,9 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
   }
 
  private:
-  struct Queued {
-    Event event;
-    size_t events = 1;  // that it has been joined of
-  };
-
-  void Queue(Event event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
-    if (outbox_.size() > (writing_ ? 1 : 0) && Join(outbox_.back().event, event)) {
-      ++outbox_.back().events;
-    } else {
-      outbox_.push_back({.event = std::move(event)});
-    }
-  }
-
   // Drops what is not being written, cancels the request and ends the call with `status`.
   void Abandon(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
-    outbox_.resize(writing_ ? 1 : 0);
-    unread_ = writing_ ? outbox_.front().events : 0;
+    outbox_.DropWaiting();
     cancel_wanted_ = true;
     if (id_.has_value()) pipeline_->Cancel(*id_);
     if (!ended_) status_ = status;
@@ -156,10 +140,9 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
   // Starting an operation never runs a reaction on the same stack, so that it may be done under
   // mu_.
   void Progress() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
-    if (writing_ || finished_) return;
+    if (outbox_.writing() || finished_) return;
     if (!outbox_.empty()) {
-      writing_ = true;
-      this->StartWrite(&outbox_.front().event);
+      this->StartWrite(outbox_.BeginWrite());
     } else if (ended_) {
       finished_ = true;
       this->Finish(ToGrpcStatus(status_));
@@ -175,9 +158,7 @@ class RequestStream : public grpc::ServerWriteReactor<Event>,
   std::optional<RequestId> id_ ABSL_GUARDED_BY(mu_);          // once submitted
   bool cancel_wanted_ ABSL_GUARDED_BY(mu_) = false;
   std::vector<int> finish_wanted_ ABSL_GUARDED_BY(mu_);  // choices, before id_ is known
-  std::deque<Queued> outbox_ ABSL_GUARDED_BY(mu_);       // front: being written, if writing_
-  size_t unread_ ABSL_GUARDED_BY(mu_) = 0;  // events in it, each that was joined counted
-  bool writing_ ABSL_GUARDED_BY(mu_) = false;
+  EventQueue<Event> outbox_ ABSL_GUARDED_BY(mu_);
   bool ended_ ABSL_GUARDED_BY(mu_) = false;     // Finish is to follow, with status_
   bool finished_ ABSL_GUARDED_BY(mu_) = false;  // Finish was called
   absl::Status status_ ABSL_GUARDED_BY(mu_);
