@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, kAlone ? 1 : 0)
                                                         : ReadAhead::kKeys;
   __shared__ Queries<kDims> queries;
   __shared__ int chunks_of[kQueryTile];  // that a query sees
-  LetNextKernelStart();
+  if (!kCluster) LetNextKernelStart();
   if constexpr (kCluster) TellClusterOfStart();
   const int kv_head = task.groups.KvHead(blockIdx.y);
   const QueryTile tile = MakeTile(task, blockIdx.z, kv_head, task.groups.Slice(blockIdx.y));
@@ -359,16 +359,19 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, kAlone ? 1 : 0)
     const int position = tile.Position(threadIdx.x, task.table.positions);
     chunks_of[threadIdx.x] = position < 0 ? 0 : position / kTensorChunkPositions + 1;
   }
+  // The block that attends to the row's own position puts it there.
+  const size_t row = tile.first_row;
+  const HeadPlace<uint16_t> own(task.kv, task.table, row, kv_head);
+  const bool has_last = (kCluster ? last_chunk % blocks : last_chunk / kWarps) == block;
   WaitForPreviousKernel();
   // Queries by the threads behind those that store: both have to wait for memory.
   queries.Load(task, tile, (threadIdx.x + kThreads / 2) % kThreads, kThreads);
-  // The block that attends to the row's own position puts it there.
-  const bool has_last = (kCluster ? last_chunk % blocks : last_chunk / kWarps) == block;
   if (task.store && has_last) {
-    const size_t row = tile.first_row;
-    StoreHead<uint16_t, kThreads>(task.kv, task.table, row, kv_head, task.in.k, task.in.v,
-                                  task.in.turns + row * task.in.pairs, task.in.pairs);
+    StoreHead<kThreads>(own, task.kv, row, kv_head, task.in.k, task.in.v,
+                        task.in.turns + row * task.in.pairs, task.in.pairs);
   }
+  // Not sooner, or the next kernel's weights come before what so many blocks wait for.
+  if (kCluster) LetNextKernelStart();
   __syncthreads();
   if constexpr (kMerge == Merge::kScratch) {
     if (!place.needed) return;

@@ -37,27 +37,40 @@ __device__ inline void StorePair(float2 pair, uint16_t* out) {
 // finite; then zeros are stored.
 template <int kThreads>
 __device__ bool StoreTransposed(const float* v, int length, uint16_t* values, int place) {
-  bool finite = true;
-  for (int d = threadIdx.x; d < length; d += kThreads) {
-    finite = finite && HalfIsFinite(__half_as_ushort(__float2half_rn(v[d])));
-  }
+  const auto half = [&](int d) { return __half_as_ushort(__float2half_rn(v[d])); };
+  const int mine = threadIdx.x;
+  const uint16_t first = mine < length ? half(mine) : 0;  // often all there is
+  bool finite = HalfIsFinite(first);
+  for (int d = mine + kThreads; d < length; d += kThreads) finite = finite && HalfIsFinite(half(d));
   const bool broken = __syncthreads_or(!finite);
-  for (int d = threadIdx.x; d < length; d += kThreads) {
-    values[d * kKvBlockPositions + place] = __half_as_ushort(__float2half_rn(broken ? 0 : v[d]));
+  for (int d = mine; d < length; d += kThreads) {
+    values[d * kKvBlockPositions + place] = broken ? 0 : d == mine ? first : half(d);
   }
   return broken;
 }
 
+// Where keys and values of one row and KV head go. Found in tables that are there before the step.
+template <typename Element>
+struct HeadPlace {
+  int place;  // in the KV block
+  Element* keys;
+  Element* values;
+
+  __device__ HeadPlace(const KvLayout& kv, const RowTable& table, size_t row, int head) {
+    const int position = table.positions[row];
+    const size_t block = table.blocks[table.first[row] + position / kKvBlockPositions];
+    place = position % kKvBlockPositions;
+    keys = reinterpret_cast<Element*>(kv.data) + (block * kv.kv_heads + head) * kv.head_elements();
+    values = keys + kv.padded_keys() * kKvBlockPositions;
+  }
+};
+
 // Stores one KV head of one row, by all kThreads threads of the block. k, v: [rows][kv_heads][..];
 // turns: of this row.
-template <typename Element, int kThreads>
-__device__ void StoreHead(const KvLayout& kv, const RowTable& table, size_t row, int head,
+template <int kThreads, typename Element>
+__device__ void StoreHead(const HeadPlace<Element>& to, const KvLayout& kv, size_t row, int head,
                           const float* k, const float* v, const float2* turns, int pairs) {
-  const int position = table.positions[row], place = position % kKvBlockPositions;
-  const size_t block = table.blocks[table.first[row] + position / kKvBlockPositions];
-  Element* const keys =
-      reinterpret_cast<Element*>(kv.data) + (block * kv.kv_heads + head) * kv.head_elements();
-  Element* const values = keys + kv.padded_keys() * kKvBlockPositions;
+  const auto [place, keys, values] = to;
   k += (row * kv.kv_heads + head) * kv.key_length;
   v += (row * kv.kv_heads + head) * kv.value_length;
   const auto turned = [&](int i) { return TurnedPair(k, i, kv.key_length, turns, pairs); };

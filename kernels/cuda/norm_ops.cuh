@@ -29,6 +29,18 @@ __device__ inline void LoadColumns(const float* row, int k, int superblock, int 
   }
 }
 
+// The same of a row of whole superblocks, 16-byte aligned.
+__device__ inline void LoadWholeColumns(const float* row, int superblock, int lane,
+                                        float (&v)[kLaneColumns]) {
+  const auto* own =
+      reinterpret_cast<const float4*>(row + superblock * kSuperblock + lane * kLaneColumns);
+#pragma unroll
+  for (int i = 0; i < kLaneColumns / 4; ++i) {
+    const float4 quad = __ldcg(own + i);
+    v[4 * i] = quad.x, v[4 * i + 1] = quad.y, v[4 * i + 2] = quad.z, v[4 * i + 3] = quad.w;
+  }
+}
+
 // A lane's share in a row's sum of squares.
 __device__ inline void AddSquares(const float (&v)[kLaneColumns], float& sum) {
 #pragma unroll

@@ -53,8 +53,8 @@ cudaError_t ReadLimits(DeviceLimits* limits) {
 }  // namespace
 
 bool CanFuseNorm(const Activations& x) {
-  return x.form == ActivationForm::kHalf && x.rows <= kMostNormedRows &&
-         x.PaddedColumns() <= kMostNormedSuperblocks * kSuperblock;
+  return x.form == ActivationForm::kHalf && x.rows <= kMostNormedRows && x.k % kSuperblock == 0 &&
+         x.k <= kMostNormedSuperblocks * kSuperblock;
 }
 
 bool CanFuseGate(std::span<const MatmulTerm> terms) {

@@ -155,7 +155,7 @@ inline constexpr int kMaxMatmulTerms = 4;
 // same bits.
 struct Fusion {
   // x of the product is LaunchRmsNorm(norm_input, norm_weight, norm_epsilon), made by each block
-  // for itself; its own memory is not used. Where CanFuseNorm.
+  // for itself; its own memory is not used. Where CanFuseNorm; 16-byte aligned.
   const float* norm_input = nullptr;   // [rows][k]
   const float* norm_weight = nullptr;  // [k]
   float norm_epsilon = 0;
@@ -163,7 +163,7 @@ struct Fusion {
   // kHalf, not in the memory of x. Where CanFuseGate.
   Activations gated;
 };
-// A row or two, of columns that fit.
+// A row or two, of whole superblocks that fit.
 bool CanFuseNorm(const Activations& x);
 // Two terms of one quantised type and shape, of a multiple of kSuperblock outputs.
 bool CanFuseGate(std::span<const MatmulTerm> terms);

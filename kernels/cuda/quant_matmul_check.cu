@@ -430,6 +430,13 @@ bool RunNormCheck(std::span<const TensorType> types, int n, int k, int rows) {
   return ok;
 }
 
+// Products norm whole superblocks alone.
+bool RefusesRaggedNorms() {
+  const bool ok = !CanFuseNorm(LayOutActivations(nullptr, ActivationForm::kHalf, 1, 1312));
+  std::printf("%s rows of 1312 columns are not normed by their products\n", ok ? "ok  " : "FAIL");
+  return ok;
+}
+
 bool RunAllMatmulChecks(bool small) {
   bool ok = RunActivationCheck();
   constexpr TensorType kTypes[] = {TensorType::kQ4_K, TensorType::kQ6_K, TensorType::kQ5_K};
@@ -437,12 +444,13 @@ bool RunAllMatmulChecks(bool small) {
   ok &= RunMixedCheck(kTypes, 1024, 4096);
   constexpr TensorType kAlike[] = {TensorType::kQ4_K, TensorType::kQ4_K},
                        kSmallBlocks[] = {TensorType::kQ4_0};
+  ok &= RefusesRaggedNorms();
   for (int rows = 1; rows <= kMostNormedRows; ++rows) {
     for (const int k : {256, 2304, 4096, 5120, 8192}) {
       ok &= RunNormCheck(std::span(kTypes).first(2), 277, k, rows);
       ok &= RunNormCheck(kAlike, 768, k, rows);
     }
-    ok &= RunNormCheck(kSmallBlocks, 50, 1312, rows);
+    ok &= RunNormCheck(kSmallBlocks, 50, 1280, rows);
     ok &= RunNormCheck(kAlike, 4352, 4096, rows);  // several passes
   }
   constexpr int kFewRows[] = {1, 2, 3, 5, 8, 9, 17, 33, 70};

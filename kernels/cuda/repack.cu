@@ -57,6 +57,7 @@ __device__ void PackQuants(const RawMatrix<Block>& raw, int row, int column, uin
       if constexpr (Tile::kHasNibbles) {
         uint32_t word = 0;
         for (int j = 0; j < 4; ++j) word |= field(lane, group, r, j, j, 0, 4);
+        word = __funnelshift_l(word, word, Tile::kNibbleTurn);
         words[Tile::kNibbles / 4 + place * 4 + group % 2 * 2 + r] = word;
       }
       if constexpr (Tile::kBits == 8) {
@@ -94,7 +95,7 @@ __device__ void PackScales(const RawMatrix<Block>& raw, int row, int column, uin
       int value = 0;
       if (block != nullptr) {
         if constexpr (Tile::kScaling == Scaling::kInteger32) {
-          value = j < 8 ? block->scale(j) << Tile::kScaleShift : block->min(j - 8);
+          value = j < 8 ? block->scale(j) : block->min(j - 8);
         } else {
           const int half_group = j % 8 * 2 + j / 8;
           value = (block->scale(half_group) - Tile::kLeastScale) |
@@ -109,7 +110,7 @@ __device__ void PackScales(const RawMatrix<Block>& raw, int row, int column, uin
   for (int i = threadIdx.x; i < kDeltaGroups * 16; i += kRepackThreads) {
     const int group = i / 16, r = i % 16, place = group * 16 + r % 8 * 2 + r / 8;
     const Block* block = raw.Find(row + r, column + group * 32);
-    const uint16_t delta = block == nullptr ? 0 : FloatToHalf(block->delta() * Tile::kDeltaFactor);
+    const uint16_t delta = block == nullptr ? 0 : FloatToHalf(block->delta() * Tile::kQuantFactor);
     const uint16_t delta_min = block == nullptr ? 0 : FloatToHalf(block->delta_min());
     if constexpr (Tile::kFloatScales) {
       halves[place] = delta;

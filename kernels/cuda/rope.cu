@@ -53,7 +53,9 @@ __global__ void RopeAndStoreKernel(const float2* turns, int pairs, RowTable tabl
     RotateHead(q + (row * heads + blockIdx.x) * kv.key_length, kv.key_length, turns, pairs);
     return;
   }
-  StoreHead<Element, kHeadThreads>(kv, table, row, blockIdx.x - heads, k, v, turns, pairs);
+  const int head = static_cast<int>(blockIdx.x) - heads;
+  const HeadPlace<Element> place(kv, table, row, head);
+  StoreHead<kHeadThreads>(place, kv, row, head, k, v, turns, pairs);
 }
 
 }  // namespace

@@ -200,7 +200,7 @@ class SplitNorm {
  public:
   __device__ SplitNorm(const MatmulParameters& p, bool norms, int split) : split_(split) {
     if (norms && split < p.superblocks) {
-      LoadColumns(p.norm_weight, p.k, split, threadIdx.x % 32, weight_);
+      LoadWholeColumns(p.norm_weight, split, threadIdx.x % 32, weight_);
     }
   }
 
@@ -241,7 +241,7 @@ class SplitNorm {
       factors[row] = NormFactor(squares + row * kNormWarps, p.k, p.norm_epsilon);
     }
     for (int s = first; s < last; ++s) {
-      if (!once) LoadColumns(p.norm_weight, p.k, s, lane, weight_);
+      if (!once) LoadWholeColumns(p.norm_weight, s, lane, weight_);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
         if (!once) Load(p, row, s);
@@ -255,8 +255,8 @@ class SplitNorm {
  private:
   static_assert(kNormWarps == kSplits);
   __device__ void Load(const MatmulParameters& p, int row, int superblock) {
-    LoadColumns(p.norm_input + static_cast<size_t>(row) * p.k, p.k, superblock, threadIdx.x % 32,
-                x_[row]);
+    LoadWholeColumns(p.norm_input + static_cast<size_t>(row) * p.k, superblock, threadIdx.x % 32,
+                     x_[row]);
   }
 
   int split_;
@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
                                   first, last);
   constexpr bool kFewRows = kShared && kColumns <= kMostNormedRows;
   const bool norms = kFewRows && Tile::kParts == 1 && p.norm_input != nullptr;
-  const bool ahead = first < last && warp < WarpsAhead(norms);
+  const bool ahead = first < last && warp < WarpsAhead(kColumns, norms);
   if (ahead) stream.Start();
   if (!p.beside_next) LetNextKernelStart();
   __syncthreads();
@@ -331,16 +331,11 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     if (prepared) return;
     prepared = true;
     BeginReading(p);
-    sums.Begin(0);
+    // Free until the second pass, which all warps reach together.
+    float* const squares = both_partials + Layout::kPartials;
     if (norms) {
-      // Free until the second pass, which all warps reach together.
-      float* const squares = both_partials + Layout::kPartials;
       norm.AddUp(p, squares, norm_barrier);
-      if (!ahead) stream.Start();
-      norm.Finish(p, first, last, squares, norm_barrier, activations);
-      return;
-    }
-    if (kShared && first < last) {
+    } else if (kShared && first < last) {
       const int begin = first * ActivationBlockBytes(rows), end = last * ActivationBlockBytes(rows);
       if (IsElected()) {
         ExpectCopies(activation_barrier, end - begin);
@@ -348,7 +343,12 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
       }
     }
     if (!ahead) stream.Start();
-    if (kShared && first < last) AwaitPhase(activation_barrier, 0);
+    sums.Begin(0);  // behind what takes longer
+    if (norms) {
+      norm.Finish(p, first, last, squares, norm_barrier, activations);
+    } else if (kShared && first < last) {
+      AwaitPhase(activation_barrier, 0);
+    }
   };
   const auto finish = [&](int pass) {
     AwaitPhase(pass_barriers + (pass & 1), pass / 2 & 1);

@@ -75,14 +75,15 @@ struct TilePair {
   }
 
   // The quants of group i (0, 1), row r, pairs 2h and 2h + 1 (h = 0, 1), exact; of subnormal types
-  // less the least quant and times 2^-20.
+  // less the least quant, times 2^-22 and 2^-18.
   __device__ void Quants(int i, int r, int h, __half2 (&quants)[2]) const {
     constexpr float kLeast = Tile::kLeastQuant;
     const uint32_t nibble =
         i == 0 ? (r == 0 ? nibbles.x : nibbles.y) : (r == 0 ? nibbles.z : nibbles.w);
     if constexpr (Tile::kSubnormal) {
-      quants[0] = AsHalves(MoveRight(nibble, PlaceField(4, 2 * h) - 4) & 0x00f000f0);
-      quants[1] = AsHalves(MoveRight(nibble, PlaceField(4, 2 * h + 1) - 4) & 0x00f000f0);
+      const uint32_t turned = __funnelshift_r(nibble, nibble, PlaceField(4, 2 * h));
+      quants[0] = AsHalves(turned & 0x003c003c);
+      quants[1] = AsHalves(turned & 0x03c003c0);
     } else if constexpr (Tile::kBits == 8) {
       const uint32_t word =
           h == 0 ? (r == 0 ? bytes[i].x : bytes[i].z) : (r == 0 ? bytes[i].y : bytes[i].w);
@@ -113,6 +114,7 @@ struct TilePair {
 // Scales and offsets of the lane's rows in a pair of groups, as DecodeGroup wants them.
 struct PairScales {
   __half2 scale[2];   // [r]: of both groups
+  __half2 lower[2];   // of subnormal types, those of quants that are lower in their halves
   __half2 offset[2];  // of types with a minimum and subnormal ones
 };
 
@@ -198,6 +200,11 @@ class TileScales {
         }
       }
     }
+    if constexpr (Tile::kSubnormal) {
+      for (int r = 0; r < 2; ++r) {
+        result.lower[r] = __hmul2_rn(result.scale[r], __float2half2_rn(Tile::kLowerFactor));
+      }
+    }
     return result;
   }
 
@@ -220,18 +227,21 @@ __device__ inline GroupWeights DecodeGroup(const TilePair<Tile>& pair, const Pai
   GroupWeights result;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const __half2 scale = i == 0 ? __low2half2(scales.scale[r]) : __high2half2(scales.scale[r]);
+    const auto of_group = [&](__half2 both) {
+      return i == 0 ? __low2half2(both) : __high2half2(both);
+    };
+    const __half2 upper = of_group(scales.scale[r]);
+    const __half2 lower = Tile::kSubnormal ? of_group(scales.lower[r]) : upper;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       __half2 quants[2];
       pair.Quants(i, r, h, quants);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
+        const __half2 scale = j == 0 ? lower : upper;
         __half2 weight;
         if constexpr (kHasOffset) {
-          const __half2 offset =
-              i == 0 ? __low2half2(scales.offset[r]) : __high2half2(scales.offset[r]);
-          weight = __hfma2(quants[j], scale, offset);
+          weight = __hfma2(quants[j], scale, of_group(scales.offset[r]));
         } else {
           weight = __hmul2_rn(quants[j], scale);
         }

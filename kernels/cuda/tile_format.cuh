@@ -5,16 +5,17 @@
 // .. 8t + 7, in pairs of neighbours (j = 0 .. 3): a register of two halves each. A tile is these
 // planes, each only if its type has it, with p = pair of groups (0 .. 3):
 //
-//   nibbles [p][lane][group of p][r] words   4 bits of the pairs j
+//   nibbles [p][lane][group of p][r] words   4 bits of the pairs j; words of subnormal types
+//                                            (below) turned left by kNibbleTurn bits
 //   crumbs  [p][lane][group of p] words      2 bits of the pairs (r, j)
 //   bits    [p][lane] words                  1 bit of the pairs (group of p, r, j)
 //   bytes   [group][lane][r] 8 bytes         the columns, 128 added to each
 //   scales  [g][r][16] bytes   8 scales of 32 columns, then 8 minimums; or 16 scales of 16 columns,
 //                              those of the first halves of groups before those of the second
 //                              (Q2_K: low half scale, high half minimum); each 8 lie as PlaceScale
-//                              says; Q4_K's scales, not its minimums, are times 4
-//   deltas  [g][r] halves d * kDeltaFactor (, dmin)
-//   or, for blocks of 32 columns: deltas [group][g][r] halves d * kDeltaFactor, and then, in the
+//                              says
+//   deltas  [g][r] halves d * kQuantFactor (, dmin)
+//   or, for blocks of 32 columns: deltas [group][g][r] halves d * kQuantFactor, and then, in the
 //                              same order, the minimums as they are
 //
 // Weights of F16 and BF16 are halves [group][r][lane][8 columns], and nothing else.
@@ -71,16 +72,16 @@ struct TileFormat {
       kDeltas + (kFloatScales ? (has_min ? 512 : 256) : (has_min ? 64 : 32));
   static_assert(kBytes % 16 == 0);
 
-  // Four bits in the middle of a half's mantissa, and nothing else, are a (subnormal) half
-  // themselves: the quant times 2^-20. Its scale is then taken times kQuantFactor, so weights are
-  // 128 times too small.
+  // Four bits of a half's mantissa, and nothing else, are a (subnormal) half themselves: the quant
+  // times 2^-18 at its upper end, where scales are taken times kQuantFactor, so that weights are
+  // 128 times too small; 2^-22, where they are below those, with scales kLowerFactor times as
+  // large. So a word has four of its eight quants where they are wanted, and the other four when it
+  // is turned by a byte.
   static constexpr bool kSubnormal = bits == 4;
-  static constexpr float kQuantFactor = kSubnormal ? 8192 : 1;
+  static constexpr float kQuantFactor = kSubnormal ? 2048 : 1;
+  static constexpr float kLowerFactor = 16;
   static constexpr float kWeightScale = kSubnormal ? 1.0f / 128 : 1.0f;
-  // Their integer scales are stored times 4, so that 1024 times the delta is still a half for more
-  // weights (ScaledBytes); deltas are stored times what is missing.
-  static constexpr int kScaleShift = kSubnormal && !kFloatScales ? 2 : 0;
-  static constexpr float kDeltaFactor = kQuantFactor / (1 << kScaleShift);
+  static constexpr int kNibbleTurn = kSubnormal ? 2 : 0;
 
   static constexpr int kCrumbShift = kHasNibbles ? 4 : 0;  // the quant's first bit in this plane
   static constexpr int kBitShift = bits - 1;

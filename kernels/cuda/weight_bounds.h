@@ -6,9 +6,9 @@
 
 namespace stagecoach::cuda {
 
-// A scale times TileFormat::kQuantFactor is a half in types of 4 bits.
-inline constexpr float kScaleBound4Bits = 8;
-// Of Q4_K: 1024 * delta * TileFormat::kDeltaFactor and 8 * delta_min (ScaledBytes) are halves.
+// A scale times TileFormat::kQuantFactor and kLowerFactor is a half in types of 4 bits.
+inline constexpr float kScaleBound4Bits = 2;
+// Of Q4_K: 1024 * delta * TileFormat::kQuantFactor and 8 * delta_min (ScaledBytes) are halves.
 // Scales are within the bound above then.
 inline constexpr float kDeltaBoundQ4K = 1.0f / 32;
 inline constexpr float kDeltaMinBoundQ4K = 8192;
