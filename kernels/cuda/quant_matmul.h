@@ -155,9 +155,9 @@ inline constexpr int kMaxMatmulTerms = 4;
 // same bits.
 struct Fusion {
   // x of the product is LaunchRmsNorm(norm_input, norm_weight, norm_epsilon), made by each block
-  // for itself; its own memory is not used. Where CanFuseNorm; 16-byte aligned.
-  const float* norm_input = nullptr;   // [rows][k]
-  const float* norm_weight = nullptr;  // [k]
+  // for itself; its own memory is not used. Where CanFuseNorm.
+  const float* norm_input = nullptr;   // [rows][k], 16-byte aligned
+  const float* norm_weight = nullptr;  // [k], 16-byte aligned
   float norm_epsilon = 0;
   // The two terms are gate and up; all that is stored of them is LaunchSwiGlu(gate, up), in form
   // kHalf, not in the memory of x. Where CanFuseGate.

@@ -6,12 +6,20 @@
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/quant_matmul.h"
 #include "kernels/cuda/tile_format.cuh"
+#include "kernels/cuda/weight_bounds.h"
 #include "model/block_decode.h"
 
 namespace stagecoach::cuda {
 namespace {
 
 constexpr int kRepackThreads = 128;
+
+// What is not a half any more.
+constexpr float kBeyondHalves = 65536;
+using TileOfQ4_K = TileOf<TensorType::kQ4_K>;
+static_assert(kScaleBound4Bits * TileOfQ4_K::kQuantFactor * TileOfQ4_K::kLowerFactor ==
+              kBeyondHalves);
+static_assert(1024 * kDeltaBoundQ4K * TileOfQ4_K::kQuantFactor == kBeyondHalves);
 
 // A matrix as in the file; beyond its edges everything is zero.
 template <typename Block>

@@ -81,6 +81,7 @@ struct TilePair {
     const uint32_t nibble =
         i == 0 ? (r == 0 ? nibbles.x : nibbles.y) : (r == 0 ? nibbles.z : nibbles.w);
     if constexpr (Tile::kSubnormal) {
+      static_assert(Tile::kNibbleTurn == 2);
       const uint32_t turned = __funnelshift_r(nibble, nibble, PlaceField(4, 2 * h));
       quants[0] = AsHalves(turned & 0x003c003c);
       quants[1] = AsHalves(turned & 0x03c003c0);
