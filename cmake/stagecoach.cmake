@@ -21,6 +21,9 @@ endif()
 # What an executable is made of besides its own sources.
 set(STAGECOACH_EXECUTABLE_OBJECTS "$<$<BOOL:${STAGECOACH_TSAN}>:$<TARGET_OBJECTS:stagecoach_tsan>>")
 
+add_library(stagecoach_test_main OBJECT EXCLUDE_FROM_ALL ${CMAKE_SOURCE_DIR}/tests/test_main.cc)
+target_link_libraries(stagecoach_test_main PRIVATE stagecoach_flags GTest::gtest)
+
 function(stagecoach_library name)
   cmake_parse_arguments(arg "" "" "SRCS;DEPS" ${ARGN})
   add_library(${name} STATIC ${arg_SRCS})
@@ -36,8 +39,8 @@ endfunction()
 function(stagecoach_test name)
   cmake_parse_arguments(arg "" "TIMEOUT" "SRCS;DEPS" ${ARGN})
   add_executable(${name} ${arg_SRCS} ${STAGECOACH_EXECUTABLE_OBJECTS})
-  target_link_libraries(${name} PRIVATE stagecoach_flags ${arg_DEPS} GTest::gmock GTest::gtest
-                        GTest::gtest_main)
+  target_link_libraries(${name} PRIVATE stagecoach_flags ${arg_DEPS} stagecoach_test_main
+                        GTest::gmock GTest::gtest)
   target_compile_definitions(${name} PRIVATE
     STAGECOACH_SOURCE_DIR="${CMAKE_SOURCE_DIR}" STAGECOACH_BIN_DIR="${CMAKE_BINARY_DIR}/bin")
   if(NOT arg_TIMEOUT)

@@ -21,7 +21,9 @@ void Pipeline::Impl::Loop() {
     Deliver();
     handled += posts.size();
     posts.clear();  // gives the credits of the frames back
-    if (scheduler_ && scheduler_->in_flight() > 0) SpinUntilArrival(arrivals_, handled);
+    if (scheduler_ && scheduler_->in_flight() > 0) {
+      SpinUntilArrival(arrivals_, handled, WhenWanted::kSleep);
+    }
   }
 }
 

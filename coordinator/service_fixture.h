@@ -107,8 +107,11 @@ class TestCluster {
 
   v1::GetStatusResponse Status() {
     grpc::ClientContext context;
+    context.set_wait_for_ready(true);  // a first attempt to connect may fail
+    context.set_deadline(absl::ToChronoTime(absl::Now() + kPatience));
     v1::GetStatusResponse response;
-    EXPECT_TRUE(stub_->GetStatus(&context, {}, &response).ok());
+    const grpc::Status status = stub_->GetStatus(&context, {}, &response);
+    EXPECT_TRUE(status.ok()) << status.error_message();
     return response;
   }
   bool Serving() { return Status().state() == v1::SERVICE_STATE_SERVING; }

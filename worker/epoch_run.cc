@@ -376,6 +376,7 @@ void EpochRun::Serve() {
   context_.on_changed();
   Clock::time_point idle_since = Clock::now();
   uint64_t taken = 0;
+  const WhenWanted when_wanted = assignment_.stages() > 1 ? WhenWanted::kStay : WhenWanted::kSleep;
   while (Running()) {
     absl::Status status;
     if (Work work; stage_->pending() > 0 && stage_->Ready()) {
@@ -394,7 +395,7 @@ void EpochRun::Serve() {
     }
     if (stage_->pending() > 0) continue;
     idle_since = Clock::now();
-    SpinUntilArrival(arrivals_, taken);
+    SpinUntilArrival(arrivals_, taken, when_wanted);
   }
 }
 

@@ -46,7 +46,7 @@ class Mailbox : public LinkHandler {
 
   // DEADLINE_EXCEEDED, or UNAVAILABLE once the link is closed.
   absl::StatusOr<Frame> Take(absl::Duration timeout) {
-    SpinUntilArrival(arrivals_, taken_++);  // as stages and the pipeline wait
+    SpinUntilArrival(arrivals_, taken_++, WhenWanted::kStay);  // as stages wait
     const auto ready = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return full_ || closed_; };
     absl::MutexLock lock(&mu_);
     if (!mu_.AwaitWithTimeout(absl::Condition(&ready), timeout)) {

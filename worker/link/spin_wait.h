@@ -14,19 +14,26 @@ namespace stagecoach {
 // wake-up; short enough to cost nothing once it has stopped.
 inline constexpr std::chrono::microseconds kSpinTime{1000};
 
-// A yield that takes longer let another thread run: this processor is wanted, and is better left to
-// the others.
+// A yield that takes longer let another thread run: this processor is wanted.
 inline constexpr std::chrono::microseconds kLongYield{20};
 
+// What is done then.
+enum class WhenWanted {
+  kSleep,  // the processor is better left to the others
+  kStay,   // one of several stages: all the others wait for its frames in turn, and a wake-up
+           // would be in the way of each of them
+};
+
 // Returns when `arrivals` differs from `seen`, after kSpinTime, or when others want the processor.
-inline void SpinUntilArrival(const std::atomic<uint64_t>& arrivals, uint64_t seen) {
+inline void SpinUntilArrival(const std::atomic<uint64_t>& arrivals, uint64_t seen,
+                             WhenWanted when_wanted) {
   auto now = std::chrono::steady_clock::now();
   const auto end = now + kSpinTime;
   while (arrivals.load(std::memory_order_acquire) == seen && now < end) {
     const auto before = now;
     std::this_thread::yield();
     now = std::chrono::steady_clock::now();
-    if (now - before > kLongYield) return;
+    if (when_wanted == WhenWanted::kSleep && now - before > kLongYield) return;
   }
 }
 
