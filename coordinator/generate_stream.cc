@@ -7,7 +7,8 @@ namespace stagecoach {
 
 bool JoinEvents(v1::GenerateEvent& waiting, const v1::GenerateEvent& next) {
   if (waiting.choice() != next.choice()) return false;
-  std::string text = waiting.text() + next.text();
+  std::string text = std::move(*waiting.mutable_text());
+  text += next.text();
   waiting.MergeFrom(next);  // adds tokens, and sets what the end of a choice sets
   waiting.set_text(std::move(text));
   return true;

@@ -108,7 +108,7 @@ __device__ inline MergeFactors MergeInto(Softmax& state, Softmax part) {
 __device__ inline float MergeChunks(const float* partials, int chunks, int length, int d) {
   Softmax softmax = {partials[length], partials[length + 1]};
   float value = partials[d];
-#pragma unroll 4
+#pragma unroll 4  // several chunks are read at once
   for (int chunk = 1; chunk < chunks; ++chunk) {
     const float* next = partials + static_cast<size_t>(chunk) * (length + 2);
     const MergeFactors factors = MergeInto(softmax, {next[length], next[length + 1]});

@@ -430,7 +430,7 @@ bool RunNormCheck(std::span<const TensorType> types, int n, int k, int rows) {
   return ok;
 }
 
-// Products norm whole superblocks alone.
+// Products norm only rows of whole superblocks.
 bool RefusesRaggedNorms() {
   const bool ok = !CanFuseNorm(LayOutActivations(nullptr, ActivationForm::kHalf, 1, 1312));
   std::printf("%s rows of 1312 columns are not normed by their products\n", ok ? "ok  " : "FAIL");

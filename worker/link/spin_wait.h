@@ -24,7 +24,8 @@ enum class WhenWanted {
            // would be in the way of each of them
 };
 
-// Returns when `arrivals` differs from `seen`, after kSpinTime, or when others want the processor.
+// Returns when `arrivals` differs from `seen`, after kSpinTime, or (kSleep) when others want the
+// processor.
 inline void SpinUntilArrival(const std::atomic<uint64_t>& arrivals, uint64_t seen,
                              WhenWanted when_wanted) {
   auto now = std::chrono::steady_clock::now();
