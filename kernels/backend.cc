@@ -86,9 +86,13 @@ absl::Status Backend::EnqueuePicks(Workspace&, const UnitWeights&, std::span<con
   return absl::UnimplementedError("this backend ends its steps at once");
 }
 
-bool Backend::PicksReady(Workspace&) { return true; }
+absl::Status Backend::EnqueueResidual(Workspace&) {
+  return absl::UnimplementedError("this backend ends its steps at once");
+}
 
-absl::Status Backend::AwaitPicks(Workspace&, std::span<int32_t>, std::span<uint8_t>) {
+bool Backend::EndReady(Workspace&) { return true; }
+
+absl::Status Backend::AwaitEnd(Workspace&, std::span<int32_t>, std::span<uint8_t>) {
   return absl::UnimplementedError("this backend ends its steps at once");
 }
 

@@ -171,7 +171,7 @@ class Backend {
                                                                   int max_rows) = 0;
 
   // --- One step of a stage: Embed or SetResidual, RunLayer for each layer, all with the same
-  // batch, then GetResidual, Head, ... or EnqueuePicks; a backend may put its work off until then.
+  // batch, then GetResidual, Head, ... or an Enqueue...; a backend may put its work off until then.
   // The residual stream is float32 [rows][d_model]. A token id may be PickOf a draw of the latest
   // EnqueuePicks; any token if nothing was picked.
   virtual absl::Status Embed(Workspace& workspace, const UnitWeights& embedding,
@@ -182,8 +182,8 @@ class Backend {
                                 int kv_layer, const StepBatch& batch) = 0;
   virtual absl::Status GetResidual(Workspace& workspace, std::span<float> residual) = 0;
   // Instead of SetResidual and GetResidual, where residual_memory().data is not null: the rows lie
-  // there already, and whatever wrote them has ended; or they stay there, all work on them has
-  // ended, and finite[row] is whether all values of the row are finite.
+  // there already, or will when the stream comes to what is put into it from now on; or they stay
+  // there, all work on them has ended, and finite[row] is whether all values of the row are finite.
   virtual ResidualMemory residual_memory(Workspace&) { return {}; }
   virtual absl::Status TakeResidual(Workspace& workspace, int rows);
   virtual absl::Status LeaveResidual(Workspace& workspace, std::span<uint8_t> finite);
@@ -205,18 +205,21 @@ class Backend {
                                 std::span<int32_t> tokens);
 
   // Optional, too: the end of a step, in place of those above, that is not waited for, so that the
-  // next step is with the device when this one ends. For at most MaxPicks() rows (0: not offered),
-  // each once and in order, what their draws pick. At most kStepsInFlight steps may be enqueued and
-  // not awaited; they are awaited in order.
+  // next step is with the device when this one ends. At most kStepsInFlight steps may be enqueued
+  // and not awaited; they are awaited in order.
+  // For at most MaxPicks() rows (0: no such end is offered), each once and in order, what their
+  // draws pick.
   virtual int MaxPicks() const { return 0; }
   virtual absl::Status EnqueuePicks(Workspace& workspace, const UnitWeights& head,
                                     std::span<const int32_t> rows,
                                     std::span<const TokenDraw> draws);
-  // Whether AwaitPicks would return at once.
-  virtual bool PicksReady(Workspace& workspace);
+  // As LeaveResidual: the rows lie there when the stream comes to what is put into it after this.
+  virtual absl::Status EnqueueResidual(Workspace& workspace);
+  // Whether AwaitEnd would return at once.
+  virtual bool EndReady(Workspace& workspace);
   // tokens: as many as the draws, as HeadDraw; finite: for each row of the step, as LeaveResidual.
-  virtual absl::Status AwaitPicks(Workspace& workspace, std::span<int32_t> tokens,
-                                  std::span<uint8_t> finite);
+  virtual absl::Status AwaitEnd(Workspace& workspace, std::span<int32_t> tokens,
+                                std::span<uint8_t> finite);
 
   // --- KV between steps, all layers of the cache, ordered with the steps around them.
   // Keys and values of each `from` to its `to`, bit for bit. No `to` occurs twice or as a `from`.

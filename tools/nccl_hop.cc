@@ -24,8 +24,13 @@ absl::Status SendOrder(HopEnd& end, const Order& order) {
   return end.out->Send(kHopOrderFloats);
 }
 
+absl::Status Receive(HopEnd& end, size_t floats) {
+  STAGECOACH_RETURN_IF_ERROR(end.in->Receive(floats));
+  return end.in->AwaitReceived();
+}
+
 absl::StatusOr<Order> ReceiveOrder(HopEnd& end) {
-  STAGECOACH_RETURN_IF_ERROR(end.in->Receive(kHopOrderFloats));
+  STAGECOACH_RETURN_IF_ERROR(Receive(end, kHopOrderFloats));
   std::array<float, kHopOrderFloats> words = {};
   STAGECOACH_RETURN_IF_ERROR(end.read(words));
   const auto most = static_cast<float>(end.floats);
@@ -42,7 +47,7 @@ absl::StatusOr<std::vector<double>> RoundTrips(HopEnd& end, const Order& order) 
   for (int i = 0; i < order.count; ++i) {
     const absl::Time start = absl::Now();
     STAGECOACH_RETURN_IF_ERROR(end.out->Send(order.floats));
-    STAGECOACH_RETURN_IF_ERROR(end.in->Receive(order.floats));
+    STAGECOACH_RETURN_IF_ERROR(Receive(end, order.floats));
     micros.push_back(absl::ToDoubleMicroseconds(absl::Now() - start));
   }
   return micros;
@@ -72,7 +77,7 @@ absl::Status FollowHop(HopEnd& end) {
     STAGECOACH_ASSIGN_OR_RETURN(const Order order, ReceiveOrder(end));
     if (order.count == 0) return absl::OkStatus();
     for (int i = 0; i < order.count; ++i) {
-      STAGECOACH_RETURN_IF_ERROR(end.in->Receive(order.floats));
+      STAGECOACH_RETURN_IF_ERROR(Receive(end, order.floats));
       STAGECOACH_RETURN_IF_ERROR(end.out->Send(order.floats));
     }
   }

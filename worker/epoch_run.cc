@@ -376,16 +376,21 @@ void EpochRun::Serve() {
   context_.on_changed();
   Clock::time_point idle_since = Clock::now();
   uint64_t taken = 0;
+  std::optional<Work> work;
+  bool refused = false;  // the work, until a step ends
   const WhenWanted when_wanted = assignment_.stages() > 1 ? WhenWanted::kStay : WhenWanted::kSleep;
   while (Running()) {
-    absl::Status status;
-    if (Work work; stage_->pending() > 0 && stage_->Ready()) {
+    const absl::StatusOr<bool> ends = stage_->pending() > 0 ? stage_->Ready() : false;
+    absl::Status status = ends.status();
+    if (ends.ok() && *ends) {
       status = FinishStep();
-    } else if (NextWork(&work)) {
-      ++taken;
-      if (stage_->pending() == 0) CountWait(work.frame, idle_since);
-      status = SubmitStep(std::move(work));
-    } else {
+      refused = false;
+    } else if (ends.ok() && !refused && (work || NextWork(&work))) {
+      if (stage_->pending() == 0) CountWait(work->frame, idle_since);
+      status = SubmitStep(&work);
+      refused = work.has_value();
+      if (!refused) ++taken;
+    } else if (ends.ok()) {
       std::this_thread::yield();
       continue;
     }
@@ -393,7 +398,7 @@ void EpochRun::Serve() {
       Fail(status, IsContractViolation(status) ? Fault::kPeer : Fault::kOurs);
       return;
     }
-    if (stage_->pending() > 0) continue;
+    if (work || stage_->pending() > 0) continue;
     idle_since = Clock::now();
     SpinUntilArrival(arrivals_, taken, when_wanted);
   }
@@ -405,7 +410,7 @@ bool EpochRun::Running() const {
 }
 
 // Waits for work unless steps are pending, whose ends are not to wait for it.
-bool EpochRun::NextWork(Work* work) {
+bool EpochRun::NextWork(std::optional<Work>* work) {
   absl::MutexLock lock(&mu_);
   if (stage_->pending() == 0) mu_.Await(absl::Condition(this, &EpochRun::HasWorkOrEnded));
   if (ended() || queue_.empty()) return false;
@@ -425,30 +430,34 @@ void EpochRun::CountWait(const Frame& frame, Clock::time_point idle_since) {
       std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - idle_since).count();
 }
 
-// Behind the steps that are pending if it can be, or when they have ended.
-absl::Status EpochRun::SubmitStep(Work work) {
-  for (;;) {
-    STAGECOACH_ASSIGN_OR_RETURN(const bool submitted, stage_->Submit(work.frame));
-    if (submitted) return absl::OkStatus();  // gives the credit back
-    STAGECOACH_RETURN_IF_ERROR(FinishStep());
-  }
+// Refused behind steps that are pending: it must wait for one of them.
+absl::Status EpochRun::SubmitStep(std::optional<Work>* work) {
+  STAGECOACH_ASSIGN_OR_RETURN(Stage::Submitted submitted, stage_->Submit((*work)->frame));
+  if (!submitted.taken) return absl::OkStatus();
+  work->reset();  // gives the credit back
+  return SendOn(std::move(submitted.frame));
 }
 
 absl::Status EpochRun::FinishStep() {
   const uint64_t tokens_before = stage_->tokens();
   const double compute_before = stage_->compute_seconds();
-  STAGECOACH_ASSIGN_OR_RETURN(Frame out, stage_->Finish());
+  STAGECOACH_ASSIGN_OR_RETURN(std::optional<Frame> out, stage_->Finish());
   StageCounters& counters = *context_.counters;
   counters.steps += 1;
   counters.tokens += stage_->tokens() - tokens_before;
   counters.compute_ns += static_cast<int64_t>((stage_->compute_seconds() - compute_before) * 1e9);
+  return SendOn(std::move(out));
+}
+
+absl::Status EpochRun::SendOn(std::optional<Frame> frame) {
+  if (!frame) return absl::OkStatus();
   std::shared_ptr<LinkSender> next_hop;
   {
     absl::MutexLock lock(&mu_);
     next_hop = next_hop_;
   }
   if (next_hop == nullptr) return absl::UnavailableError("the next hop is gone");
-  const absl::Status sent = next_hop->Send(std::move(out));
+  const absl::Status sent = next_hop->Send(*std::move(frame));
   if (sent.ok() || absl::IsResourceExhausted(sent)) return sent;
   return absl::UnavailableError(fmt::format("the next hop is gone: {}", Printable(sent)));
 }

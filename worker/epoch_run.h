@@ -8,6 +8,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -91,9 +92,10 @@ class EpochRun : public std::enable_shared_from_this<EpochRun> {
   void CloseChannels();
   void Serve();
   bool Running() const;
-  bool NextWork(Work* work);
-  absl::Status SubmitStep(Work work);
-  absl::Status FinishStep();  // the earliest pending one
+  bool NextWork(std::optional<Work>* work);
+  absl::Status SubmitStep(std::optional<Work>* work);  // takes it if the stage does
+  absl::Status FinishStep();                           // the earliest pending one
+  absl::Status SendOn(std::optional<Frame> frame);
   void CountWait(const Frame& frame, std::chrono::steady_clock::time_point idle_since);
   void Fail(const absl::Status& reason, Fault fault);
   void SetDetail(std::string detail);

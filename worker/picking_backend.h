@@ -1,5 +1,5 @@
-// For tests: a GlassBackend that picks tokens by itself (Backend::EnqueuePicks), and ends its
-// steps when it is told to.
+// For tests: a GlassBackend whose steps end by themselves (Backend::EnqueuePicks, EnqueueResidual),
+// when it is told to.
 #ifndef STAGECOACH_WORKER_PICKING_BACKEND_H_
 #define STAGECOACH_WORKER_PICKING_BACKEND_H_
 
@@ -7,6 +7,9 @@
 #include <atomic>
 #include <cmath>
 #include <deque>
+#include <memory>
+#include <span>
+#include <utility>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -21,41 +24,52 @@ class PickingBackend : public GlassBackend {
   int32_t bad_logits = -1;         // the residual whose logits are not finite
 
   int MaxPicks() const override { return 3; }
+  absl::StatusOr<std::unique_ptr<Workspace>> NewWorkspace(const ModelParams& params,
+                                                          int max_rows) override {
+    auto workspace = std::make_unique<PickingWorkspace>();
+    workspace->d_model = params.d_model;
+    workspace->residual.resize(static_cast<size_t>(max_rows) * params.d_model);
+    return workspace;
+  }
   absl::Status Embed(Workspace& workspace, const UnitWeights& weights,
                      std::span<const int32_t> ids) override {
+    PickingWorkspace& own = Own(workspace);
     std::vector<int32_t> known(ids.begin(), ids.end());
     for (int32_t& id : known) {
-      if (id < 0) id = std::max(latest_.at(PickOf(id)), 0);
+      if (id < 0) id = std::max(own.latest.at(PickOf(id)), 0);
     }
-    rows_ = ids.size();
+    own.rows = ids.size();
     return GlassBackend::Embed(workspace, weights, known);
+  }
+  absl::Status TakeResidual(Workspace& workspace, int rows) override {
+    Own(workspace).rows = static_cast<size_t>(rows);
+    return absl::OkStatus();
   }
   absl::Status EnqueuePicks(Workspace& workspace, const UnitWeights&, std::span<const int32_t> rows,
                             std::span<const TokenDraw> draws) override {
     EXPECT_EQ(rows.size(), draws.size());
     EXPECT_TRUE(std::ranges::is_sorted(rows));
-    const auto& glass = static_cast<GlassWorkspace&>(workspace);
-    End end = {.tokens = {}, .finite = std::vector<uint8_t>(rows_)};
+    PickingWorkspace& own = Own(workspace);
+    own.latest.clear();
     for (const int32_t row : rows) {
-      const float value = glass.residual[static_cast<size_t>(row) * glass.d_model];
+      const float value = own.residual[static_cast<size_t>(row) * own.d_model];
       const bool picked = std::isfinite(value) && value != static_cast<float>(bad_logits);
-      end.tokens.push_back(picked ? static_cast<int32_t>(value) : -1);
+      own.latest.push_back(picked ? static_cast<int32_t>(value) : -1);
     }
-    auto status = LeaveResidual(workspace, end.finite);
-    latest_ = end.tokens;
-    ends_.push_back(std::move(end));
-    EXPECT_LE(ends_.size(), size_t{kStepsInFlight});
-    ++enqueued;
-    return status;
+    return Enqueue(own, own.latest);
   }
-  bool PicksReady(Workspace&) override { return ready; }
-  absl::Status AwaitPicks(Workspace&, std::span<int32_t> tokens,
-                          std::span<uint8_t> finite) override {
-    EXPECT_EQ(tokens.size(), ends_.front().tokens.size());
-    EXPECT_EQ(finite.size(), ends_.front().finite.size());
-    std::ranges::copy(ends_.front().tokens, tokens.begin());
-    std::ranges::copy(ends_.front().finite, finite.begin());
-    ends_.pop_front();
+  absl::Status EnqueueResidual(Workspace& workspace) override {
+    return Enqueue(Own(workspace), /*tokens=*/{});
+  }
+  bool EndReady(Workspace&) override { return ready; }
+  absl::Status AwaitEnd(Workspace& workspace, std::span<int32_t> tokens,
+                        std::span<uint8_t> finite) override {
+    std::deque<End>& ends = Own(workspace).ends;
+    EXPECT_EQ(tokens.size(), ends.front().tokens.size());
+    EXPECT_EQ(finite.size(), ends.front().finite.size());
+    std::ranges::copy(ends.front().tokens, tokens.begin());
+    std::ranges::copy(ends.front().finite, finite.begin());
+    ends.pop_front();
     return absl::OkStatus();
   }
 
@@ -64,9 +78,20 @@ class PickingBackend : public GlassBackend {
     std::vector<int32_t> tokens;
     std::vector<uint8_t> finite;
   };
-  size_t rows_ = 0;
-  std::vector<int32_t> latest_;
-  std::deque<End> ends_;
+  struct PickingWorkspace : GlassWorkspace {
+    size_t rows = 0;
+    std::vector<int32_t> latest;
+    std::deque<End> ends;
+  };
+  static PickingWorkspace& Own(Workspace& workspace) {
+    return static_cast<PickingWorkspace&>(workspace);
+  }
+  absl::Status Enqueue(PickingWorkspace& own, std::vector<int32_t> tokens) {
+    own.ends.push_back({.tokens = std::move(tokens), .finite = std::vector<uint8_t>(own.rows)});
+    EXPECT_LE(own.ends.size(), size_t{kStepsInFlight});
+    ++enqueued;
+    return LeaveResidual(own, own.ends.back().finite);
+  }
 };
 
 }  // namespace stagecoach

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <deque>
 #include <optional>
 #include <span>
@@ -15,12 +14,11 @@
 #include "worker/kv_slots.h"
 #include "worker/picked_step.h"
 #include "worker/stage_check.h"
+#include "worker/stage_clock.h"
 #include "worker/step_output.h"
 
 namespace stagecoach {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 KvShape StageKvShape(const StageConfig& config, const ModelParams& params) {
   return {.layers = config.last_layer - config.first_layer,
@@ -42,11 +40,6 @@ absl::Status CheckMemory(const BackendInfo& info, const KvShape& kv, uint64_t we
       kv_bytes, weight_bytes, info.memory_bytes));
 }
 
-uint32_t Microseconds(Clock::duration duration) {
-  const int64_t us = std::chrono::duration_cast<std::chrono::microseconds>(duration).count();
-  return static_cast<uint32_t>(std::clamp<int64_t>(us, 0, UINT32_MAX));
-}
-
 }  // namespace
 
 class Stage::Impl {
@@ -55,10 +48,10 @@ class Stage::Impl {
        const StageConfig& config, std::unique_ptr<KvCache> kv,
        std::unique_ptr<Workspace> workspace);
 
-  absl::StatusOr<bool> Submit(const Frame& frame);
+  absl::StatusOr<Submitted> Submit(const Frame& frame);
   int pending() const { return static_cast<int>(pending_.size()); }
-  bool Ready() { return pending_.front().frame || backend_->PicksReady(*workspace_); }
-  absl::StatusOr<Frame> Finish();
+  absl::StatusOr<bool> Ready();
+  absl::StatusOr<std::optional<Frame>> Finish();
   absl::StatusOr<ChannelMemory> ChannelMemoryOfResidual();
   void SetChannels(DeviceChannel* input, DeviceChannel* output) {
     input_channel_ = input;
@@ -68,41 +61,49 @@ class Stage::Impl {
   const StageConfig config_;
   std::atomic<uint64_t> steps_ = 0;
   std::atomic<uint64_t> tokens_ = 0;
-  std::atomic<int64_t> compute_ns_ = 0;
+  StageClock clock_;
 
  private:
-  // A step that was submitted: its frame for the next hop, or what that will be made of.
+  // Who waits for the end of a step.
+  enum class End {
+    kAwaited,  // Submit
+    kPicks,    // Finish; the device picks its tokens
+    kLeaves,   // Finish; the device sends its activations on, and the frame is under way before
+  };
+  // A step that was submitted.
   struct Pending {
-    std::optional<Frame> frame;
-    v1::StepHeader step;
+    End end = End::kAwaited;
+    std::optional<Frame> frame;  // kAwaited: for the next hop
+    v1::StepHeader step;         // else
     PickingRows picking;
     int rows = 0;
-    Clock::time_point start;
-    Clock::duration stalled{};  // stalled_ at that time
+    uint64_t payload = 0;  // its input is the channel's payload of this number; 0: it has come
+    StageClock::Step time;
   };
 
   bool first() const { return config_.stage == 0; }
   bool last() const { return config_.stage == config_.stages - 1; }
 
-  absl::StatusOr<UnitLease> Acquire(const Unit& unit);    // adds to stalled_
+  absl::StatusOr<UnitLease> Acquire(const Unit& unit);    // a stall
   absl::Status ChangeBlocks(const v1::StepHeader& step);  // clears and copies
   void MakeBatch(const v1::StepHeader& step);
   int32_t TokenAhead(int slot) const;  // of a row ahead
-  absl::Status TakeActivations(const Frame& frame);
-  absl::Status RunLayers(const Frame& frame);
+  bool AllResident();
+  End EndOf(const v1::StepHeader& step, PickingRows& picking);
+  absl::Status TakeActivations(const Frame& frame, Pending& pending);
+  absl::Status RunLayers(const Frame& frame, Pending& pending);
   // Non-finite rows poison the slots of their sequences: both say which these are.
   absl::Status GetResidual(const v1::StepHeader& step, std::span<float> residual);
   absl::Status LeaveResidual(const v1::StepHeader& step);  // where it lies
-  absl::Status SendActivations(const v1::StepHeader& step);
+  absl::Status SendActivations();
+  Frame BeginActivations(const v1::StepHeader& step) const;
   absl::StatusOr<Frame> MakeActivations(const Frame& frame);
+  absl::StatusOr<Frame> SendAhead(const v1::StepHeader& step);  // kLeaves
   Frame BeginResult(const v1::StepHeader& step) const;
   absl::StatusOr<Frame> MakeResult(const Frame& frame);
-  bool Picks(const v1::StepHeader& step, PickingRows& picking);  // all that is wanted are picks
-  // Whether such a step can run behind those that are pending.
-  bool FitsBehind(const v1::StepHeader& step);
+  bool FitsBehind(End end, const v1::StepHeader& step);  // those that are pending
   absl::Status EnqueuePicks(const v1::StepHeader& step, Pending& pending);
-  absl::StatusOr<Frame> MakePickedResult(const Pending& pending);
-  void AddTiming(const Pending& step, Frame& frame);
+  absl::StatusOr<std::optional<Frame>> AwaitEnd(const Pending& pending);
 
   Backend* const backend_;
   const std::shared_ptr<const ModelFile> model_;
@@ -116,14 +117,14 @@ class Stage::Impl {
 
   uint64_t last_step_ = 0;
   bool resident_ = false;                       // all units are, and stay so
-  Clock::duration stalled_{};                   // ever, waiting for weights and channels
-  std::optional<Clock::time_point> last_end_;   // of the step before
   std::vector<int32_t> cleared_;                // blocks, before the rows of this step
   std::vector<KvBlockCopy> copies_;             // likewise
   std::vector<BatchSequence> batch_sequences_;  // of this step
   std::vector<int32_t> token_ids_;              // of its rows, those of rows ahead filled in
   StepBatch batch_;
-  std::deque<Pending> pending_;  // at most kStepsInFlight; more than one only of picks
+  std::deque<Pending> pending_;  // at most kStepsInFlight; more than one only not kAwaited
+  uint64_t payloads_ = 0;        // asked for, ever
+  v1::StageTiming untold_;       // of steps that have ended, whose frames were gone by then
   std::vector<int> pick_of_;     // [slot]: its draw in the step submitted last, or -1
   std::vector<uint8_t> finite_;  // [max_step_tokens], whether each row is
   std::vector<float> residual_;  // last stage, if it has to look itself: [max_step_tokens][d_model]
@@ -153,43 +154,68 @@ Stage::Impl::Impl(Backend* backend, std::shared_ptr<const ModelFile> model, Laye
   }
 }
 
-absl::StatusOr<bool> Stage::Impl::Submit(const Frame& frame) {
-  Pending pending = {.start = Clock::now(), .stalled = stalled_};
+absl::StatusOr<Stage::Submitted> Stage::Impl::Submit(const Frame& frame) {
+  Pending pending = {.time = clock_.Begin()};
   STAGECOACH_RETURN_IF_ERROR(PrepareStep(config_, params_, frame, last_step_, slots_, cleared_));
   const v1::StepHeader& step = frame.header.step();
-  const bool picks = Picks(step, pending.picking);
-  if (!pending_.empty() && !(picks && FitsBehind(step))) return false;
+  pending.end = EndOf(step, pending.picking);
+  if (!pending_.empty() && !FitsBehind(pending.end, step)) return Submitted();
   STAGECOACH_RETURN_IF_ERROR(ChangeBlocks(step));
   MakeBatch(step);
-  STAGECOACH_RETURN_IF_ERROR(RunLayers(frame));
-  if (picks) {
+  STAGECOACH_RETURN_IF_ERROR(RunLayers(frame, pending));
+  Submitted submitted = {.taken = true};
+  if (pending.end == End::kAwaited) {
+    STAGECOACH_ASSIGN_OR_RETURN(pending.frame, last() ? MakeResult(frame) : MakeActivations(frame));
+  } else if (pending.end == End::kPicks) {
     STAGECOACH_RETURN_IF_ERROR(EnqueuePicks(step, pending));
   } else {
-    STAGECOACH_ASSIGN_OR_RETURN(pending.frame, last() ? MakeResult(frame) : MakeActivations(frame));
+    STAGECOACH_ASSIGN_OR_RETURN(submitted.frame, SendAhead(step));
   }
+  if (pending.end != End::kAwaited) pending.step = step;
   pending.rows = batch_.rows;
   slots_.Commit();
   pending_.push_back(std::move(pending));
   last_step_ = step.step();
-  return true;
+  return submitted;
 }
 
-absl::StatusOr<Frame> Stage::Impl::Finish() {
+absl::StatusOr<bool> Stage::Impl::Ready() {
+  if (pending_.front().frame) return true;
+  if (input_channel_ != nullptr) {
+    STAGECOACH_ASSIGN_OR_RETURN(const uint64_t received, input_channel_->Received());
+    for (Pending& step : pending_) {
+      if (step.payload == 0 || step.payload > received) continue;
+      step.payload = 0;
+      step.time = clock_.Begin();
+    }
+  }
+  return backend_->EndReady(*workspace_);
+}
+
+absl::StatusOr<std::optional<Frame>> Stage::Impl::Finish() {
   Pending pending = std::move(pending_.front());
   pending_.pop_front();
-  if (!pending.frame) {
-    STAGECOACH_ASSIGN_OR_RETURN(pending.frame, MakePickedResult(pending));
+  if (pending.end != End::kAwaited) {
+    STAGECOACH_ASSIGN_OR_RETURN(pending.frame, AwaitEnd(pending));
   }
-  AddTiming(pending, *pending.frame);
+  const v1::StageTiming timing = clock_.End(pending.time);
+  if (!pending.frame) {
+    untold_.set_compute_us(untold_.compute_us() + timing.compute_us());
+    untold_.set_wait_us(untold_.wait_us() + timing.wait_us());
+  } else if (v1::FrameHeader& header = pending.frame->header; header.has_step()) {
+    *header.mutable_step()->add_timings() = timing;
+  } else {
+    *header.mutable_result()->add_timings() = timing;
+  }
   steps_ += 1;
   tokens_ += pending.rows;
-  return *std::move(pending.frame);
+  return std::move(pending.frame);
 }
 
 absl::StatusOr<UnitLease> Stage::Impl::Acquire(const Unit& unit) {
-  const Clock::time_point start = Clock::now();
+  const auto start = StageClock::Clock::now();
   absl::StatusOr<UnitLease> lease = store_->Acquire(unit);
-  stalled_ += Clock::now() - start;
+  clock_.Stalled(start);
   return lease;
 }
 
@@ -242,23 +268,30 @@ absl::StatusOr<ChannelMemory> Stage::Impl::ChannelMemoryOfResidual() {
                        .device = memory.device};
 }
 
-absl::Status Stage::Impl::TakeActivations(const Frame& frame) {
+// If the host is going to wait for the device, or for memory that this frees, it waits here, where
+// it can be told to give up.
+absl::Status Stage::Impl::TakeActivations(const Frame& frame, Pending& pending) {
   if (!config_.device_input) return backend_->SetResidual(*workspace_, frame.payload.values());
-  const Clock::time_point start = Clock::now();
+  const auto start = StageClock::Clock::now();
   STAGECOACH_RETURN_IF_ERROR(
       input_channel_->Receive(static_cast<size_t>(batch_.rows) * params_.d_model));
-  stalled_ += Clock::now() - start;
+  pending.payload = ++payloads_;
+  if (pending.end == End::kAwaited || !AllResident()) {
+    STAGECOACH_RETURN_IF_ERROR(input_channel_->AwaitReceived());
+    pending.payload = 0;
+  }
+  clock_.Stalled(start);
   return backend_->TakeResidual(*workspace_, batch_.rows);
 }
 
-absl::Status Stage::Impl::RunLayers(const Frame& frame) {
+absl::Status Stage::Impl::RunLayers(const Frame& frame, Pending& pending) {
   if (batch_.rows == 0) return absl::OkStatus();
   if (first()) {
     STAGECOACH_ASSIGN_OR_RETURN(const UnitLease embedding,
                                 Acquire({.kind = Unit::Kind::kEmbedding}));
     STAGECOACH_RETURN_IF_ERROR(backend_->Embed(*workspace_, *embedding, token_ids_));
   } else {
-    STAGECOACH_RETURN_IF_ERROR(TakeActivations(frame));
+    STAGECOACH_RETURN_IF_ERROR(TakeActivations(frame, pending));
   }
   for (int layer = config_.first_layer; layer < config_.last_layer; ++layer) {
     STAGECOACH_ASSIGN_OR_RETURN(const UnitLease weights,
@@ -286,31 +319,46 @@ absl::Status Stage::Impl::LeaveResidual(const v1::StepHeader& step) {
   return absl::OkStatus();
 }
 
-absl::Status Stage::Impl::SendActivations(const v1::StepHeader& step) {
-  STAGECOACH_RETURN_IF_ERROR(LeaveResidual(step));
-  const Clock::time_point start = Clock::now();
+absl::Status Stage::Impl::SendActivations() {
+  const auto start = StageClock::Clock::now();
   STAGECOACH_RETURN_IF_ERROR(
       output_channel_->Send(static_cast<size_t>(batch_.rows) * params_.d_model));
-  stalled_ += Clock::now() - start;
+  clock_.Stalled(start);
   return absl::OkStatus();
 }
 
-absl::StatusOr<Frame> Stage::Impl::MakeActivations(const Frame& frame) {
-  const v1::StepHeader& step = frame.header.step();
+Frame Stage::Impl::BeginActivations(const v1::StepHeader& step) const {
   Frame out;
   out.header.set_epoch(config_.epoch);
   *out.header.mutable_step() = step;
   out.header.mutable_step()->set_d_model(static_cast<uint32_t>(params_.d_model));
-  const size_t floats = static_cast<size_t>(batch_.rows) * params_.d_model;
-  if (floats == 0) return out;
   if (config_.device_output) {
-    STAGECOACH_RETURN_IF_ERROR(SendActivations(step));
-    out.header.set_nccl_floats(floats);
+    out.header.set_nccl_floats(static_cast<size_t>(batch_.rows) * params_.d_model);
+  }
+  return out;
+}
+
+absl::StatusOr<Frame> Stage::Impl::MakeActivations(const Frame& frame) {
+  const v1::StepHeader& step = frame.header.step();
+  Frame out = BeginActivations(step);
+  if (batch_.rows == 0) return out;
+  if (config_.device_output) {
+    STAGECOACH_RETURN_IF_ERROR(LeaveResidual(step));
+    STAGECOACH_RETURN_IF_ERROR(SendActivations());
     return out;
   }
-  std::vector<float> residual(floats);
+  std::vector<float> residual(static_cast<size_t>(batch_.rows) * params_.d_model);
   STAGECOACH_RETURN_IF_ERROR(GetResidual(step, residual));
   out.payload = Payload(std::move(residual));
+  return out;
+}
+
+// The frame tells what is known by now: the next stage can make ready meanwhile.
+absl::StatusOr<Frame> Stage::Impl::SendAhead(const v1::StepHeader& step) {
+  STAGECOACH_RETURN_IF_ERROR(backend_->EnqueueResidual(*workspace_));
+  STAGECOACH_RETURN_IF_ERROR(SendActivations());
+  Frame out = BeginActivations(step);
+  *out.header.mutable_step()->add_timings() = std::exchange(untold_, {});
   return out;
 }
 
@@ -345,21 +393,28 @@ absl::StatusOr<Frame> Stage::Impl::MakeResult(const Frame& frame) {
   return out;
 }
 
-bool Stage::Impl::Picks(const v1::StepHeader& step, PickingRows& picking) {
+Stage::Impl::End Stage::Impl::EndOf(const v1::StepHeader& step, PickingRows& picking) {
   const int most = backend_->MaxPicks();
-  return last() && most > 0 && !step.rows().empty() &&
-         FindPickingRows(step, slots_, params_.vocab_size, most, picking);
+  if (most == 0 || step.rows().empty()) return End::kAwaited;
+  if (!last()) return config_.device_output ? End::kLeaves : End::kAwaited;
+  const bool picks = FindPickingRows(step, slots_, params_.vocab_size, most, picking);
+  return picks ? End::kPicks : End::kAwaited;
 }
 
-// What a pending step may yet find out (that a sequence is poisoned) must not be needed for this
-// one, nor its residual stream be overwritten from outside.
-// Nor must results that are ready wait while this one waits for weights.
-bool Stage::Impl::FitsBehind(const v1::StepHeader& step) {
-  if (pending() == kStepsInFlight || config_.device_input || !step.copies().empty()) return false;
+bool Stage::Impl::AllResident() {
   if (!resident_) {
     const std::vector<UnitState> states = store_->States();
     resident_ = std::ranges::count(states, UnitState::kResident) == std::ssize(states);
-    if (!resident_) return false;
+  }
+  return resident_;
+}
+
+// What a pending step may yet find out (that a sequence is poisoned) must not be needed for this
+// one. Nor must results that are ready wait while this one waits for weights.
+bool Stage::Impl::FitsBehind(End end, const v1::StepHeader& step) {
+  if (end == End::kAwaited || pending() == kStepsInFlight || !step.copies().empty() ||
+      !AllResident()) {
+    return false;
   }
   return std::ranges::none_of(pending_, [&](const Pending& pending) {
     return pending.frame || std::ranges::any_of(pending.step.rows(), [&](const auto& rows) {
@@ -377,38 +432,23 @@ absl::Status Stage::Impl::EnqueuePicks(const v1::StepHeader& step, Pending& pend
   for (size_t i = 0; i < picking.sequences.size(); ++i) {
     pick_of_[step.rows(picking.sequences[i]).slot()] = static_cast<int>(i);
   }
-  pending.step = step;
   return absl::OkStatus();
 }
 
 // On what a later step has left: that one may have been submitted, and goes on with these tokens.
-absl::StatusOr<Frame> Stage::Impl::MakePickedResult(const Pending& pending) {
+absl::StatusOr<std::optional<Frame>> Stage::Impl::AwaitEnd(const Pending& pending) {
   std::vector<int32_t> tokens(pending.picking.draws.size());
   const std::span<uint8_t> finite(finite_.data(), pending.rows);
-  STAGECOACH_RETURN_IF_ERROR(backend_->AwaitPicks(*workspace_, tokens, finite));
-  Frame out = BeginResult(pending.step);
+  STAGECOACH_RETURN_IF_ERROR(backend_->AwaitEnd(*workspace_, tokens, finite));
+  std::optional<Frame> out;
   slots_.Begin();
   MarkPoisoned(pending.step, finite, slots_);
-  AddPickedTokens(pending.step, pending.picking, tokens, slots_, *out.header.mutable_result());
+  if (pending.end == End::kPicks) {
+    out = BeginResult(pending.step);
+    AddPickedTokens(pending.step, pending.picking, tokens, slots_, *out->header.mutable_result());
+  }
   slots_.Commit();
   return out;
-}
-
-// Steps may lie one behind the other on the device: time counts once, from the end of the one
-// before. Such a step has not stalled (FitsBehind).
-void Stage::Impl::AddTiming(const Pending& step, Frame& frame) {
-  const Clock::time_point end = Clock::now();
-  const bool behind = last_end_ && step.start < *last_end_;
-  const Clock::time_point begin = behind ? *last_end_ : step.start;
-  const Clock::duration stalled = behind ? Clock::duration{} : stalled_ - step.stalled;
-  const Clock::duration compute = end - begin - stalled;
-  compute_ns_ += std::chrono::duration_cast<std::chrono::nanoseconds>(compute).count();
-  v1::StageTiming& timing =
-      *(frame.header.has_step() ? frame.header.mutable_step()->add_timings()
-                                : frame.header.mutable_result()->add_timings());
-  timing.set_compute_us(Microseconds(compute));
-  if (last_end_) timing.set_wait_us(Microseconds(begin - *last_end_));
-  last_end_ = end;
 }
 
 absl::StatusOr<std::unique_ptr<Stage>> Stage::Create(Backend* backend,
@@ -433,14 +473,14 @@ absl::StatusOr<std::unique_ptr<Stage>> Stage::Create(Backend* backend,
 
 Stage::Stage(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Stage::~Stage() = default;
-absl::StatusOr<bool> Stage::Submit(const Frame& frame) { return impl_->Submit(frame); }
+absl::StatusOr<Stage::Submitted> Stage::Submit(const Frame& frame) { return impl_->Submit(frame); }
 int Stage::pending() const { return impl_->pending(); }
-bool Stage::Ready() { return impl_->Ready(); }
-absl::StatusOr<Frame> Stage::Finish() { return impl_->Finish(); }
+absl::StatusOr<bool> Stage::Ready() { return impl_->Ready(); }
+absl::StatusOr<std::optional<Frame>> Stage::Finish() { return impl_->Finish(); }
 absl::StatusOr<Frame> Stage::Run(const Frame& frame) {
-  const absl::StatusOr<bool> submitted = Submit(frame);
-  if (!submitted.ok()) return submitted.status();
-  return Finish();
+  STAGECOACH_ASSIGN_OR_RETURN(Submitted submitted, Submit(frame));
+  STAGECOACH_ASSIGN_OR_RETURN(std::optional<Frame> finished, Finish());
+  return *std::move(finished ? finished : submitted.frame);
 }
 absl::StatusOr<ChannelMemory> Stage::ChannelMemoryOfResidual() {
   return impl_->ChannelMemoryOfResidual();
@@ -451,6 +491,6 @@ void Stage::SetChannels(DeviceChannel* input, DeviceChannel* output) {
 const StageConfig& Stage::config() const { return impl_->config_; }
 uint64_t Stage::steps() const { return impl_->steps_; }
 uint64_t Stage::tokens() const { return impl_->tokens_; }
-double Stage::compute_seconds() const { return static_cast<double>(impl_->compute_ns_) * 1e-9; }
+double Stage::compute_seconds() const { return impl_->clock_.compute_seconds(); }
 
 }  // namespace stagecoach

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -70,24 +71,30 @@ class Stage {
   // leaves the others alone. Middle stages pass non-finite values on, so that the last stage sees
   // and reports them; it does so until the sequence is closed.
   // A row ahead goes on with the token that was sampled last for its slot.
-  // Device input is received after all checks of the frame, device output sent before the return.
+  // Device input is asked for after all checks of the frame, device output sent before the return.
   // Blocks that a sequence left non-finite values in are cleared when it is closed: the coordinator
   // asks for that too (clear_blocks), but may have closed it before it heard of them. Of blocks
   // that are shared by cached_blocks it must know that they were written without an error.
   // Nothing must be pending.
   absl::StatusOr<Frame> Run(const Frame& frame);
 
-  // The same in two parts. Submit does what Run does (with its errors) but for what a backend with
-  // MaxPicks() can leave to the device: the step is pending then, until Finish, which waits for
-  // it, returns its frame. False: the step needs what those pending will find out (or there are
-  // too many of them), or would wait for weights; nothing has changed, and it can be submitted
-  // again after a Finish. An error of Finish is a device's fault, behind which the stage is of no
-  // use.
-  absl::StatusOr<bool> Submit(const Frame& frame);
+  // The same in parts. Submit does what Run does (with its errors) but for what a backend with
+  // MaxPicks() can leave to the device: the step is pending then, until Finish, which waits for it.
+  // The frame for the next hop comes from Finish, or, if all that it lacks goes from device to
+  // device, from Submit. An error of Ready or Finish is a device's or a channel's fault, behind
+  // which the stage is of no use.
+  struct Submitted {
+    // False: the step needs what those pending will find out (or there are too many of them), or
+    // would wait for weights; nothing has changed, and it can be submitted again after a Finish.
+    bool taken = false;
+    std::optional<Frame> frame;
+  };
+  absl::StatusOr<Submitted> Submit(const Frame& frame);
   int pending() const;
   // Of the earliest pending step, of which there must be one: whether Finish would return at once.
-  bool Ready();
-  absl::StatusOr<Frame> Finish();
+  absl::StatusOr<bool> Ready();
+  // Nothing if Submit gave the frame.
+  absl::StatusOr<std::optional<Frame>> Finish();
 
   const StageConfig& config() const;
   // Of finished steps.

@@ -127,13 +127,25 @@ class QueueChannel : public DeviceChannel {
     if (payloads_.front().size() != floats) return absl::UnavailableError("of another size");
     std::copy(payloads_.front().begin(), payloads_.front().end(), to_.data);
     payloads_.pop_front();
+    ++received_;
     return absl::OkStatus();
   }
+  absl::StatusOr<uint64_t> Received() override {
+    if (!broken.ok()) return broken;
+    return received_;
+  }
+  absl::Status AwaitReceived() override {
+    ++awaited;
+    return broken;
+  }
+  absl::Status broken;  // what the receiving end says of it
+  int awaited = 0;      // calls
   void Cancel() override {}
 
  private:
   const ChannelMemory from_, to_;
   std::deque<std::vector<float>> payloads_;
+  uint64_t received_ = 0;
 };
 
 // Stages that together hold the whole model, cut at the layers `splits`.
@@ -173,7 +185,7 @@ class StageRow {
     if (options.channels) Connect();
   }
   Stage& operator[](size_t i) { return *stages_[i]; }
-  const QueueChannel& channel(size_t i) const { return *channels_[i]; }  // from stage i on
+  QueueChannel& channel(size_t i) { return *channels_[i]; }  // from stage i on
 
   // Through all stages, or those from `first` on.
   absl::StatusOr<Frame> Run(Frame frame, size_t first = 0) {

@@ -32,14 +32,17 @@ class StagePickTest : public ::testing::Test {
   }
   Stage& stage() { return (*row_)[0]; }
   bool Submit(const Frame& frame) {
-    const absl::StatusOr<bool> submitted = stage().Submit(frame);
+    const absl::StatusOr<Stage::Submitted> submitted = stage().Submit(frame);
     EXPECT_TRUE(submitted.ok()) << submitted.status();
-    return submitted.value_or(false);
+    if (!submitted.ok()) return false;
+    EXPECT_FALSE(submitted->frame) << "before its tokens are known";
+    return submitted->taken;
   }
+  bool Ready() { return stage().Ready().value(); }
   v1::StepResult Finish() {
-    const absl::StatusOr<Frame> out = stage().Finish();
+    const auto out = stage().Finish();
     EXPECT_TRUE(out.ok()) << out.status();
-    return out.ok() ? out->header.result() : v1::StepResult();
+    return out.ok() && *out ? (**out).header.result() : v1::StepResult();
   }
   int32_t FinishedToken(int sequence = 0) { return Finish().sequences(sequence).token_id(); }
   // Sequence `slot` + 1 begins in `slot` with one token.
@@ -72,9 +75,9 @@ TEST_F(StagePickTest, StepsLieBehindEachOther) {
   EXPECT_TRUE(Submit(Ahead(2, 0, 1)));
   EXPECT_EQ(stage().pending(), 2);
   EXPECT_FALSE(Submit(Ahead(3, 0, 2))) << "more than kStepsInFlight";
-  EXPECT_FALSE(stage().Ready());
+  EXPECT_FALSE(Ready());
   backend_.ready = true;
-  EXPECT_TRUE(stage().Ready());
+  EXPECT_TRUE(Ready());
   EXPECT_EQ(FinishedToken(), 7 + kLayers);
   EXPECT_TRUE(Submit(Ahead(3, 0, 2)));
   EXPECT_EQ(FinishedToken(), 7 + 2 * kLayers);
@@ -155,7 +158,7 @@ TEST_F(StagePickTest, StepsOfManyRowsWait) {
   for (uint32_t slot = 0; slot < 4; ++slot) Begin(step, slot, 10 * static_cast<int32_t>(slot));
   EXPECT_TRUE(Submit(step.Build()));
   backend_.ready = false;
-  EXPECT_TRUE(stage().Ready());
+  EXPECT_TRUE(Ready());
   EXPECT_FALSE(Submit(Ahead(2, 0, 1))) << "behind a frame that nobody has taken yet";
   const v1::StepResult result = Finish();
   for (int i = 0; i < 4; ++i) EXPECT_EQ(result.sequences(i).token_id(), 10 * i + kLayers);

@@ -126,11 +126,12 @@ class CudaBackend final : public Backend {
   absl::Status EnqueuePicks(Workspace& workspace, const UnitWeights& head,
                             std::span<const int32_t> rows,
                             std::span<const TokenDraw> draws) override;
-  bool PicksReady(Workspace& workspace) override {
+  absl::Status EnqueueResidual(Workspace& workspace) override;
+  bool EndReady(Workspace& workspace) override {
     return !device_->MakeCurrent().ok() || StepEndReady(*Own(workspace).buffers);
   }
-  absl::Status AwaitPicks(Workspace& workspace, std::span<int32_t> tokens,
-                          std::span<uint8_t> finite) override {
+  absl::Status AwaitEnd(Workspace& workspace, std::span<int32_t> tokens,
+                        std::span<uint8_t> finite) override {
     STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
     return AwaitStepEnd(*Own(workspace).buffers, tokens, finite);
   }
@@ -291,9 +292,18 @@ absl::Status CudaBackend::EnqueuePicks(Workspace& workspace, const UnitWeights& 
   STAGECOACH_RETURN_IF_ERROR(BeginStepEnd(*own.buffers, rows, draws));
   STAGECOACH_RETURN_IF_ERROR(own.runner.Flush());
   STAGECOACH_RETURN_IF_ERROR(Own(head)->AwaitUpload());
-  const absl::Status enqueued = EnqueueStepEnd(*own.buffers, *Own(head), device_->compute());
+  const absl::Status enqueued = EnqueuePicking(*own.buffers, *Own(head), device_->compute());
   Own(head)->NoteUse();
-  return enqueued;
+  STAGECOACH_RETURN_IF_ERROR(enqueued);
+  return EnqueueStepEnd(*own.buffers, device_->compute());
+}
+
+absl::Status CudaBackend::EnqueueResidual(Workspace& workspace) {
+  STAGECOACH_RETURN_IF_ERROR(device_->MakeCurrent());
+  StageWorkspace& own = Own(workspace);
+  STAGECOACH_RETURN_IF_ERROR(BeginStepEnd(*own.buffers, /*rows=*/{}, /*draws=*/{}));
+  STAGECOACH_RETURN_IF_ERROR(own.runner.Flush());
+  return EnqueueStepEnd(*own.buffers, device_->compute());
 }
 
 absl::Status CudaBackend::CopyKvBlocks(KvCache& kv, std::span<const KvBlockCopy> copies) {

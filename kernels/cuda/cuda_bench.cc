@@ -203,7 +203,7 @@ absl::Status Bench::Await(const Step& step) {
   if (!step.head) {
     return backend_->GetResidual(*workspace_, std::span(residual_).first(rows * params_.d_model));
   }
-  return backend_->AwaitPicks(*workspace_, std::span(tokens_).first(step.sequences),
+  return backend_->AwaitEnd(*workspace_, std::span(tokens_).first(step.sequences),
                               std::span(finite_).first(rows));
 }
 

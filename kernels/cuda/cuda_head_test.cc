@@ -124,7 +124,7 @@ class CudaHead : public CudaTest {
   void ExpectAwaited(const Picks& picks) {
     std::vector<int32_t> tokens(picks.rows.size());
     std::vector<uint8_t> finite(kRows);
-    ASSERT_TRUE(backend_->AwaitPicks(*workspace_, tokens, finite).ok());
+    ASSERT_TRUE(backend_->AwaitEnd(*workspace_, tokens, finite).ok());
     EXPECT_EQ(tokens, picks.expected);
     for (int row = 0; row < kRows; ++row) {
       const size_t d_model = params_.d_model;
@@ -146,7 +146,7 @@ class CudaHead : public CudaTest {
           backend_->EnqueuePicks(*workspace_, *head_, steps[i]->rows, steps[i]->draws).ok());
       if (i > 0) ExpectAwaited(*steps[i - 1]);
     }
-    while (!backend_->PicksReady(*workspace_)) {
+    while (!backend_->EndReady(*workspace_)) {
     }
     ExpectAwaited(some);
   }

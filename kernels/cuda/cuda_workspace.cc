@@ -33,59 +33,64 @@ absl::StatusOr<StepInputs> StepInputs::Create(const CudaDevice& device, int max_
   inputs.max_rows_ = max_rows;
   inputs.rows_per_tile_ = rows_per_tile;
   const size_t size = FixedInputs(max_rows) + max_blocks;
-  STAGECOACH_ASSIGN_OR_RETURN(inputs.host_, device.NewPinnedBuffer<int32_t>(size));
+  for (PinnedBuffer<int32_t>& host : inputs.host_) {
+    STAGECOACH_ASSIGN_OR_RETURN(host, device.NewPinnedBuffer<int32_t>(size));
+  }
   STAGECOACH_ASSIGN_OR_RETURN(inputs.device_array_, device.NewBuffer<int32_t>(size));
   for (Part* part : {&inputs.head_rows_, &inputs.batch_}) {
-    STAGECOACH_ASSIGN_OR_RETURN(part->sent, device.NewEvent());
+    for (Event& sent : part->sent) {
+      STAGECOACH_ASSIGN_OR_RETURN(sent, device.NewEvent());
+    }
   }
   inputs.batch_.first = static_cast<size_t>(max_rows);
   return inputs;
 }
 
-absl::Status StepInputs::AwaitSent(const Part& part) const {
-  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(part.sent.get()));
+absl::Status StepInputs::AwaitFree(const Part& part) const {
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(part.sent[part.next].get()));
   return absl::OkStatus();
 }
 
-absl::Status StepInputs::Send(const Part& part, size_t count) {
-  STAGECOACH_RETURN_IF_CUDA_ERROR(
-      cudaMemcpyAsync(device_array_.data() + part.first, host_.data() + part.first,
-                      count * sizeof(int32_t), cudaMemcpyHostToDevice, device_->compute()));
-  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(part.sent.get(), device_->compute()));
+absl::Status StepInputs::Send(Part& part, size_t count) {
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(device_array_.data() + part.first, Host(part),
+                                                  count * sizeof(int32_t), cudaMemcpyHostToDevice,
+                                                  device_->compute()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(part.sent[part.next].get(), device_->compute()));
+  part.next = (part.next + 1) % kStepsInFlight;
   return absl::OkStatus();
 }
 
 absl::Status StepInputs::SetTokens(std::span<const int32_t> token_ids) {
-  STAGECOACH_RETURN_IF_ERROR(AwaitSent(batch_));
-  std::ranges::copy(token_ids, host_.data() + batch_.first);
+  STAGECOACH_RETURN_IF_ERROR(AwaitFree(batch_));
+  std::ranges::copy(token_ids, Host(batch_));
   return absl::OkStatus();
 }
 
 absl::Status StepInputs::SendTokens() { return Send(batch_, max_rows_); }
 
 absl::Status StepInputs::SetHeadRows(std::span<const int32_t> rows) {
-  STAGECOACH_RETURN_IF_ERROR(AwaitSent(head_rows_));
-  std::ranges::copy(rows, host_.data() + head_rows_.first);
+  STAGECOACH_RETURN_IF_ERROR(AwaitFree(head_rows_));
+  std::ranges::copy(rows, Host(head_rows_));
   return Send(head_rows_, rows.size());
 }
 
+// The arrays as they were are freed, so all that they were sent for must be over.
 absl::Status StepInputs::MakeRoom(size_t blocks) {
-  STAGECOACH_RETURN_IF_ERROR(AwaitSent(head_rows_));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(device_->compute()));
   STAGECOACH_ASSIGN_OR_RETURN(StepInputs larger,
                               Create(*device_, max_rows_, rows_per_tile_, 2 * blocks));
-  std::memcpy(larger.host_.data() + batch_.first, host_.data() + batch_.first,
-              max_rows_ * sizeof(int32_t));  // the tokens
+  std::memcpy(larger.Host(larger.batch_), Host(batch_), max_rows_ * sizeof(int32_t));  // the tokens
   *this = std::move(larger);
   return absl::OkStatus();
 }
 
 absl::Status StepInputs::SetBatch(const StepBatch& batch, bool* moved) {
-  STAGECOACH_RETURN_IF_ERROR(AwaitSent(batch_));
+  STAGECOACH_RETURN_IF_ERROR(AwaitFree(batch_));
   size_t blocks = 0;
   for (const BatchSequence& sequence : batch.sequences) blocks += BlocksOf(sequence);
-  *moved = FixedInputs(max_rows_) + blocks > host_.size();
+  *moved = FixedInputs(max_rows_) + blocks > device_array_.size();
   if (*moved) STAGECOACH_RETURN_IF_ERROR(MakeRoom(blocks));
-  int32_t* const positions = host_.data() + batch_.first + max_rows_;
+  int32_t* const positions = Host(batch_) + max_rows_;
   int32_t* const first = positions + max_rows_;
   int32_t* const tiles = first + max_rows_;
   int32_t* const table = tiles + max_rows_;

@@ -30,7 +30,9 @@ inline constexpr int kMaxWorkspaceRows = 65535;  // a dimension of a launch
 // Memory of a MatmulScratch, for products on the compute stream.
 absl::StatusOr<DeviceBuffer<std::byte>> NewMatmulScratch(const CudaDevice& device);
 
-// The int32 inputs of a step, side by side in one array on the host and one on the device.
+// The int32 inputs of a step, side by side in an array on the host and in one on the device. There
+// is an array on the host for each step in flight: what waits for one to be free waits for a step
+// that was awaited.
 class StepInputs {
  public:
   // max_blocks: of all sequences of a step together; more are made room for when they come.
@@ -62,17 +64,20 @@ class StepInputs {
   // A part of the arrays that goes out at once.
   struct Part {
     size_t first = 0;
-    Event sent;  // the device has taken it from the host array
+    std::array<Event, kStepsInFlight> sent;  // the device has taken it from that host array
+    int next = 0;                            // the host array that it goes out from next
   };
   absl::Status MakeRoom(size_t blocks);
-  absl::Status AwaitSent(const Part& part) const;
-  absl::Status Send(const Part& part, size_t count);
+  absl::Status AwaitFree(const Part& part) const;  // its part of the next host array
+  int32_t* Host(const Part& part) { return host_[part.next].data() + part.first; }
+  absl::Status Send(Part& part, size_t count);
 
   const CudaDevice* device_ = nullptr;
   int max_rows_ = 0;
   int rows_per_tile_ = 1;
   int tile_count_ = 0;
-  PinnedBuffer<int32_t> host_;          // head rows, tokens, positions, first, tiles, blocks
+  // Head rows, tokens, positions, first, tiles, blocks.
+  std::array<PinnedBuffer<int32_t>, kStepsInFlight> host_;
   DeviceBuffer<int32_t> device_array_;  // the same
   Part head_rows_, batch_;              // all but the head rows
 };

@@ -87,17 +87,13 @@ absl::Status BeginStepEnd(CudaWorkspace& workspace, std::span<const int32_t> row
       std::ranges::all_of(draws, [](const TokenDraw& d) { return d.temperature == 0; });
   std::ranges::copy(draws, end.draws.data());
   end.all_rows = end.count == end.rows;
-  return end.all_rows ? absl::OkStatus() : workspace.inputs.SetHeadRows(rows);
+  if (end.all_rows || rows.empty()) return absl::OkStatus();
+  return workspace.inputs.SetHeadRows(rows);
 }
 
-absl::Status EnqueueStepEnd(CudaWorkspace& ws, const UnitStorage& head, cudaStream_t stream) {
-  StepEnd& end = ws.NextEnd();
+absl::Status EnqueuePicking(CudaWorkspace& ws, const UnitStorage& head, cudaStream_t stream) {
+  const StepEnd& end = ws.NextEnd();
   const int vocab = ws.params.vocab_size;
-  StepPicks picks = {.count = end.count, .drawn = ws.drawn.data()};
-  if (end.all_greedy) {
-    picks.largest = ws.top_scratch.data();
-    picks.runs = LargestRuns(vocab);
-  }
   for (int first = 0; first < end.count; first += kHeadRows) {
     const int count = std::min(kHeadRows, end.count - first);
     if (!end.all_rows) STAGECOACH_RETURN_IF_ERROR(EnqueueGather(ws, first, count, stream));
@@ -107,7 +103,8 @@ absl::Status EnqueueStepEnd(CudaWorkspace& ws, const UnitStorage& head, cudaStre
     STAGECOACH_RETURN_IF_ERROR(EnqueueHead(ws, head, x, count, stream));
     if (end.all_greedy) {
       static_assert(kMaxPicks <= 2 * kHeadRows * kMostTopLogits, "keys must fit top_scratch");
-      TopKey* const largest = ws.top_scratch.data() + static_cast<size_t>(first) * picks.runs;
+      TopKey* const largest =
+          ws.top_scratch.data() + static_cast<size_t>(first) * LargestRuns(vocab);
       STAGECOACH_RETURN_IF_CUDA_ERROR(FindLargest(ws.logits.data(), count, vocab, largest, stream));
     } else {
       STAGECOACH_RETURN_IF_CUDA_ERROR(FindTop(ws.logits.data(), count, vocab, /*count=*/1,
@@ -116,6 +113,16 @@ absl::Status EnqueueStepEnd(CudaWorkspace& ws, const UnitStorage& head, cudaStre
                                                  end.draws.data() + first, ws.unit_sums.data(),
                                                  ws.drawn.data() + first, stream));
     }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status EnqueueStepEnd(CudaWorkspace& ws, cudaStream_t stream) {
+  StepEnd& end = ws.NextEnd();
+  StepPicks picks = {.count = end.count, .drawn = ws.drawn.data()};
+  if (end.all_greedy) {
+    picks.largest = ws.top_scratch.data();
+    picks.runs = LargestRuns(ws.params.vocab_size);
   }
   STAGECOACH_RETURN_IF_CUDA_ERROR(EndStep(ws.residual.data(), end.rows, ws.params.d_model, picks,
                                           end.finite.data(), end.tokens.data(), stream));

@@ -19,12 +19,15 @@ absl::Status TakeDraws(CudaWorkspace& workspace, std::span<const TokenDraw> draw
                        std::span<int32_t> tokens, cudaStream_t stream);
 
 // The end of a step that is not waited for. First, before the launches of its layers if possible:
-// what the device needs of `draws` of the residual rows `rows`; all but one of workspace.ends may
-// be in use.
+// what the device needs of `draws` of the residual rows `rows` (there may be none); all but one of
+// workspace.ends may be in use.
 absl::Status BeginStepEnd(CudaWorkspace& workspace, std::span<const int32_t> rows,
                           std::span<const TokenDraw> draws);
-// Then, behind the layers: the head, whose weights the stream waits for, and the draws.
-absl::Status EnqueueStepEnd(CudaWorkspace& workspace, const UnitStorage& head, cudaStream_t stream);
+// Then, behind the layers, if there are draws: the head, whose weights the stream waits for, and
+// what these pick.
+absl::Status EnqueuePicking(CudaWorkspace& workspace, const UnitStorage& head, cudaStream_t stream);
+// And what the host is told.
+absl::Status EnqueueStepEnd(CudaWorkspace& workspace, cudaStream_t stream);
 // Of the earliest that is in use, and has not been taken by AwaitStepEnd.
 bool StepEndReady(const CudaWorkspace& workspace);
 absl::Status AwaitStepEnd(CudaWorkspace& workspace, std::span<int32_t> tokens,

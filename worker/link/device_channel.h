@@ -3,6 +3,7 @@
 #define STAGECOACH_WORKER_LINK_DEVICE_CHANNEL_H_
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -20,6 +21,9 @@ struct ChannelMemory {
   int device = 0;
 };
 
+// Payloads that have been asked for and have not come yet.
+inline constexpr int kReceiving = 4;
+
 // One end. Payloads arrive in the order in which they were sent; which frame each belongs to, the
 // frames say (FrameHeader.nccl_floats). One thread at a time, but for Cancel. The destructor aborts
 // what is under way, in bounded time: afterwards nothing uses the memory.
@@ -30,13 +34,22 @@ class DeviceChannel {
   // that none after it allocates or connects. Errors: DEADLINE_EXCEEDED and others, saying what to
   // check; CANCELLED.
   virtual absl::Status AwaitReady() = 0;
-  // The sending end: the first `floats` of the memory, on which all work has ended. They may be
-  // overwritten by work put into the stream after this call. Waits while too many payloads are on
-  // their way. Errors: UNAVAILABLE (the channel is broken for good), CANCELLED.
+  // The sending end: the first `floats` of the memory, as what was put into its stream before this
+  // call leaves them. Waits while too many payloads are on their way. Errors: UNAVAILABLE (the
+  // channel is broken for good), CANCELLED.
   virtual absl::Status Send(size_t floats) = 0;
-  // The receiving end: returns when they are there. Errors: as Send.
+  // The receiving end asks for a payload: behind what was put into the memory's stream before this
+  // call it comes, and what is put there afterwards waits for it (and finds anything at all if the
+  // channel ends first). Asks are kReceiving ahead of what has come, at most: more wait. Errors: as
+  // Send.
   virtual absl::Status Receive(size_t floats) = 0;
-  // Any thread: calls under way, and later ones, end soon with CANCELLED.
+  // How many payloads have come, ever. Errors: as Send; DEADLINE_EXCEEDED.
+  virtual absl::StatusOr<uint64_t> Received() = 0;
+  // Waits until all that were asked for have; in memory of the host they are only then. Errors: as
+  // Received.
+  virtual absl::Status AwaitReceived() = 0;
+  // Any thread: calls under way, and later ones, end soon with CANCELLED, and nothing in the
+  // memory's stream waits any longer. Does not wait.
   virtual void Cancel() = 0;
 };
 

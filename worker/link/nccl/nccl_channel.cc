@@ -16,6 +16,8 @@ namespace {
 // Between looks, once kSpinTime has passed: what takes so long is no payload of one decode step.
 constexpr absl::Duration kPollInterval = absl::Microseconds(50);
 
+constexpr char kReceivingName[] = "receiving by NCCL";
+
 std::string Interface() {
   const char* const name = std::getenv("NCCL_SOCKET_IFNAME");
   return name == nullptr ? "the interface that NCCL chose (NCCL_SOCKET_IFNAME is not set)"
@@ -35,9 +37,9 @@ NcclChannel::NcclChannel(std::shared_ptr<NcclApi> nccl, std::shared_ptr<DeviceAp
       peer_(std::move(peer)) {}
 
 NcclChannel::~NcclChannel() {
-  cancelled_ = true;
+  Cancel();
   if (!device_->Use(memory_.device).ok()) return;
-  if (!AbortInTime() || !StreamEndsInTime()) {
+  if (!AbortedInTime() || !StreamEndsInTime()) {
     Stuck();
     return;
   }
@@ -47,7 +49,10 @@ NcclChannel::~NcclChannel() {
     if (slot.sent != nullptr) device_->FreeEvent(slot.sent);
     if (slot.data != nullptr) device_->FreeBuffer(slot.data);
   }
-  for (void* event : {ready_, received_, ended_}) {
+  for (void* event : received_) {
+    if (event != nullptr) device_->FreeEvent(event);
+  }
+  for (void* event : {ready_, ended_}) {
     if (event != nullptr) device_->FreeEvent(event);
   }
 }
@@ -60,14 +65,21 @@ void NcclChannel::Stuck() const {
                   absl::FormatDuration(options_.abort_timeout))));
 }
 
-bool NcclChannel::AbortInTime() {
-  if (comm_ == nullptr) return true;
-  auto aborted = std::make_shared<absl::Notification>();
-  std::thread([nccl = nccl_, device = device_, index = memory_.device, comm = comm_, aborted] {
+void NcclChannel::Cancel() {
+  cancelled_ = true;
+  absl::MutexLock lock(&mu_);
+  NcclApi::Comm const comm = std::exchange(comm_, nullptr);
+  if (comm == nullptr) return;
+  aborted_ = std::make_shared<absl::Notification>();
+  std::thread([nccl = nccl_, device = device_, index = memory_.device, comm, aborted = aborted_] {
     if (device->Use(index).ok()) nccl->Abort(comm);
     aborted->Notify();
   }).detach();
-  return aborted->WaitForNotificationWithTimeout(options_.abort_timeout);
+}
+
+bool NcclChannel::AbortedInTime() {
+  absl::MutexLock lock(&mu_);
+  return aborted_ == nullptr || aborted_->WaitForNotificationWithTimeout(options_.abort_timeout);
 }
 
 // What the abort has ended has left the stream.
@@ -92,7 +104,7 @@ absl::Status NcclChannel::Begin(const NcclId& id) {
   STAGECOACH_RETURN_IF_ERROR(make(device_->NewEvent(), &ended_));
   if (rank_ == Rank::kReceiver) {
     STAGECOACH_RETURN_IF_ERROR(make(device_->NewEvent(), &ready_));
-    STAGECOACH_RETURN_IF_ERROR(make(device_->NewEvent(), &received_));
+    for (void*& event : received_) STAGECOACH_RETURN_IF_ERROR(make(device_->NewEvent(), &event));
   } else {
     for (Slot& slot : slots_) {
       STAGECOACH_RETURN_IF_ERROR(make(device_->NewEvent(), &slot.copied));
@@ -100,33 +112,51 @@ absl::Status NcclChannel::Begin(const NcclId& id) {
       STAGECOACH_RETURN_IF_ERROR(make(device_->NewBuffer(memory_.floats), &slot.data));
     }
   }
-  return Check(nccl_->Init(&comm_, id, static_cast<int>(rank_)), "ncclCommInitRankConfig");
+  absl::MutexLock lock(&mu_);
+  return Checked(nccl_->Init(&comm_, id, static_cast<int>(rank_)), "ncclCommInitRankConfig");
 }
 
-absl::Status NcclChannel::Check(NcclCode code, std::string_view what) {
+absl::Status NcclChannel::Call(std::string_view what,
+                               const std::function<NcclCode(NcclApi::Comm)>& call) {
+  absl::MutexLock lock(&mu_);
+  return comm_ == nullptr ? GivenUp(what) : Checked(call(comm_), what);
+}
+
+absl::Status NcclChannel::Checked(NcclCode code, std::string_view what) {
   if (code == NcclCode::kSuccess || code == NcclCode::kInProgress) return absl::OkStatus();
   return absl::UnavailableError(fmt::format("NCCL with {}: {} failed with code {}: {}", peer_, what,
                                             static_cast<int>(code), nccl_->LastError()));
+}
+
+absl::StatusOr<bool> NcclChannel::Settled(std::string_view what) {
+  NcclCode state = NcclCode::kSuccess;
+  STAGECOACH_RETURN_IF_ERROR(Call("ncclCommGetAsyncError", [&](NcclApi::Comm comm) {
+    return nccl_->AsyncError(comm, &state);
+  }));
+  STAGECOACH_RETURN_IF_ERROR(Checked(state, what));
+  return state == NcclCode::kSuccess;
+}
+
+absl::Status NcclChannel::GivenUp(std::string_view what) const {
+  return absl::CancelledError(fmt::format("{} with {} was given up", what, peer_));
+}
+
+absl::Status NcclChannel::TookTooLong(std::string_view what, absl::Duration timeout) const {
+  return absl::DeadlineExceededError(
+      fmt::format("{} with {} took more than {}", what, peer_, absl::FormatDuration(timeout)));
 }
 
 absl::Status NcclChannel::Poll(std::string_view what, absl::Duration timeout,
                                const std::function<absl::StatusOr<bool>()>& done) {
   const absl::Time start = absl::Now();
   for (;;) {
-    if (cancelled_) {
-      return absl::CancelledError(fmt::format("{} with {} was given up", what, peer_));
-    }
+    if (cancelled_) return GivenUp(what);
     const absl::StatusOr<bool> end = done();
     if (!end.ok()) return end.status();
     if (*end) return absl::OkStatus();
-    NcclCode state = NcclCode::kSuccess;
-    STAGECOACH_RETURN_IF_ERROR(Check(nccl_->AsyncError(comm_, &state), "ncclCommGetAsyncError"));
-    STAGECOACH_RETURN_IF_ERROR(Check(state, what));
+    STAGECOACH_RETURN_IF_ERROR(Settled(what).status());
     const absl::Duration waited = absl::Now() - start;
-    if (waited > timeout) {
-      return absl::DeadlineExceededError(
-          fmt::format("{} with {} took more than {}", what, peer_, absl::FormatDuration(timeout)));
-    }
+    if (waited > timeout) return TookTooLong(what, timeout);
     if (waited < absl::FromChrono(kSpinTime)) {
       std::this_thread::yield();
     } else {
@@ -136,11 +166,7 @@ absl::Status NcclChannel::Poll(std::string_view what, absl::Duration timeout,
 }
 
 absl::Status NcclChannel::AwaitSettled(std::string_view what, absl::Duration timeout) {
-  return Poll(what, timeout, [this]() -> absl::StatusOr<bool> {
-    NcclCode state = NcclCode::kSuccess;
-    STAGECOACH_RETURN_IF_ERROR(Check(nccl_->AsyncError(comm_, &state), "ncclCommGetAsyncError"));
-    return state == NcclCode::kSuccess;
-  });
+  return Poll(what, timeout, [this, what] { return Settled(what); });
 }
 
 absl::Status NcclChannel::AwaitEvent(std::string_view what, void* event, absl::Duration timeout) {
@@ -163,6 +189,10 @@ absl::Status NcclChannel::AwaitReady() {
   if (status.ok()) {
     status = rank_ == Rank::kSender ? SendWithin(memory_.floats, options_.init_timeout)
                                     : ReceiveWithin(memory_.floats, options_.init_timeout);
+  }
+  if (status.ok() && rank_ == Rank::kReceiver) {
+    status = AwaitReceivedWithin(options_.init_timeout);
+    asked_ = came_ = 0;  // it does not count
   }
   if (status.ok() && rank_ == Rank::kSender) {
     status = AwaitEvent("the first NCCL payload", slots_[0].sent, options_.init_timeout);
@@ -187,7 +217,9 @@ absl::Status NcclChannel::SendWithin(size_t floats, absl::Duration timeout) {
   STAGECOACH_RETURN_IF_ERROR(device_->Copy(slot.data, memory_.data, floats, memory_.stream));
   STAGECOACH_RETURN_IF_ERROR(device_->Record(slot.copied, memory_.stream));
   STAGECOACH_RETURN_IF_ERROR(device_->Await(stream_, slot.copied));
-  STAGECOACH_RETURN_IF_ERROR(Check(nccl_->Send(comm_, slot.data, floats, stream_), "ncclSend"));
+  STAGECOACH_RETURN_IF_ERROR(Call("ncclSend", [&](NcclApi::Comm comm) {
+    return nccl_->Send(comm, slot.data, floats, stream_);
+  }));
   STAGECOACH_RETURN_IF_ERROR(AwaitSettled("ncclSend", timeout));
   slot.used = true;
   return device_->Record(slot.sent, stream_);
@@ -195,13 +227,43 @@ absl::Status NcclChannel::SendWithin(size_t floats, absl::Duration timeout) {
 
 absl::Status NcclChannel::ReceiveWithin(size_t floats, absl::Duration timeout) {
   STAGECOACH_RETURN_IF_ERROR(device_->Use(memory_.device));
+  if (asked_ - came_ == kReceiving) STAGECOACH_RETURN_IF_ERROR(AwaitReceivedWithin(timeout));
   STAGECOACH_RETURN_IF_ERROR(device_->Record(ready_, memory_.stream));
   STAGECOACH_RETURN_IF_ERROR(device_->Await(stream_, ready_));
-  STAGECOACH_RETURN_IF_ERROR(
-      Check(nccl_->Receive(comm_, memory_.data, floats, stream_), "ncclRecv"));
+  STAGECOACH_RETURN_IF_ERROR(Call("ncclRecv", [&](NcclApi::Comm comm) {
+    return nccl_->Receive(comm, memory_.data, floats, stream_);
+  }));
   STAGECOACH_RETURN_IF_ERROR(AwaitSettled("ncclRecv", timeout));
-  STAGECOACH_RETURN_IF_ERROR(device_->Record(received_, stream_));
-  return AwaitEvent("receiving by NCCL", received_, timeout);
+  void* const received = received_[asked_ % kReceiving];
+  STAGECOACH_RETURN_IF_ERROR(device_->Record(received, stream_));
+  if (asked_++ == came_) waiting_since_ = absl::Now();
+  if (memory_.stream == nullptr) return absl::OkStatus();
+  return device_->Await(memory_.stream, received);
+}
+
+absl::StatusOr<uint64_t> NcclChannel::Received() {
+  if (cancelled_) return GivenUp(kReceivingName);
+  STAGECOACH_RETURN_IF_ERROR(device_->Use(memory_.device));
+  for (; came_ < asked_; ++came_) {
+    STAGECOACH_ASSIGN_OR_RETURN(const bool here, device_->Reached(received_[came_ % kReceiving]));
+    if (!here) break;
+    waiting_since_ = absl::Now();
+  }
+  if (came_ == asked_) return came_;
+  STAGECOACH_RETURN_IF_ERROR(Settled(kReceivingName).status());
+  if (absl::Now() - waiting_since_ > options_.transfer_timeout) {
+    return TookTooLong(kReceivingName, options_.transfer_timeout);
+  }
+  return came_;
+}
+
+absl::Status NcclChannel::AwaitReceived() { return AwaitReceivedWithin(options_.transfer_timeout); }
+
+absl::Status NcclChannel::AwaitReceivedWithin(absl::Duration timeout) {
+  return Poll(kReceivingName, timeout, [this]() -> absl::StatusOr<bool> {
+    STAGECOACH_ASSIGN_OR_RETURN(const uint64_t came, Received());
+    return came == asked_;
+  });
 }
 
 }  // namespace stagecoach

@@ -9,13 +9,17 @@
 #include <string>
 #include <string_view>
 
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/synchronization/notification.h"
 #include "worker/link/nccl/nccl_transport.h"
 
 namespace stagecoach {
 
-// NCCL's operations go through a stream of their own, in which they may wait for the other end; the
-// stream of the residual's work never waits for it: the host polls events, with a deadline and with
-// an eye on NCCL's state and on Cancel.
+// NCCL's operations go through a stream of their own, in which they may wait for the other end. The
+// stream of the residual's work waits for what is received; the host polls events, with a deadline
+// and with an eye on NCCL's state and on Cancel, which aborts at once: a thread may be waiting for
+// that stream elsewhere.
 class NcclChannel : public DeviceChannel {
  public:
   enum class Rank { kSender = 0, kReceiver = 1 };
@@ -31,7 +35,9 @@ class NcclChannel : public DeviceChannel {
   absl::Status AwaitReady() override;
   absl::Status Send(size_t floats) override;
   absl::Status Receive(size_t floats) override;
-  void Cancel() override { cancelled_ = true; }
+  absl::StatusOr<uint64_t> Received() override;
+  absl::Status AwaitReceived() override;
+  void Cancel() override;
 
  private:
   // The sender's copies of payloads on their way.
@@ -49,9 +55,15 @@ class NcclChannel : public DeviceChannel {
   absl::Status AwaitEvent(std::string_view what, void* event, absl::Duration timeout);
   absl::Status SendWithin(size_t floats, absl::Duration timeout);
   absl::Status ReceiveWithin(size_t floats, absl::Duration timeout);
-  absl::Status Check(NcclCode code, std::string_view what);
+  absl::Status AwaitReceivedWithin(absl::Duration timeout);
+  // On the communicator, unless it was cancelled.
+  absl::Status Call(std::string_view what, const std::function<NcclCode(NcclApi::Comm)>& call);
+  absl::Status Checked(NcclCode code, std::string_view what);
+  absl::StatusOr<bool> Settled(std::string_view what);  // what was called last
+  absl::Status GivenUp(std::string_view what) const;
+  absl::Status TookTooLong(std::string_view what, absl::Duration timeout) const;
   absl::Status NotMet(const absl::Status& status) const;
-  bool AbortInTime();
+  bool AbortedInTime();
   bool StreamEndsInTime();
   void Stuck() const;
 
@@ -64,13 +76,17 @@ class NcclChannel : public DeviceChannel {
   const std::string peer_;
 
   std::atomic<bool> cancelled_ = false;
+  absl::Mutex mu_;
+  NcclApi::Comm comm_ ABSL_GUARDED_BY(mu_) = nullptr;
+  std::shared_ptr<absl::Notification> aborted_ ABSL_GUARDED_BY(mu_);  // it is being aborted
 
   // Of the one thread that uses the channel.
-  NcclApi::Comm comm_ = nullptr;
   void* stream_ = nullptr;
-  void* ended_ = nullptr;     // event: nothing is in the stream any more
-  void* ready_ = nullptr;     // receiver's events: the memory may be overwritten,
-  void* received_ = nullptr;  // the payload is there
+  void* ended_ = nullptr;  // event: nothing is in the stream any more
+  void* ready_ = nullptr;  // receiver's events: the memory may be overwritten,
+  std::array<void*, kReceiving> received_ = {};  // payload i is there, at i % kReceiving
+  uint64_t asked_ = 0, came_ = 0;                // payloads; came_ as of the latest look
+  absl::Time waiting_since_;                     // for payload came_, if it was asked for
   std::array<Slot, kNcclSendSlots> slots_;
   size_t next_slot_ = 0;
 };

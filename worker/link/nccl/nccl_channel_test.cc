@@ -40,8 +40,8 @@ class NcclChannelTest : public testing::Test {
   void Open() {
     const std::string id = transport_->NewId().value();
     auto sender = transport_->OpenSender(id, {.data = from_.data(), .floats = kFloats}, "stage 1");
-    auto receiver =
-        transport_->OpenReceiver(id, {.data = to_.data(), .floats = kFloats}, "stage 0");
+    auto receiver = transport_->OpenReceiver(
+        id, {.data = to_.data(), .floats = kFloats, .stream = work_}, "stage 0");
     ASSERT_TRUE(sender.ok()) << sender.status();
     ASSERT_TRUE(receiver.ok()) << receiver.status();
     sender_ = *std::move(sender);
@@ -57,9 +57,15 @@ class NcclChannelTest : public testing::Test {
     ASSERT_TRUE(receiver_ready.ok()) << receiver_ready;
   }
 
+  absl::Status Receive(size_t floats) {
+    const absl::Status asked = receiver_->Receive(floats);
+    return asked.ok() ? receiver_->AwaitReceived() : asked;
+  }
+
   const std::shared_ptr<FakeNccl> nccl_ = std::make_shared<FakeNccl>();
   const std::shared_ptr<FakeDevice> device_ = std::make_shared<FakeDevice>();
   std::vector<float> from_ = std::vector<float>(kFloats), to_ = std::vector<float>(kFloats);
+  void* work_ = nullptr;  // the stream of the receiver's work
   std::unique_ptr<DeviceTransport> transport_;
   std::unique_ptr<DeviceChannel> sender_, receiver_;
   bool left_behind_ = false;  // on purpose: objects of a device that could not be freed
@@ -79,7 +85,7 @@ TEST_F(NcclChannelTest, PayloadsArriveInOrderAndNothingIsMadeOnTheWay) {
   });
   for (int i = 0; i < kPayloads; ++i) {
     const size_t floats = 1 + i % kFloats;
-    ASSERT_TRUE(receiver_->Receive(floats).ok());
+    ASSERT_TRUE(Receive(floats).ok());
     EXPECT_EQ(to_[0], static_cast<float>(i));
     EXPECT_EQ(to_[floats - 1], static_cast<float>(i + floats - 1));
   }
@@ -95,6 +101,54 @@ TEST_F(NcclChannelTest, ASenderIsSeveralPayloadsAheadAndNoMore) {
   const absl::Status full = sender_->Send(kFloats);
   EXPECT_EQ(full.code(), absl::StatusCode::kDeadlineExceeded) << full;
   EXPECT_THAT(Message(full), HasSubstr("stage 1"));
+}
+
+// The work finds its payloads by the order of its stream: the host asks for them before they have
+// been sent, and waits for none.
+TEST_F(NcclChannelTest, WorkWaitsForItsPayloadsByItself) {
+  work_ = device_->NewStream().value();
+  Meet();
+  std::vector<float> seen(kReceiving, -1);
+  const auto ask = [&](int i) {
+    ASSERT_TRUE(receiver_->Receive(kFloats).ok());
+    ASSERT_TRUE(device_->Copy(&seen[i], &to_[0], 1, work_).ok());
+  };
+  for (int i = 0; i < kReceiving; ++i) ask(i);
+  EXPECT_EQ(receiver_->Received().value(), 0u);
+  for (int i = 0; i < kReceiving; ++i) {
+    from_[0] = static_cast<float>(i);
+    ASSERT_TRUE(sender_->Send(kFloats).ok());
+    while (receiver_->Received().value() < i + 1u) std::this_thread::yield();
+  }
+  ask(0);  // there is room again
+  from_[0] = 7;
+  ASSERT_TRUE(sender_->Send(kFloats).ok());
+  ASSERT_TRUE(receiver_->AwaitReceived().ok());
+  device_->FreeStream(work_);  // when it is done
+  EXPECT_EQ(seen, std::vector<float>({7, 1, 2, 3}));
+}
+
+TEST_F(NcclChannelTest, CancelLetsWorkGoThatWaits) {
+  work_ = device_->NewStream().value();
+  Meet();
+  ASSERT_TRUE(receiver_->Receive(kFloats).ok());
+  EXPECT_EQ(receiver_->Received().value(), 0u);
+  receiver_->Cancel();
+  device_->FreeStream(work_);  // waits for its work
+  EXPECT_EQ(receiver_->Received().status().code(), absl::StatusCode::kCancelled);
+  EXPECT_EQ(nccl_->aborts(), 1);
+}
+
+TEST_F(NcclChannelTest, APayloadThatDoesNotComeIsAnError) {
+  Make({.transfer_timeout = absl::Milliseconds(20)});
+  Meet();
+  absl::SleepFor(absl::Milliseconds(40));
+  ASSERT_TRUE(receiver_->Receive(kFloats).ok());
+  EXPECT_TRUE(receiver_->Received().ok()) << "it has not been waited for that long";
+  const absl::Status late = receiver_->AwaitReceived();
+  EXPECT_EQ(late.code(), absl::StatusCode::kDeadlineExceeded) << late;
+  EXPECT_THAT(Message(late), HasSubstr("stage 0"));
+  EXPECT_EQ(receiver_->Received().status().code(), absl::StatusCode::kDeadlineExceeded);
 }
 
 TEST_F(NcclChannelTest, AnEndThatStaysAloneSaysWhatToCheck) {
@@ -129,7 +183,7 @@ TEST_F(NcclChannelTest, AnIdOfAnotherLengthIsRefused) {
 TEST_F(NcclChannelTest, AnAsynchronousErrorEndsBothEnds) {
   Meet();
   absl::Status received;
-  std::thread receiving([&] { received = receiver_->Receive(kFloats); });
+  std::thread receiving([&] { received = Receive(kFloats); });
   nccl_->BreakAll();
   receiving.join();
   EXPECT_EQ(received.code(), absl::StatusCode::kUnavailable) << received;
@@ -140,7 +194,7 @@ TEST_F(NcclChannelTest, CancelEndsAReceiverWhosePeerIsGone) {
   Meet();
   sender_.reset();  // NCCL itself tells the other end nothing
   absl::Status received;
-  std::thread receiving([&] { received = receiver_->Receive(kFloats); });
+  std::thread receiving([&] { received = Receive(kFloats); });
   absl::SleepFor(absl::Milliseconds(20));
   const absl::Time start = absl::Now();
   receiver_->Cancel();
@@ -168,7 +222,7 @@ TEST_F(NcclChannelTest, AfterAnAbortBothMeetAgainUnderANewId) {
     from_[0] = static_cast<float>(epoch);
     ASSERT_TRUE(sender_->Send(1).ok());
     ASSERT_TRUE(sender_->Send(kFloats).ok());  // still on its way when the epoch ends
-    ASSERT_TRUE(receiver_->Receive(1).ok());
+    ASSERT_TRUE(Receive(1).ok());
     EXPECT_EQ(to_[0], static_cast<float>(epoch));
     sender_.reset();
     receiver_.reset();

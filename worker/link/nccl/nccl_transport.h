@@ -19,7 +19,8 @@ inline constexpr int kNcclSendSlots = 4;
 struct NcclOptions {
   // Below the coordinator's kLinkTimeout, so that its reason is the one that is told.
   absl::Duration init_timeout = absl::Seconds(10);
-  // For one payload whose frame has come, or for a slot: the other end is alive, but does nothing.
+  // For one payload whose frame has come (the stages before may yet have to compute it), or for a
+  // slot: the other end is alive, but does nothing.
   absl::Duration transfer_timeout = absl::Seconds(30);
   absl::Duration abort_timeout = absl::Seconds(5);
   // A communicator could not be aborted in time: its kernels may use their memory for ever, which
