@@ -202,7 +202,7 @@ class StepOnDevice {
       row += sequence.rows;
     }
     bool moved = false;
-    ASSERT_TRUE(inputs_.SetBatch({.sequences = batch, .rows = rows_}, &moved).ok());
+    ASSERT_TRUE(inputs_.SetBatch({.sequences = batch, .rows = rows_}, /*turns=*/{}, &moved).ok());
     ASSERT_FALSE(moved);
   }
 

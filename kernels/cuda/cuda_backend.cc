@@ -389,8 +389,9 @@ absl::Status CudaBackend::Rope(const ModelParams& params, std::span<float> x, in
   STAGECOACH_ASSIGN_OR_RETURN(const auto values, ToDevice(std::span<const float>(x)));
   STAGECOACH_ASSIGN_OR_RETURN(const auto turns,
                               device_->NewBuffer<float2>(frequencies.size() * positions.size()));
-  STAGECOACH_RETURN_IF_CUDA_ERROR(
-      ComputeTurns(angles.data(), pairs, places.data(), rows, turns.data(), device_->compute()));
+  const TurnsOfRows made = {.frequencies = angles.data(), .pairs = pairs, .turns = turns.data()};
+  STAGECOACH_RETURN_IF_CUDA_ERROR(BeginStep(/*from=*/nullptr, /*words=*/0, /*to=*/nullptr,
+                                            places.data(), rows, made, device_->compute()));
   STAGECOACH_RETURN_IF_ERROR(LaunchOp([&] {
     return cuda::Rope(turns.data(), pairs, rows, heads, head_dim, values.data(),
                       device_->compute());
@@ -429,7 +430,7 @@ absl::Status CudaBackend::Attention(const ModelParams& params, std::span<const f
       StepInputs::Create(*device_, batch.rows, RowsPerQueryTile(params.heads / params.kv_heads),
                          blocks));
   bool moved = false;
-  STAGECOACH_RETURN_IF_ERROR(inputs.SetBatch(batch, &moved));
+  STAGECOACH_RETURN_IF_ERROR(inputs.SetBatch(batch, /*turns=*/{}, &moved));
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> queries, ToDevice(q));
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> keys, ToDevice(k));
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> values, ToDevice(v));

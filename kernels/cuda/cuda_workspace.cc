@@ -51,10 +51,7 @@ absl::Status StepInputs::AwaitFree(const Part& part) const {
   return absl::OkStatus();
 }
 
-absl::Status StepInputs::Send(Part& part, size_t count) {
-  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(device_array_.data() + part.first, Host(part),
-                                                  count * sizeof(int32_t), cudaMemcpyHostToDevice,
-                                                  device_->compute()));
+absl::Status StepInputs::NoteSent(Part& part) {
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(part.sent[part.next].get(), device_->compute()));
   part.next = (part.next + 1) % kStepsInFlight;
   return absl::OkStatus();
@@ -66,12 +63,20 @@ absl::Status StepInputs::SetTokens(std::span<const int32_t> token_ids) {
   return absl::OkStatus();
 }
 
-absl::Status StepInputs::SendTokens() { return Send(batch_, max_rows_); }
+absl::Status StepInputs::SendTokens() {
+  STAGECOACH_RETURN_IF_CUDA_ERROR(
+      BeginStep(Host(batch_), max_rows_, device_array_.data() + batch_.first,
+                /*positions=*/nullptr, /*rows=*/0, /*turns=*/{}, device_->compute()));
+  return NoteSent(batch_);
+}
 
 absl::Status StepInputs::SetHeadRows(std::span<const int32_t> rows) {
   STAGECOACH_RETURN_IF_ERROR(AwaitFree(head_rows_));
   std::ranges::copy(rows, Host(head_rows_));
-  return Send(head_rows_, rows.size());
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(device_array_.data() + head_rows_.first,
+                                                  Host(head_rows_), rows.size_bytes(),
+                                                  cudaMemcpyHostToDevice, device_->compute()));
+  return NoteSent(head_rows_);
 }
 
 // The arrays as they were are freed, so all that they were sent for must be over.
@@ -84,7 +89,7 @@ absl::Status StepInputs::MakeRoom(size_t blocks) {
   return absl::OkStatus();
 }
 
-absl::Status StepInputs::SetBatch(const StepBatch& batch, bool* moved) {
+absl::Status StepInputs::SetBatch(const StepBatch& batch, const TurnsOfRows& turns, bool* moved) {
   STAGECOACH_RETURN_IF_ERROR(AwaitFree(batch_));
   size_t blocks = 0;
   for (const BatchSequence& sequence : batch.sequences) blocks += BlocksOf(sequence);
@@ -108,7 +113,10 @@ absl::Status StepInputs::SetBatch(const StepBatch& batch, bool* moved) {
     std::ranges::copy(sequence.blocks.first(BlocksOf(sequence)), table + used);
     used += BlocksOf(sequence);
   }
-  return Send(batch_, 4 * static_cast<size_t>(max_rows_) + used);
+  STAGECOACH_RETURN_IF_CUDA_ERROR(BeginStep(Host(batch_), 4 * max_rows_ + used,
+                                            device_array_.data() + batch_.first, positions,
+                                            batch.rows, turns, device_->compute()));
+  return NoteSent(batch_);
 }
 
 absl::StatusOr<DeviceBuffer<std::byte>> NewMatmulScratch(const CudaDevice& device) {

@@ -15,6 +15,7 @@
 #include "kernels/cuda/cuda_device.h"
 #include "kernels/cuda/quant_matmul.h"
 #include "kernels/cuda/rope.h"
+#include "kernels/cuda/step_begin.h"
 #include "kernels/cuda/token_draw.h"
 #include "kernels/cuda/top_logits.h"
 #include "model/model_file.h"
@@ -54,8 +55,9 @@ class StepInputs {
 
   // Before the batch of the same step, with which they go out.
   absl::Status SetTokens(std::span<const int32_t> token_ids);
-  // Goes out on the compute stream. *moved: the arrays had to grow and are elsewhere now.
-  absl::Status SetBatch(const StepBatch& batch, bool* moved);
+  // Goes out on the compute stream, with the turns of its positions, ahead of all kernels of the
+  // step. *moved: the arrays had to grow and are elsewhere now.
+  absl::Status SetBatch(const StepBatch& batch, const TurnsOfRows& turns, bool* moved);
   // In place of SetBatch, in a step without layers.
   absl::Status SendTokens();
   absl::Status SetHeadRows(std::span<const int32_t> rows);
@@ -70,7 +72,7 @@ class StepInputs {
   absl::Status MakeRoom(size_t blocks);
   absl::Status AwaitFree(const Part& part) const;  // its part of the next host array
   int32_t* Host(const Part& part) { return host_[part.next].data() + part.first; }
-  absl::Status Send(Part& part, size_t count);
+  absl::Status NoteSent(Part& part);  // by what is in the compute stream now
 
   const CudaDevice* device_ = nullptr;
   int max_rows_ = 0;
@@ -137,6 +139,10 @@ struct CudaWorkspace {
   Event residual_sent;               // the device has taken residual_in
 
   StepEnd& NextEnd() { return ends[(first_end + end_count) % kStepsInFlight]; }
+  TurnsOfRows Turns() const {
+    return {
+        .frequencies = frequencies.data(), .pairs = params.rope_dims / 2, .turns = turns.data()};
+  }
   MatmulScratch MatmulMemory() const { return {scratch.data()}; }
 
   int rows = 0;        // of the step under way

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// Grid: x = rows, y = runs of kThreads columns.
 template <typename Block>
 __global__ void EmbedKernel(const Block* table, int columns, const int32_t* ids,
                             const int32_t* picks, float* out) {
@@ -20,16 +21,16 @@ __global__ void EmbedKernel(const Block* table, int columns, const int32_t* ids,
   if (id < 0) id = max(picks[PickOf(id)], 0);  // PickOf is its own inverse
   const Block* row = table + static_cast<size_t>(id) * blocks_per_row;
   out += static_cast<size_t>(blockIdx.x) * columns;
-  for (int k = threadIdx.x; k < columns; k += kThreads) {
-    const Block& block = row[k / Block::kElements];
-    if constexpr (Block::kElements == 1) {
-      out[k] = block.value();
-    } else {  // as DecodeBlock
-      const int i = k % Block::kElements, group = i / Block::kGroup;
-      const float scale = block.delta() * static_cast<float>(block.scale(group));
-      const float min = block.delta_min() * static_cast<float>(block.min(group));
-      out[k] = scale * static_cast<float>(block.quant(i)) - min;
-    }
+  const int k = static_cast<int>(blockIdx.y * kThreads + threadIdx.x);
+  if (k >= columns) return;
+  const Block& block = row[k / Block::kElements];
+  if constexpr (Block::kElements == 1) {
+    out[k] = block.value();
+  } else {  // as DecodeBlock
+    const int i = k % Block::kElements, group = i / Block::kGroup;
+    const float scale = block.delta() * static_cast<float>(block.scale(group));
+    const float min = block.delta_min() * static_cast<float>(block.min(group));
+    out[k] = scale * static_cast<float>(block.quant(i)) - min;
   }
 }
 
@@ -37,7 +38,8 @@ __global__ void EmbedKernel(const Block* table, int columns, const int32_t* ids,
 
 cudaError_t EmbedRows(TensorType type, const void* table, int columns, const int32_t* ids,
                       const int32_t* picks, int rows, float* out, cudaStream_t stream) {
-  const LaunchShape shape = {.grid = dim3(rows), .threads = kThreads};
+  const LaunchShape shape = {.grid = dim3(rows, (columns + kThreads - 1) / kThreads),
+                             .threads = kThreads};
   return VisitBlockType(type, [&]<typename Block>() {
     return LaunchKernel(EmbedKernel<Block>, shape, stream, static_cast<const Block*>(table),
                         columns, ids, picks, out);

@@ -102,7 +102,7 @@ absl::Status EnqueuePicking(CudaWorkspace& ws, const UnitStorage& head, cudaStre
                                : ws.head_input.data();
     STAGECOACH_RETURN_IF_ERROR(EnqueueHead(ws, head, x, count, stream));
     if (end.all_greedy) {
-      static_assert(kMaxPicks <= 2 * kHeadRows * kMostTopLogits, "keys must fit top_scratch");
+      static_assert(2 * kMaxPicks <= kHeadRows * kMostTopLogits, "keys must fit top_scratch");
       TopKey* const largest =
           ws.top_scratch.data() + static_cast<size_t>(first) * LargestRuns(vocab);
       STAGECOACH_RETURN_IF_CUDA_ERROR(FindLargest(ws.logits.data(), count, vocab, largest, stream));

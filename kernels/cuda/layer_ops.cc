@@ -89,13 +89,6 @@ absl::Status EnqueueSetResidual(CudaWorkspace& ws, cudaStream_t stream) {
   return absl::OkStatus();
 }
 
-absl::Status EnqueueTurns(CudaWorkspace& ws, cudaStream_t stream) {
-  STAGECOACH_RETURN_IF_CUDA_ERROR(ComputeTurns(ws.frequencies.data(), ws.params.rope_dims / 2,
-                                               ws.inputs.table().positions, ws.rows,
-                                               ws.turns.data(), stream));
-  return absl::OkStatus();
-}
-
 absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayout& kv,
                           cudaStream_t stream) {
   const ModelParams& params = ws.params;

@@ -19,8 +19,6 @@ namespace stagecoach::cuda {
 absl::Status EnqueueEmbed(CudaWorkspace& workspace, const UnitStorage& embedding,
                           cudaStream_t stream);
 absl::Status EnqueueSetResidual(CudaWorkspace& workspace, cudaStream_t stream);
-// Before the first layer.
-absl::Status EnqueueTurns(CudaWorkspace& workspace, cudaStream_t stream);
 absl::Status EnqueueLayer(CudaWorkspace& workspace, const UnitStorage& layer, const KvLayout& kv,
                           cudaStream_t stream);
 // `count` (<= kHeadRows) rows of the residual stream, those named in workspace.inputs.head_rows()

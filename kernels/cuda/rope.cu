@@ -9,21 +9,7 @@
 namespace stagecoach::cuda {
 namespace {
 
-constexpr int kTurnThreads = 64;
 constexpr int kHeadThreads = 64;  // of a head: two dims each
-
-// Grid: x = rows.
-__global__ void TurnsKernel(const double* frequencies, int pairs, const int32_t* positions,
-                            float2* turns) {
-  LetNextKernelStart();
-  WaitForPreviousKernel();
-  const size_t row = blockIdx.x;
-  for (int i = threadIdx.x; i < pairs; i += kTurnThreads) {
-    double sine, cosine;
-    sincos(positions[row] * frequencies[i], &sine, &cosine);
-    turns[row * pairs + i] = make_float2(static_cast<float>(cosine), static_cast<float>(sine));
-  }
-}
 
 // In place, by all threads of the block.
 __device__ void RotateHead(float* head, int length, const float2* turns, int pairs) {
@@ -69,12 +55,6 @@ std::vector<double> RopeFrequencies(const ModelParams& params) {
                           std::pow(double{params.rope_freq_base}, power) / factor);
   }
   return frequencies;
-}
-
-cudaError_t ComputeTurns(const double* frequencies, int pairs, const int32_t* positions, int rows,
-                         float2* turns, cudaStream_t stream) {
-  const LaunchShape shape = {.grid = dim3(rows), .threads = kTurnThreads};
-  return LaunchKernel(TurnsKernel, shape, stream, frequencies, pairs, positions, turns);
 }
 
 cudaError_t Rope(const float2* turns, int pairs, int rows, int heads, int head_dim, float* x,

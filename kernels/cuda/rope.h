@@ -25,12 +25,7 @@ struct RowTable {
   const int32_t* blocks;     // KV blocks of all sequences
 };
 
-// turns[rows][pairs]: cosine and sine of positions[row] * frequencies[pair], computed in double.
-// Once per step: all layers turn alike.
-cudaError_t ComputeTurns(const double* frequencies, int pairs, const int32_t* positions, int rows,
-                         float2* turns, cudaStream_t stream);
-
-// Turns the pairs (2i, 2i + 1) of each head's first 2 * pairs dims. x: [rows][heads][head_dim], in
+// Turns (step_begin.h: TurnsOfRows) the pairs (2i, 2i + 1) of each head's first 2 * pairs dims. x: [rows][heads][head_dim], in
 // place.
 cudaError_t Rope(const float2* turns, int pairs, int rows, int heads, int head_dim, float* x,
                  cudaStream_t stream);

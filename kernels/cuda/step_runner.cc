@@ -64,7 +64,6 @@ void StepRunner::TakeResidual(int rows) {
 void StepRunner::Begin() {
   waiting_.clear();
   batch_set_ = false;
-  begun_ = false;
   entry_ = nullptr;
   following_ = false;
   operations_.clear();
@@ -86,7 +85,7 @@ absl::Status StepRunner::RunLayer(std::shared_ptr<const UnitStorage> layer, cons
 
 absl::Status StepRunner::SetBatch(const StepBatch& batch, const KvLayout& kv) {
   bool moved = false;
-  STAGECOACH_RETURN_IF_ERROR(workspace_.inputs.SetBatch(batch, &moved));
+  STAGECOACH_RETURN_IF_ERROR(workspace_.inputs.SetBatch(batch, workspace_.Turns(), &moved));
   if (moved) DropGraphs();
   batch_set_ = true;
   int last_position = 0;
@@ -149,12 +148,8 @@ absl::Status StepRunner::Launch(const Pending& operation) {
 }
 
 absl::Status StepRunner::LaunchWaiting() {
-  if (!std::exchange(begun_, true)) {
-    if (batch_set_) {
-      STAGECOACH_RETURN_IF_ERROR(EnqueueTurns(workspace_, device_.compute()));
-    } else if (!waiting_.empty() && !waiting_.front().residual) {
-      STAGECOACH_RETURN_IF_ERROR(workspace_.inputs.SendTokens());
-    }
+  if (!batch_set_ && !waiting_.empty() && !waiting_.front().residual) {
+    STAGECOACH_RETURN_IF_ERROR(workspace_.inputs.SendTokens());
   }
   const std::vector<Pending> waiting = std::exchange(waiting_, {});
   for (const Pending& operation : waiting) STAGECOACH_RETURN_IF_ERROR(Launch(operation));
@@ -165,7 +160,6 @@ absl::Status StepRunner::Flush() {
   Entry* const entry = std::exchange(entry_, nullptr);
   if (std::exchange(following_, false) && operations_.size() == entry->operations.size()) {
     const std::vector<Pending> held = std::exchange(waiting_, {});  // until it is launched
-    begun_ = true;
     STAGECOACH_RETURN_IF_CUDA_ERROR(cudaGraphLaunch(entry->graph, device_.compute()));
     if (held.front().residual) {
       STAGECOACH_RETURN_IF_CUDA_ERROR(
@@ -215,7 +209,7 @@ absl::Status StepRunner::MakeGraph(Entry& entry) {
 absl::Status StepRunner::Capture(std::span<const std::shared_ptr<const UnitStorage>> weights,
                                  cudaStream_t stream, Entry& entry) {
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  absl::Status status = EnqueueTurns(workspace_, stream);
+  absl::Status status;
   for (size_t i = 0; i < operations_.size() && status.ok(); ++i) {
     status = Enqueue(weights[i].get(), operations_[i].kv, stream);
   }

@@ -79,7 +79,6 @@ class StepRunner {
   bool FollowsGraph(const Pending& operation, size_t index) const;
   absl::Status Enqueue(const UnitStorage* weights, const KvLayout& kv, cudaStream_t stream);
   absl::Status Launch(const Pending& operation);
-  // With what goes before a step's first launch.
   absl::Status LaunchWaiting();
   // After a step of operations_: makes its graph if it came the second time.
   absl::Status Remember(Entry& entry);
@@ -95,7 +94,6 @@ class StepRunner {
 
   // The step under way.
   bool batch_set_ = false;
-  bool begun_ = false;            // its first launch has been prepared
   Entry* entry_ = nullptr;        // of its shape; null before the first layer, or without graphs
   bool following_ = false;        // operations wait for entry_'s graph
   std::vector<Pending> waiting_;  // not launched yet

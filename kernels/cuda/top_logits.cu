@@ -10,12 +10,13 @@ namespace stagecoach::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRunKeys = 4096;  // that a block sorts
+constexpr int kRunKeys = 4096;      // that a block sorts
+constexpr int kLargestKeys = 1024;  // of which a block of FindLargest finds the best
 static_assert(kMostTopLogits * 2 <= kRunKeys, "every pass must shrink the list");
 
 constexpr uint32_t kExponent = 0x7f800000u;
 
-int Runs(int size) { return (size + kRunKeys - 1) / kRunKeys; }
+int Runs(int size, int run = kRunKeys) { return (size + run - 1) / run; }
 
 __device__ TopKey MakeKey(float logit, int id) {
   const uint32_t bits = FloatToBits(logit + 0.0f);  // -0 is no less than 0
@@ -43,15 +44,15 @@ __device__ void Sort(TopKey* keys, int length) {
 __device__ TopKey KeyAt(const float* logits, int i) { return MakeKey(logits[i], i); }
 __device__ TopKey KeyAt(const TopKey* keys, int i) { return keys[i]; }
 
-// As SortRunsKernel with a count of 1, which is what greedy sampling asks for.
+// As SortRunsKernel with a count of 1, which is what greedy sampling asks for, for runs of `run`.
 template <typename From>
-__global__ void LargestKernel(const From* from, int size, TopKey* to) {
+__global__ void LargestKernel(const From* from, int size, int run, TopKey* to) {
   __shared__ TopKey warp_largest[kThreads / kWarpLanes];
   LetNextKernelStart();
   WaitForPreviousKernel();
   const size_t row = blockIdx.y;
   from += row * size;
-  const int first = blockIdx.x * kRunKeys, last = min(first + kRunKeys, size);
+  const int first = static_cast<int>(blockIdx.x) * run, last = min(first + run, size);
   TopKey largest = 0;
   for (int i = first + threadIdx.x; i < last; i += kThreads) {
     largest = max(largest, KeyAt(from, i));
@@ -85,10 +86,17 @@ __global__ void SortRunsKernel(const From* from, int size, int count, TopKey* to
 }
 
 template <typename From>
+cudaError_t LaunchLargest(const From* from, int size, int rows, int run, TopKey* to,
+                          cudaStream_t stream) {
+  const LaunchShape shape = {.grid = dim3(Runs(size, run), rows), .threads = kThreads};
+  return LaunchKernel(LargestKernel<From>, shape, stream, from, size, run, to);
+}
+
+template <typename From>
 cudaError_t LaunchRuns(const From* from, int size, int rows, int count, TopKey* to,
                        cudaStream_t stream) {
+  if (count == 1) return LaunchLargest(from, size, rows, kRunKeys, to, stream);
   const LaunchShape shape = {.grid = dim3(Runs(size), rows), .threads = kThreads};
-  if (count == 1) return LaunchKernel(LargestKernel<From>, shape, stream, from, size, to);
   return LaunchKernel(SortRunsKernel<From>, shape, stream, from, size, count, to);
 }
 
@@ -98,11 +106,11 @@ size_t TopScratchKeys(int rows, int vocab, int count) {
   return 2 * static_cast<size_t>(rows) * Runs(vocab) * count;
 }
 
-int LargestRuns(int vocab) { return Runs(vocab); }
+int LargestRuns(int vocab) { return Runs(vocab, kLargestKeys); }
 
 cudaError_t FindLargest(const float* logits, int rows, int vocab, TopKey* keys,
                         cudaStream_t stream) {
-  return LaunchRuns(logits, vocab, rows, /*count=*/1, keys, stream);
+  return LaunchLargest(logits, vocab, rows, kLargestKeys, keys, stream);
 }
 
 cudaError_t FindTop(const float* logits, int rows, int vocab, int count, TopKey* scratch,

@@ -34,7 +34,8 @@ cudaError_t FindTop(const float* logits, int rows, int vocab, int count, TopKey*
                     TopKey* top, cudaStream_t stream);
 
 // The best keys of runs of a row's logits, of which the best is FindTop's first.
-// keys[rows][LargestRuns(vocab)]; TopScratchKeys(rows, vocab, count) are 2 * count times as many.
+// keys[rows][LargestRuns(vocab)]; TopScratchKeys(rows, vocab, count) are at least count / 2 times
+// as many.
 int LargestRuns(int vocab);
 cudaError_t FindLargest(const float* logits, int rows, int vocab, TopKey* keys,
                         cudaStream_t stream);
