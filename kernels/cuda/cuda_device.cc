@@ -54,6 +54,7 @@ absl::Status CudaDevice::Init(int index) {
                                       index, STAGECOACH_CUDA_ARCHITECTURES));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&compute_, cudaStreamNonBlocking));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&copy_, cudaStreamNonBlocking));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&inputs_, cudaStreamNonBlocking));
   int least = 0, greatest = 0;
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaDeviceGetStreamPriorityRange(&least, &greatest));
   STAGECOACH_RETURN_IF_CUDA_ERROR(
@@ -72,7 +73,7 @@ absl::Status CudaDevice::Init(int index) {
 
 CudaDevice::~CudaDevice() {
   if (!MakeCurrent().ok()) return;
-  for (const cudaStream_t stream : {copy_, pack_, compute_}) {
+  for (const cudaStream_t stream : {copy_, inputs_, pack_, compute_}) {
     if (stream == nullptr) continue;
     cudaStreamSynchronize(stream);
     cudaStreamDestroy(stream);

@@ -102,6 +102,7 @@ class CudaDevice {
 
   cudaStream_t compute() const { return compute_; }
   cudaStream_t copy() const { return copy_; }
+  cudaStream_t inputs() const { return inputs_; }  // of steps: copies that are not behind weights
   cudaStream_t pack() const { return pack_; }  // before others where the GPU has a choice
   int multiprocessors() const { return multiprocessors_; }
   int index() const { return index_; }
@@ -150,6 +151,7 @@ class CudaDevice {
   uint64_t memory_bytes_ = 0;
   cudaStream_t compute_ = nullptr;
   cudaStream_t copy_ = nullptr;
+  cudaStream_t inputs_ = nullptr;
   cudaStream_t pack_ = nullptr;
 };
 

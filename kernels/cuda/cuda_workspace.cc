@@ -18,7 +18,7 @@ constexpr size_t kPartialFloats = size_t{8} << 20;
 // Blocks of a step that there is room for from the start.
 constexpr size_t kInitialBlocks = 16384;
 
-size_t FixedInputs(int max_rows) { return 5 * static_cast<size_t>(max_rows); }
+size_t FixedInputs(int max_rows) { return 4 * static_cast<size_t>(max_rows); }
 
 int BlocksOf(const BatchSequence& sequence) {
   return (sequence.start_position + sequence.row_count + kKvBlockPositions - 1) / kKvBlockPositions;
@@ -33,50 +33,54 @@ absl::StatusOr<StepInputs> StepInputs::Create(const CudaDevice& device, int max_
   inputs.max_rows_ = max_rows;
   inputs.rows_per_tile_ = rows_per_tile;
   const size_t size = FixedInputs(max_rows) + max_blocks;
-  for (PinnedBuffer<int32_t>& host : inputs.host_) {
-    STAGECOACH_ASSIGN_OR_RETURN(host, device.NewPinnedBuffer<int32_t>(size));
+  for (Slot& slot : inputs.slots_) {
+    STAGECOACH_ASSIGN_OR_RETURN(slot.host, device.NewPinnedBuffer<int32_t>(size));
+    STAGECOACH_ASSIGN_OR_RETURN(slot.there, device.NewBuffer<int32_t>(size, device.inputs()));
+    STAGECOACH_ASSIGN_OR_RETURN(slot.sent, device.NewEvent());
+    STAGECOACH_ASSIGN_OR_RETURN(slot.taken, device.NewEvent());
   }
-  STAGECOACH_ASSIGN_OR_RETURN(inputs.device_array_, device.NewBuffer<int32_t>(size));
-  for (Part* part : {&inputs.head_rows_, &inputs.batch_}) {
-    for (Event& sent : part->sent) {
-      STAGECOACH_ASSIGN_OR_RETURN(sent, device.NewEvent());
-    }
+  for (HeadSlot& slot : inputs.head_slots_) {
+    STAGECOACH_ASSIGN_OR_RETURN(slot.host, device.NewPinnedBuffer<int32_t>(max_rows));
+    STAGECOACH_ASSIGN_OR_RETURN(slot.taken, device.NewEvent());
   }
-  inputs.batch_.first = static_cast<size_t>(max_rows);
+  STAGECOACH_ASSIGN_OR_RETURN(inputs.inputs_, device.NewBuffer<int32_t>(size));
+  STAGECOACH_ASSIGN_OR_RETURN(inputs.head_rows_, device.NewBuffer<int32_t>(max_rows));
   return inputs;
 }
 
-absl::Status StepInputs::AwaitFree(const Part& part) const {
-  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(part.sent[part.next].get()));
-  return absl::OkStatus();
-}
-
-absl::Status StepInputs::NoteSent(Part& part) {
-  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(part.sent[part.next].get(), device_->compute()));
-  part.next = (part.next + 1) % kStepsInFlight;
+absl::Status StepInputs::Send(size_t count, int rows, const TurnsOfRows& turns) {
+  Slot& slot = Next();
+  next_ = (next_ + 1) % kStepsInFlight;
+  const int32_t* const there = slot.there.data();
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(slot.there.data(), slot.host.data(),
+                                                  count * sizeof(int32_t), cudaMemcpyHostToDevice,
+                                                  device_->inputs()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(slot.sent.get(), device_->inputs()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamWaitEvent(device_->compute(), slot.sent.get()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(BeginStep(there, static_cast<int>(count), inputs_.data(),
+                                            there + max_rows_, rows, turns, device_->compute()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(slot.taken.get(), device_->compute()));
   return absl::OkStatus();
 }
 
 absl::Status StepInputs::SetTokens(std::span<const int32_t> token_ids) {
-  STAGECOACH_RETURN_IF_ERROR(AwaitFree(batch_));
-  std::ranges::copy(token_ids, Host(batch_));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(Next().taken.get()));
+  std::ranges::copy(token_ids, Next().host.data());
   return absl::OkStatus();
 }
 
-absl::Status StepInputs::SendTokens() {
-  STAGECOACH_RETURN_IF_CUDA_ERROR(
-      BeginStep(Host(batch_), max_rows_, device_array_.data() + batch_.first,
-                /*positions=*/nullptr, /*rows=*/0, /*turns=*/{}, device_->compute()));
-  return NoteSent(batch_);
-}
+absl::Status StepInputs::SendTokens() { return Send(max_rows_, /*rows=*/0, /*turns=*/{}); }
 
 absl::Status StepInputs::SetHeadRows(std::span<const int32_t> rows) {
-  STAGECOACH_RETURN_IF_ERROR(AwaitFree(head_rows_));
-  std::ranges::copy(rows, Host(head_rows_));
-  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(device_array_.data() + head_rows_.first,
-                                                  Host(head_rows_), rows.size_bytes(),
-                                                  cudaMemcpyHostToDevice, device_->compute()));
-  return NoteSent(head_rows_);
+  HeadSlot& slot = head_slots_[next_head_];
+  next_head_ = (next_head_ + 1) % kStepsInFlight;
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(slot.taken.get()));
+  std::ranges::copy(rows, slot.host.data());
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(head_rows_.data(), slot.host.data(),
+                                                  rows.size_bytes(), cudaMemcpyHostToDevice,
+                                                  device_->compute()));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(slot.taken.get(), device_->compute()));
+  return absl::OkStatus();
 }
 
 // The arrays as they were are freed, so all that they were sent for must be over.
@@ -84,18 +88,19 @@ absl::Status StepInputs::MakeRoom(size_t blocks) {
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(device_->compute()));
   STAGECOACH_ASSIGN_OR_RETURN(StepInputs larger,
                               Create(*device_, max_rows_, rows_per_tile_, 2 * blocks));
-  std::memcpy(larger.Host(larger.batch_), Host(batch_), max_rows_ * sizeof(int32_t));  // the tokens
+  std::memcpy(larger.Next().host.data(), Next().host.data(),
+              max_rows_ * sizeof(int32_t));  // the tokens
   *this = std::move(larger);
   return absl::OkStatus();
 }
 
 absl::Status StepInputs::SetBatch(const StepBatch& batch, const TurnsOfRows& turns, bool* moved) {
-  STAGECOACH_RETURN_IF_ERROR(AwaitFree(batch_));
+  STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(Next().taken.get()));
   size_t blocks = 0;
   for (const BatchSequence& sequence : batch.sequences) blocks += BlocksOf(sequence);
-  *moved = FixedInputs(max_rows_) + blocks > device_array_.size();
+  *moved = FixedInputs(max_rows_) + blocks > inputs_.size();
   if (*moved) STAGECOACH_RETURN_IF_ERROR(MakeRoom(blocks));
-  int32_t* const positions = Host(batch_) + max_rows_;
+  int32_t* const positions = Next().host.data() + max_rows_;
   int32_t* const first = positions + max_rows_;
   int32_t* const tiles = first + max_rows_;
   int32_t* const table = tiles + max_rows_;
@@ -113,10 +118,7 @@ absl::Status StepInputs::SetBatch(const StepBatch& batch, const TurnsOfRows& tur
     std::ranges::copy(sequence.blocks.first(BlocksOf(sequence)), table + used);
     used += BlocksOf(sequence);
   }
-  STAGECOACH_RETURN_IF_CUDA_ERROR(BeginStep(Host(batch_), 4 * max_rows_ + used,
-                                            device_array_.data() + batch_.first, positions,
-                                            batch.rows, turns, device_->compute()));
-  return NoteSent(batch_);
+  return Send(FixedInputs(max_rows_) + used, batch.rows, turns);
 }
 
 absl::StatusOr<DeviceBuffer<std::byte>> NewMatmulScratch(const CudaDevice& device) {

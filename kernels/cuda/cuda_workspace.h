@@ -31,9 +31,10 @@ inline constexpr int kMaxWorkspaceRows = 65535;  // a dimension of a launch
 // Memory of a MatmulScratch, for products on the compute stream.
 absl::StatusOr<DeviceBuffer<std::byte>> NewMatmulScratch(const CudaDevice& device);
 
-// The int32 inputs of a step, side by side in an array on the host and in one on the device. There
-// is an array on the host for each step in flight: what waits for one to be free waits for a step
-// that was awaited.
+// The int32 inputs of a step, side by side in an array. The host's copies go out while the step
+// before is being computed, to the device's own copy of the same slot; from there a step takes them
+// when it begins. There is a slot for each step in flight: what waits for one to be free waits for
+// a step that was awaited.
 class StepInputs {
  public:
   // max_blocks: of all sequences of a step together; more are made room for when they come.
@@ -43,8 +44,8 @@ class StepInputs {
 
   int tiles() const { return tile_count_; }  // of the latest batch
   // What the device will read, once the uploads below have been ordered before it.
-  const int32_t* tokens() const { return device_array_.data() + batch_.first; }
-  const int32_t* head_rows() const { return device_array_.data() + head_rows_.first; }
+  const int32_t* tokens() const { return inputs_.data(); }
+  const int32_t* head_rows() const { return head_rows_.data(); }
   RowTable table() const {
     const int32_t* rows = tokens() + max_rows_;
     return {.positions = rows,
@@ -55,33 +56,37 @@ class StepInputs {
 
   // Before the batch of the same step, with which they go out.
   absl::Status SetTokens(std::span<const int32_t> token_ids);
-  // Goes out on the compute stream, with the turns of its positions, ahead of all kernels of the
-  // step. *moved: the arrays had to grow and are elsewhere now.
+  // The step begins in the compute stream, with the turns of its positions, ahead of all its other
+  // kernels. *moved: the arrays had to grow and are elsewhere now.
   absl::Status SetBatch(const StepBatch& batch, const TurnsOfRows& turns, bool* moved);
   // In place of SetBatch, in a step without layers.
   absl::Status SendTokens();
   absl::Status SetHeadRows(std::span<const int32_t> rows);
 
  private:
-  // A part of the arrays that goes out at once.
-  struct Part {
-    size_t first = 0;
-    std::array<Event, kStepsInFlight> sent;  // the device has taken it from that host array
-    int next = 0;                            // the host array that it goes out from next
+  struct Slot {
+    PinnedBuffer<int32_t> host;   // tokens, positions, first, tiles, blocks
+    DeviceBuffer<int32_t> there;  // the same
+    Event sent;                   // it is there
+    Event taken;                  // and not needed any more
+  };
+  struct HeadSlot {
+    PinnedBuffer<int32_t> host;
+    Event taken;
   };
   absl::Status MakeRoom(size_t blocks);
-  absl::Status AwaitFree(const Part& part) const;  // its part of the next host array
-  int32_t* Host(const Part& part) { return host_[part.next].data() + part.first; }
-  absl::Status NoteSent(Part& part);  // by what is in the compute stream now
+  Slot& Next() { return slots_[next_]; }
+  absl::Status Send(size_t count, int rows, const TurnsOfRows& turns);
 
   const CudaDevice* device_ = nullptr;
   int max_rows_ = 0;
   int rows_per_tile_ = 1;
   int tile_count_ = 0;
-  // Head rows, tokens, positions, first, tiles, blocks.
-  std::array<PinnedBuffer<int32_t>, kStepsInFlight> host_;
-  DeviceBuffer<int32_t> device_array_;  // the same
-  Part head_rows_, batch_;              // all but the head rows
+  std::array<Slot, kStepsInFlight> slots_;
+  std::array<HeadSlot, kStepsInFlight> head_slots_;
+  int next_ = 0, next_head_ = 0;
+  DeviceBuffer<int32_t> inputs_;     // of the step that has begun, as in a slot
+  DeviceBuffer<int32_t> head_rows_;  // likewise
 };
 
 // The end of a step as the host sees it: what it gives and, once `done` is over, what it gets. The

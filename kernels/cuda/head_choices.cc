@@ -93,7 +93,7 @@ absl::Status BeginStepEnd(CudaWorkspace& workspace, std::span<const int32_t> row
 
 absl::Status EnqueuePicking(CudaWorkspace& ws, const UnitStorage& head, cudaStream_t stream) {
   const StepEnd& end = ws.NextEnd();
-  const int vocab = ws.params.vocab_size;
+  const int vocab = ws.params.vocab_size, runs = LargestRuns(vocab, end.count);
   for (int first = 0; first < end.count; first += kHeadRows) {
     const int count = std::min(kHeadRows, end.count - first);
     if (!end.all_rows) STAGECOACH_RETURN_IF_ERROR(EnqueueGather(ws, first, count, stream));
@@ -103,9 +103,9 @@ absl::Status EnqueuePicking(CudaWorkspace& ws, const UnitStorage& head, cudaStre
     STAGECOACH_RETURN_IF_ERROR(EnqueueHead(ws, head, x, count, stream));
     if (end.all_greedy) {
       static_assert(2 * kMaxPicks <= kHeadRows * kMostTopLogits, "keys must fit top_scratch");
-      TopKey* const largest =
-          ws.top_scratch.data() + static_cast<size_t>(first) * LargestRuns(vocab);
-      STAGECOACH_RETURN_IF_CUDA_ERROR(FindLargest(ws.logits.data(), count, vocab, largest, stream));
+      TopKey* const largest = ws.top_scratch.data() + static_cast<size_t>(first) * runs;
+      STAGECOACH_RETURN_IF_CUDA_ERROR(
+          FindLargest(ws.logits.data(), count, end.count, vocab, largest, stream));
     } else {
       STAGECOACH_RETURN_IF_CUDA_ERROR(FindTop(ws.logits.data(), count, vocab, /*count=*/1,
                                               ws.top_scratch.data(), ws.top.data(), stream));
@@ -122,7 +122,7 @@ absl::Status EnqueueStepEnd(CudaWorkspace& ws, cudaStream_t stream) {
   StepPicks picks = {.count = end.count, .drawn = ws.drawn.data()};
   if (end.all_greedy) {
     picks.largest = ws.top_scratch.data();
-    picks.runs = LargestRuns(ws.params.vocab_size);
+    picks.runs = LargestRuns(ws.params.vocab_size, end.count);
   }
   STAGECOACH_RETURN_IF_CUDA_ERROR(EndStep(ws.residual.data(), end.rows, ws.params.d_model, picks,
                                           end.finite.data(), end.tokens.data(), stream));

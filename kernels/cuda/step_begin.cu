@@ -13,19 +13,19 @@ __device__ float2 Turn(int position, double frequency) {
   return make_float2(static_cast<float>(cosine), static_cast<float>(sine));
 }
 
-// The block's words, or (from block copy_blocks on) the turns of its row. What comes from the host
-// is on its way before the kernel before this one has ended.
+// The block's words, or (from block copy_blocks on) the turns of its row. What these are made of is
+// there before the kernel before this one has ended.
 __global__ void BeginStepKernel(const int32_t* from, int words, int32_t* to, int copy_blocks,
                                 const int32_t* positions, TurnsOfRows out) {
   if (blockIdx.x < copy_blocks) {
     const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
-    const int32_t word = i < words ? __ldcv(from + i) : 0;
+    const int32_t word = i < words ? from[i] : 0;
     WaitForPreviousKernel();
     if (i < words) to[i] = word;
     return;
   }
   const size_t row = blockIdx.x - copy_blocks;
-  const int position = __ldcv(positions + row);
+  const int position = positions[row];
   float2* const turns = out.turns + row * out.pairs;
   const int first = static_cast<int>(threadIdx.x);
   const float2 turn = first < out.pairs ? Turn(position, out.frequencies[first]) : float2();

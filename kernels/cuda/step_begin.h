@@ -1,5 +1,4 @@
-// What a step begins with: the host's inputs come to the device, and with them what all layers need
-// to turn queries and keys.
+// What a step begins with: its inputs, and with them what all layers need to turn queries and keys.
 #ifndef STAGECOACH_KERNELS_CUDA_STEP_BEGIN_H_
 #define STAGECOACH_KERNELS_CUDA_STEP_BEGIN_H_
 
@@ -16,9 +15,8 @@ struct TurnsOfRows {
   float2* turns = nullptr;
 };
 
-// Copies from[words], pinned memory of the host, to the device, and makes the turns of
-// positions[rows], which may be of either memory. A kernel, since a copy takes 9 us more between
-// two kernels; the next one starts when all of it is done, whether it overlaps others or not.
+// Copies from[words], and makes the turns of positions[rows]. The next kernel starts when all of it
+// is done, whether it overlaps others or not.
 cudaError_t BeginStep(const int32_t* from, int words, int32_t* to, const int32_t* positions,
                       int rows, const TurnsOfRows& turns, cudaStream_t stream);
 

@@ -10,13 +10,15 @@ namespace stagecoach::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRunKeys = 4096;      // that a block sorts
-constexpr int kLargestKeys = 1024;  // of which a block of FindLargest finds the best
+constexpr int kRunKeys = 4096;  // that a block sorts
 static_assert(kMostTopLogits * 2 <= kRunKeys, "every pass must shrink the list");
 
 constexpr uint32_t kExponent = 0x7f800000u;
 
 int Runs(int size, int run = kRunKeys) { return (size + run - 1) / run; }
+
+// Few rows are sooner done by many blocks, many by fewer that have more to do.
+int LargestRun(int rows) { return rows <= 8 ? 1024 : kRunKeys; }
 
 __device__ TopKey MakeKey(float logit, int id) {
   const uint32_t bits = FloatToBits(logit + 0.0f);  // -0 is no less than 0
@@ -106,11 +108,11 @@ size_t TopScratchKeys(int rows, int vocab, int count) {
   return 2 * static_cast<size_t>(rows) * Runs(vocab) * count;
 }
 
-int LargestRuns(int vocab) { return Runs(vocab, kLargestKeys); }
+int LargestRuns(int vocab, int all_rows) { return Runs(vocab, LargestRun(all_rows)); }
 
-cudaError_t FindLargest(const float* logits, int rows, int vocab, TopKey* keys,
+cudaError_t FindLargest(const float* logits, int rows, int all_rows, int vocab, TopKey* keys,
                         cudaStream_t stream) {
-  return LaunchLargest(logits, vocab, rows, kLargestKeys, keys, stream);
+  return LaunchLargest(logits, vocab, rows, LargestRun(all_rows), keys, stream);
 }
 
 cudaError_t FindTop(const float* logits, int rows, int vocab, int count, TopKey* scratch,

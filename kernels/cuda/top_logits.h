@@ -33,12 +33,12 @@ size_t TopScratchKeys(int rows, int vocab, int count);
 cudaError_t FindTop(const float* logits, int rows, int vocab, int count, TopKey* scratch,
                     TopKey* top, cudaStream_t stream);
 
-// The best keys of runs of a row's logits, of which the best is FindTop's first.
-// keys[rows][LargestRuns(vocab)]; TopScratchKeys(rows, vocab, count) are at least count / 2 times
-// as many.
-int LargestRuns(int vocab);
-cudaError_t FindLargest(const float* logits, int rows, int vocab, TopKey* keys,
+// The best keys of runs of each row's logits, of which the best is FindTop's first:
+// keys[rows][runs]. The rows are some of all_rows, which say how long the runs are.
+// TopScratchKeys(1, vocab, count) are at least count / 2 times as many as a row's.
+cudaError_t FindLargest(const float* logits, int rows, int all_rows, int vocab, TopKey* keys,
                         cudaStream_t stream);
+int LargestRuns(int vocab, int all_rows);
 
 }  // namespace stagecoach::cuda
 
