@@ -109,7 +109,8 @@ class Problem {
     const auto streamed = static_cast<double>(StreamedBytes(w, first, last));
     const double load_rate = workers_[w].load_bytes_per_second;
     return (bytes - std::min(bytes, streamed)) / bandwidths_[w] +
-           streamed / (IsSpeed(load_rate) ? load_rate : kDefaultLoadBytesPerSecond);
+           streamed / (IsSpeed(load_rate) ? load_rate : kDefaultLoadBytesPerSecond) +
+           (workers_[w].gpu ? (last - first) * kGpuLayerSeconds : 0);
   }
 
   // What worker `w` loads anew for every step with layers [first, last): all that does not fit its

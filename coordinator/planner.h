@@ -24,6 +24,10 @@ struct WorkerCapacity {
   double load_bytes_per_second = 0;  // of weights that stream; 0 = kDefaultLoadBytesPerSecond
   bool gpu = false;
 };
+// What a layer takes on a GPU beyond the time in which it reads its weights: its kernels wait for
+// each other. From steps of one row on an H200 (docs/benchmarks.md).
+inline constexpr double kGpuLayerSeconds = 15e-6;
+
 // A plain solid-state disk.
 inline constexpr double kDefaultLoadBytesPerSecond = 1e9;
 
@@ -63,7 +67,7 @@ struct PlanStage {
   uint64_t kv_bytes = 0;
   uint64_t streamed_bytes = 0;   // of the weights, loaded anew for every step; 0 = all are resident
   double seconds_per_token = 0;  // predicted, decode of one row: resident weights at the worker's
-                                 // bandwidth, streamed ones at its load rate
+                                 // bandwidth, streamed ones at its load rate, and kGpuLayerSeconds
 };
 
 struct Plan {

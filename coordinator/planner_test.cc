@@ -311,6 +311,19 @@ TEST(PlannerTest, StepsAreLongerIfAllWorkersAreGpus) {
   EXPECT_LT(MakePlan(sizes, workers, limits)->kv_blocks, blocks);
 }
 
+// A head is read in one go, a layer's weights by kernels that wait for each other.
+TEST(PlannerTest, AGpusLayersTakeMoreThanTheirBytes) {
+  ModelSizes sizes = EqualLayers(32);
+  for (uint64_t& layer : sizes.layers) layer = 144'000'000;
+  sizes.head = 600'000'000;
+  std::vector<WorkerCapacity> workers = Workers(2, uint64_t{1} << 40, 4.4e12);
+  EXPECT_EQ(Counts(*MakePlan(sizes, workers, kLimits)), std::vector<int>({18, 14}));
+  for (WorkerCapacity& worker : workers) worker.gpu = true;
+  const Plan plan = *MakePlan(sizes, workers, kLimits);
+  EXPECT_EQ(Counts(plan), std::vector<int>({17, 15}));
+  EXPECT_NEAR(plan.stages[0].seconds_per_token, 17 * (144e6 / 4.4e12 + kGpuLayerSeconds), 1e-9);
+}
+
 TEST(PlannerTest, APoolByMemoryIsTheSmallestOverTheStages) {
   ModelSizes sizes = EqualLayers(12);
   sizes.embedding_row = sizes.head = 0;

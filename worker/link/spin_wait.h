@@ -10,9 +10,9 @@
 
 namespace stagecoach {
 
-// Longer than a stage of a small model takes, so that a stream that flows never waits for a
-// wake-up; short enough to cost nothing once it has stopped.
-inline constexpr std::chrono::microseconds kSpinTime{1000};
+// Longer than a token of a model of middle size takes through all stages, so that a stream that
+// flows never waits for a wake-up; short enough to cost nothing once it has stopped.
+inline constexpr std::chrono::microseconds kSpinTime{5000};
 
 // A yield that takes longer let another thread run: this processor is wanted.
 inline constexpr std::chrono::microseconds kLongYield{20};
