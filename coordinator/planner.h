@@ -24,6 +24,7 @@ struct WorkerCapacity {
   double load_bytes_per_second = 0;  // of weights that stream; 0 = kDefaultLoadBytesPerSecond
   bool gpu = false;
 };
+
 // What a layer takes on a GPU beyond the time in which it reads its weights: its kernels wait for
 // each other. From steps of one row on an H200 (docs/benchmarks.md).
 inline constexpr double kGpuLayerSeconds = 15e-6;

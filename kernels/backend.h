@@ -144,7 +144,11 @@ inline constexpr int kStepsInFlight = 2;
 struct ResidualMemory {
   float* data = nullptr;   // [max_rows][d_model]; stays as long as the workspace. Null: not offered
   void* stream = nullptr;  // the cudaStream_t of the workspace's work; null: the host's memory
-  int device = 0;          // CUDA index
+  // Any thread sets it to 1 when rows that are to be taken (TakeResidual) will not be what they
+  // should: no row of such a step that begins on the device after that is finite. Null: not
+  // offered.
+  std::atomic<uint32_t>* spoiled = nullptr;
+  int device = 0;  // CUDA index
 };
 
 // All calls on one Workspace come from one thread at a time. Sizes are checked by the caller
@@ -207,8 +211,8 @@ class Backend {
   // Optional, too: the end of a step, in place of those above, that is not waited for, so that the
   // next step is with the device when this one ends. At most kStepsInFlight steps may be enqueued
   // and not awaited; they are awaited in order.
-  // For at most MaxPicks() rows (0: no such end is offered), each once and in order, what their
-  // draws pick.
+  // MaxPicks(): 0 if no such end is offered; else EnqueueResidual is, too, where residual_memory
+  // has a stream. What their draws pick for at most MaxPicks() rows, each once and in order.
   virtual int MaxPicks() const { return 0; }
   virtual absl::Status EnqueuePicks(Workspace& workspace, const UnitWeights& head,
                                     std::span<const int32_t> rows,

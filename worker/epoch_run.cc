@@ -382,17 +382,19 @@ void EpochRun::Serve() {
   while (Running()) {
     const absl::StatusOr<bool> ends = stage_->pending() > 0 ? stage_->Ready() : false;
     absl::Status status = ends.status();
-    if (ends.ok() && *ends) {
+    if (status.ok() && *ends) {
       status = FinishStep();
       refused = false;
-    } else if (ends.ok() && !refused && (work || NextWork(&work))) {
-      if (stage_->pending() == 0) CountWait(work->frame, idle_since);
+    } else if (status.ok()) {
+      const bool came = !work && NextWork(&work);
+      if (came && stage_->pending() == 0) CountWait(work->frame, idle_since);
+      if (!work || refused) {
+        std::this_thread::yield();
+        continue;
+      }
       status = SubmitStep(&work);
       refused = work.has_value();
       if (!refused) ++taken;
-    } else if (ends.ok()) {
-      std::this_thread::yield();
-      continue;
     }
     if (!status.ok()) {
       Fail(status, IsContractViolation(status) ? Fault::kPeer : Fault::kOurs);
@@ -441,11 +443,13 @@ absl::Status EpochRun::SubmitStep(std::optional<Work>* work) {
 absl::Status EpochRun::FinishStep() {
   const uint64_t tokens_before = stage_->tokens();
   const double compute_before = stage_->compute_seconds();
+  const double wait_before = stage_->input_wait_seconds();
   STAGECOACH_ASSIGN_OR_RETURN(std::optional<Frame> out, stage_->Finish());
   StageCounters& counters = *context_.counters;
   counters.steps += 1;
   counters.tokens += stage_->tokens() - tokens_before;
   counters.compute_ns += static_cast<int64_t>((stage_->compute_seconds() - compute_before) * 1e9);
+  counters.wait_ns += static_cast<int64_t>((stage_->input_wait_seconds() - wait_before) * 1e9);
   return SendOn(std::move(out));
 }
 

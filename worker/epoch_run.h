@@ -30,7 +30,8 @@ struct StageCounters {
   std::atomic<uint64_t> steps = 0;
   std::atomic<uint64_t> tokens = 0;
   std::atomic<int64_t> compute_ns = 0;
-  std::atomic<int64_t> wait_ns = 0;  // for a frame of a sequence that was already being extended
+  // For a frame of a sequence that was already being extended, or for the payload of a frame.
+  std::atomic<int64_t> wait_ns = 0;
   std::atomic<uint64_t> dropped_frames = 0;
 };
 

@@ -40,6 +40,10 @@ absl::Status CheckMemory(const BackendInfo& info, const KvShape& kv, uint64_t we
       kv_bytes, weight_bytes, info.memory_bytes));
 }
 
+uint32_t SaturatedSum(uint32_t a, uint32_t b) { return a > UINT32_MAX - b ? UINT32_MAX : a + b; }
+
+static_assert(kReceiving >= kStepsInFlight, "a step must not wait for room to ask for its input");
+
 }  // namespace
 
 class Stage::Impl {
@@ -186,7 +190,7 @@ absl::StatusOr<bool> Stage::Impl::Ready() {
     for (Pending& step : pending_) {
       if (step.payload == 0 || step.payload > received) continue;
       step.payload = 0;
-      step.time = clock_.Begin();
+      clock_.BeginAnew(step.time, /*waited=*/&step == &pending_.front());
     }
   }
   return backend_->EndReady(*workspace_);
@@ -200,8 +204,8 @@ absl::StatusOr<std::optional<Frame>> Stage::Impl::Finish() {
   }
   const v1::StageTiming timing = clock_.End(pending.time);
   if (!pending.frame) {
-    untold_.set_compute_us(untold_.compute_us() + timing.compute_us());
-    untold_.set_wait_us(untold_.wait_us() + timing.wait_us());
+    untold_.set_compute_us(SaturatedSum(untold_.compute_us(), timing.compute_us()));
+    untold_.set_wait_us(SaturatedSum(untold_.wait_us(), timing.wait_us()));
   } else if (v1::FrameHeader& header = pending.frame->header; header.has_step()) {
     *header.mutable_step()->add_timings() = timing;
   } else {
@@ -265,22 +269,23 @@ absl::StatusOr<ChannelMemory> Stage::Impl::ChannelMemoryOfResidual() {
   return ChannelMemory{.data = memory.data,
                        .floats = static_cast<size_t>(config_.max_step_tokens) * params_.d_model,
                        .stream = memory.stream,
+                       .spoiled = memory.spoiled,
                        .device = memory.device};
 }
 
-// If the host is going to wait for the device, or for memory that this frees, it waits here, where
-// it can be told to give up.
+// If the host is going to wait for the step's end, or for memory that earlier ones free, it waits
+// for the input here: with a deadline, and until it is told to give up.
 absl::Status Stage::Impl::TakeActivations(const Frame& frame, Pending& pending) {
   if (!config_.device_input) return backend_->SetResidual(*workspace_, frame.payload.values());
-  const auto start = StageClock::Clock::now();
   STAGECOACH_RETURN_IF_ERROR(
       input_channel_->Receive(static_cast<size_t>(batch_.rows) * params_.d_model));
   pending.payload = ++payloads_;
   if (pending.end == End::kAwaited || !AllResident()) {
+    const auto start = StageClock::Clock::now();
     STAGECOACH_RETURN_IF_ERROR(input_channel_->AwaitReceived());
+    clock_.Stalled(start);
     pending.payload = 0;
   }
-  clock_.Stalled(start);
   return backend_->TakeResidual(*workspace_, batch_.rows);
 }
 
@@ -320,11 +325,7 @@ absl::Status Stage::Impl::LeaveResidual(const v1::StepHeader& step) {
 }
 
 absl::Status Stage::Impl::SendActivations() {
-  const auto start = StageClock::Clock::now();
-  STAGECOACH_RETURN_IF_ERROR(
-      output_channel_->Send(static_cast<size_t>(batch_.rows) * params_.d_model));
-  clock_.Stalled(start);
-  return absl::OkStatus();
+  return output_channel_->Send(static_cast<size_t>(batch_.rows) * params_.d_model);
 }
 
 Frame Stage::Impl::BeginActivations(const v1::StepHeader& step) const {
@@ -344,7 +345,9 @@ absl::StatusOr<Frame> Stage::Impl::MakeActivations(const Frame& frame) {
   if (batch_.rows == 0) return out;
   if (config_.device_output) {
     STAGECOACH_RETURN_IF_ERROR(LeaveResidual(step));
+    const auto start = StageClock::Clock::now();
     STAGECOACH_RETURN_IF_ERROR(SendActivations());
+    clock_.Stalled(start);
     return out;
   }
   std::vector<float> residual(static_cast<size_t>(batch_.rows) * params_.d_model);
@@ -492,5 +495,6 @@ const StageConfig& Stage::config() const { return impl_->config_; }
 uint64_t Stage::steps() const { return impl_->steps_; }
 uint64_t Stage::tokens() const { return impl_->tokens_; }
 double Stage::compute_seconds() const { return impl_->clock_.compute_seconds(); }
+double Stage::input_wait_seconds() const { return impl_->clock_.input_wait_seconds(); }
 
 }  // namespace stagecoach

@@ -66,7 +66,7 @@ class Stage {
   //                        a token id
   //   FAILED_PRECONDITION  d_model of another model
   // A weight that cannot be loaded, or a device fault, is returned as it is; the step then counts
-  // as not run and may be run again.
+  // as not run and may be run again (but not with channels, whose payload is gone).
   // Trouble of one sequence (non-finite values: DATA_LOSS) is reported in its SequenceResult and
   // leaves the others alone. Middle stages pass non-finite values on, so that the last stage sees
   // and reports them; it does so until the sequence is closed.
@@ -101,6 +101,8 @@ class Stage {
   uint64_t steps() const;
   uint64_t tokens() const;         // rows
   double compute_seconds() const;  // stalls on weights and channels excluded
+  // Between the submission of a step and its input from a channel, with nothing else to do.
+  double input_wait_seconds() const;
 
  private:
   class Impl;

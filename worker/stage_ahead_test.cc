@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "absl/time/clock.h"
 #include "gtest/gtest.h"
 #include "worker/picking_backend.h"
 #include "worker/stage.h"
@@ -105,6 +106,28 @@ TEST_F(StageAheadTest, TheNextFrameTellsTheTimeOfTheLastStep) {
   EXPECT_GT(told_later, 0);
   SubmitToAll(Begin(2, 1, 8));
   EXPECT_NEAR(FinishAtAll().timings(0).compute_us(), told_later * 1e6, 1);
+}
+
+// The time until its input comes is no time that the step took, but one that the stage waited.
+TEST_F(StageAheadTest, AStepBeginsWhenItsInputHasCome) {
+  SubmitToAll(Begin(1, 0, 7));
+  FinishAtAll();
+  const double computed = stage(2).compute_seconds(), waited = stage(2).input_wait_seconds();
+  backend_.ready = false;
+  row_->channel(1).late = 1;
+  SubmitToAll(Begin(2, 1, 8));
+  EXPECT_FALSE(stage(2).Ready().value());
+  absl::SleepFor(absl::Milliseconds(20));
+  EXPECT_FALSE(stage(2).Ready().value());
+  EXPECT_EQ(stage(2).input_wait_seconds(), waited);
+  row_->channel(1).late = 0;
+  EXPECT_FALSE(stage(2).Ready().value());
+  const double wait = stage(2).input_wait_seconds() - waited;
+  EXPECT_GE(wait, 0.02);
+  backend_.ready = true;
+  FinishAtAll();
+  EXPECT_EQ(stage(2).input_wait_seconds() - waited, wait) << "counted once";
+  EXPECT_LT(stage(2).compute_seconds() - computed, 0.02) << "what came after";
 }
 
 // The host waits for the device in such a step, so it waits for the channel first.

@@ -202,7 +202,9 @@ class StepOnDevice {
       row += sequence.rows;
     }
     bool moved = false;
-    ASSERT_TRUE(inputs_.SetBatch({.sequences = batch, .rows = rows_}, /*turns=*/{}, &moved).ok());
+    ASSERT_TRUE(
+        inputs_.SetBatch({.sequences = batch, .rows = rows_}, /*turns=*/{}, /*taken=*/{}, &moved)
+            .ok());
     ASSERT_FALSE(moved);
   }
 

@@ -104,6 +104,7 @@ class CudaBackend final : public Backend {
   ResidualMemory residual_memory(Workspace& workspace) override {
     return {.data = Own(workspace).buffers->residual.data(),
             .stream = device_->compute(),
+            .spoiled = Own(workspace).buffers->spoiled.data(),
             .device = device_->index()};
   }
   absl::Status TakeResidual(Workspace& workspace, int rows) override {
@@ -389,9 +390,11 @@ absl::Status CudaBackend::Rope(const ModelParams& params, std::span<float> x, in
   STAGECOACH_ASSIGN_OR_RETURN(const auto values, ToDevice(std::span<const float>(x)));
   STAGECOACH_ASSIGN_OR_RETURN(const auto turns,
                               device_->NewBuffer<float2>(frequencies.size() * positions.size()));
-  const TurnsOfRows made = {.frequencies = angles.data(), .pairs = pairs, .turns = turns.data()};
-  STAGECOACH_RETURN_IF_CUDA_ERROR(BeginStep(/*from=*/nullptr, /*words=*/0, /*to=*/nullptr,
-                                            places.data(), rows, made, device_->compute()));
+  const StepBegin begin = {
+      .positions = places.data(),
+      .rows = rows,
+      .turns = {.frequencies = angles.data(), .pairs = pairs, .turns = turns.data()}};
+  STAGECOACH_RETURN_IF_CUDA_ERROR(BeginStep(begin, device_->compute()));
   STAGECOACH_RETURN_IF_ERROR(LaunchOp([&] {
     return cuda::Rope(turns.data(), pairs, rows, heads, head_dim, values.data(),
                       device_->compute());
@@ -430,7 +433,7 @@ absl::Status CudaBackend::Attention(const ModelParams& params, std::span<const f
       StepInputs::Create(*device_, batch.rows, RowsPerQueryTile(params.heads / params.kv_heads),
                          blocks));
   bool moved = false;
-  STAGECOACH_RETURN_IF_ERROR(inputs.SetBatch(batch, /*turns=*/{}, &moved));
+  STAGECOACH_RETURN_IF_ERROR(inputs.SetBatch(batch, /*turns=*/{}, /*taken=*/{}, &moved));
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> queries, ToDevice(q));
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> keys, ToDevice(k));
   STAGECOACH_ASSIGN_OR_RETURN(const DeviceBuffer<float> values, ToDevice(v));

@@ -204,7 +204,7 @@ absl::Status Bench::Await(const Step& step) {
     return backend_->GetResidual(*workspace_, std::span(residual_).first(rows * params_.d_model));
   }
   return backend_->AwaitEnd(*workspace_, std::span(tokens_).first(step.sequences),
-                              std::span(finite_).first(rows));
+                            std::span(finite_).first(rows));
 }
 
 absl::Status Bench::Run(const Step& step) {

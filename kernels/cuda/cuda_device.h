@@ -103,7 +103,7 @@ class CudaDevice {
   cudaStream_t compute() const { return compute_; }
   cudaStream_t copy() const { return copy_; }
   cudaStream_t inputs() const { return inputs_; }  // of steps: copies that are not behind weights
-  cudaStream_t pack() const { return pack_; }  // before others where the GPU has a choice
+  cudaStream_t pack() const { return pack_; }      // before others where the GPU has a choice
   int multiprocessors() const { return multiprocessors_; }
   int index() const { return index_; }
   const std::string& name() const { return name_; }

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels/cuda/cuda_test.h"
+#include "kernels/random_tensor.h"
 
 namespace stagecoach {
 namespace {
@@ -13,14 +14,17 @@ constexpr int kMaxRows = 40;
 
 class CudaResidualTest : public CudaTest {
  protected:
-  std::unique_ptr<Workspace> NewWorkspace() {
+  static ModelParams Params() {
     ModelParams params;
     params.layers = 1;
     params.d_model = params.ffn_length = kColumns;
     params.heads = params.kv_heads = 3;
     params.key_length = params.value_length = params.rope_dims = 128;
     params.vocab_size = 1000;
-    return backend_->NewWorkspace(params, kMaxRows).value();
+    return params;
+  }
+  std::unique_ptr<Workspace> NewWorkspace() {
+    return backend_->NewWorkspace(Params(), kMaxRows).value();
   }
 };
 
@@ -54,6 +58,37 @@ TEST_F(CudaResidualTest, WhatIsTakenIsWhatLiesThere) {
   ASSERT_TRUE(backend_->TakeResidual(*workspace, 5).ok());
   ASSERT_TRUE(backend_->GetResidual(*workspace, got).ok());
   EXPECT_EQ(got, residual);
+}
+
+// As after a channel that ended before it had brought the rows.
+TEST_F(CudaResidualTest, SpoiledRowsThatAreTakenAreNotFinite) {
+  ModelParams params = Params();
+  RandomSource random(1);
+  const auto layer = BuildUnit(
+      *backend_, params,
+      MakeRandomUnit(random, params, {Unit::Kind::kLayer}, TensorType::kF16, /*biases=*/false));
+  ASSERT_TRUE(layer.ok()) << layer.status();
+  const auto kv = backend_->NewKvCache({.layers = 1,
+                                        .kv_heads = params.kv_heads,
+                                        .key_length = params.key_length,
+                                        .value_length = params.value_length,
+                                        .blocks = 2});
+  ASSERT_TRUE(kv.ok()) << kv.status();
+  const auto workspace = NewWorkspace();
+  const int32_t blocks[] = {0};
+  const BatchSequence sequence[] = {{.row_count = 3, .blocks = blocks}};
+  const std::vector<float> residual(3 * kColumns, 0.5f);
+  std::vector<uint8_t> finite(3);
+  for (const bool spoiled : {false, true}) {
+    ASSERT_TRUE(backend_->SetResidual(*workspace, residual).ok());
+    ASSERT_TRUE(backend_->LeaveResidual(*workspace, finite).ok());
+    *backend_->residual_memory(*workspace).spoiled = spoiled;
+    ASSERT_TRUE(backend_->TakeResidual(*workspace, 3).ok());
+    ASSERT_TRUE(
+        backend_->RunLayer(*workspace, **layer, **kv, 0, {.sequences = sequence, .rows = 3}).ok());
+    ASSERT_TRUE(backend_->LeaveResidual(*workspace, finite).ok());
+    EXPECT_EQ(finite, std::vector<uint8_t>(3, spoiled ? 0 : 1));
+  }
 }
 
 TEST_F(CudaResidualTest, SaysWhereItIs) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cassert>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "fmt/format.h"
@@ -48,17 +49,19 @@ absl::StatusOr<StepInputs> StepInputs::Create(const CudaDevice& device, int max_
   return inputs;
 }
 
-absl::Status StepInputs::Send(size_t count, int rows, const TurnsOfRows& turns) {
+absl::Status StepInputs::Send(size_t count, StepBegin begin) {
   Slot& slot = Next();
   next_ = (next_ + 1) % kStepsInFlight;
-  const int32_t* const there = slot.there.data();
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(slot.there.data(), slot.host.data(),
                                                   count * sizeof(int32_t), cudaMemcpyHostToDevice,
                                                   device_->inputs()));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(slot.sent.get(), device_->inputs()));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamWaitEvent(device_->compute(), slot.sent.get()));
-  STAGECOACH_RETURN_IF_CUDA_ERROR(BeginStep(there, static_cast<int>(count), inputs_.data(),
-                                            there + max_rows_, rows, turns, device_->compute()));
+  begin.from = slot.there.data();
+  begin.to = inputs_.data();
+  begin.words = static_cast<int>(count);
+  begin.positions = slot.there.data() + max_rows_;
+  STAGECOACH_RETURN_IF_CUDA_ERROR(BeginStep(begin, device_->compute()));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(slot.taken.get(), device_->compute()));
   return absl::OkStatus();
 }
@@ -69,7 +72,7 @@ absl::Status StepInputs::SetTokens(std::span<const int32_t> token_ids) {
   return absl::OkStatus();
 }
 
-absl::Status StepInputs::SendTokens() { return Send(max_rows_, /*rows=*/0, /*turns=*/{}); }
+absl::Status StepInputs::SendTokens() { return Send(max_rows_, {}); }
 
 absl::Status StepInputs::SetHeadRows(std::span<const int32_t> rows) {
   HeadSlot& slot = head_slots_[next_head_];
@@ -94,7 +97,8 @@ absl::Status StepInputs::MakeRoom(size_t blocks) {
   return absl::OkStatus();
 }
 
-absl::Status StepInputs::SetBatch(const StepBatch& batch, const TurnsOfRows& turns, bool* moved) {
+absl::Status StepInputs::SetBatch(const StepBatch& batch, const TurnsOfRows& turns,
+                                  const TakenRows& taken, bool* moved) {
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventSynchronize(Next().taken.get()));
   size_t blocks = 0;
   for (const BatchSequence& sequence : batch.sequences) blocks += BlocksOf(sequence);
@@ -118,7 +122,7 @@ absl::Status StepInputs::SetBatch(const StepBatch& batch, const TurnsOfRows& tur
     std::ranges::copy(sequence.blocks.first(BlocksOf(sequence)), table + used);
     used += BlocksOf(sequence);
   }
-  return Send(FixedInputs(max_rows_) + used, batch.rows, turns);
+  return Send(FixedInputs(max_rows_) + used, {.rows = batch.rows, .turns = turns, .taken = taken});
 }
 
 absl::StatusOr<DeviceBuffer<std::byte>> NewMatmulScratch(const CudaDevice& device) {
@@ -181,6 +185,9 @@ absl::StatusOr<std::unique_ptr<CudaWorkspace>> CudaWorkspace::Create(const CudaD
   STAGECOACH_ASSIGN_OR_RETURN(workspace->drawn_out, device.NewPinnedBuffer<int32_t>(kHeadRows));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->finite, device.NewBuffer<uint8_t>(max_rows));
   STAGECOACH_ASSIGN_OR_RETURN(workspace->finite_out, device.NewPinnedBuffer<uint8_t>(max_rows));
+  STAGECOACH_ASSIGN_OR_RETURN(workspace->spoiled, device.NewPinnedBuffer<std::atomic<uint32_t>>(1));
+  static_assert(std::atomic<uint32_t>::is_always_lock_free);
+  new (workspace->spoiled.data()) std::atomic<uint32_t>(0);
   for (StepEnd& end : workspace->ends) {
     STAGECOACH_ASSIGN_OR_RETURN(end.draws, device.NewPinnedBuffer<TokenDraw>(kMaxPicks));
     STAGECOACH_ASSIGN_OR_RETURN(end.tokens, device.NewPinnedBuffer<int32_t>(kMaxPicks));

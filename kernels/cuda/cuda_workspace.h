@@ -3,6 +3,7 @@
 #define STAGECOACH_KERNELS_CUDA_CUDA_WORKSPACE_H_
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -43,7 +44,7 @@ class StepInputs {
                                            int rows_per_tile, size_t max_blocks);
 
   int tiles() const { return tile_count_; }  // of the latest batch
-  // What the device will read, once the uploads below have been ordered before it.
+  // What the device reads once the step has begun.
   const int32_t* tokens() const { return inputs_.data(); }
   const int32_t* head_rows() const { return head_rows_.data(); }
   RowTable table() const {
@@ -58,7 +59,8 @@ class StepInputs {
   absl::Status SetTokens(std::span<const int32_t> token_ids);
   // The step begins in the compute stream, with the turns of its positions, ahead of all its other
   // kernels. *moved: the arrays had to grow and are elsewhere now.
-  absl::Status SetBatch(const StepBatch& batch, const TurnsOfRows& turns, bool* moved);
+  absl::Status SetBatch(const StepBatch& batch, const TurnsOfRows& turns, const TakenRows& taken,
+                        bool* moved);
   // In place of SetBatch, in a step without layers.
   absl::Status SendTokens();
   absl::Status SetHeadRows(std::span<const int32_t> rows);
@@ -76,7 +78,8 @@ class StepInputs {
   };
   absl::Status MakeRoom(size_t blocks);
   Slot& Next() { return slots_[next_]; }
-  absl::Status Send(size_t count, int rows, const TurnsOfRows& turns);
+  // With the step's turns and taken rows, if it has any.
+  absl::Status Send(size_t count, StepBegin begin);
 
   const CudaDevice* device_ = nullptr;
   int max_rows_ = 0;
@@ -137,13 +140,19 @@ struct CudaWorkspace {
   PinnedBuffer<int32_t> drawn_out;           // [kHeadRows]
   std::array<StepEnd, kStepsInFlight> ends;  // of the steps in flight, in turn:
   int first_end = 0, end_count = 0;
-  DeviceBuffer<uint8_t> finite;      // [max_rows]
-  PinnedBuffer<uint8_t> finite_out;  // [max_rows]
-  PinnedBuffer<float> residual_in;   // [max_rows][d_model]
-  PinnedBuffer<float> out;           // [max_rows][d_model] or [kHeadRows][vocab]
-  Event residual_sent;               // the device has taken residual_in
+  DeviceBuffer<uint8_t> finite;                 // [max_rows]
+  PinnedBuffer<uint8_t> finite_out;             // [max_rows]
+  PinnedBuffer<float> residual_in;              // [max_rows][d_model]
+  PinnedBuffer<float> out;                      // [max_rows][d_model] or [kHeadRows][vocab]
+  Event residual_sent;                          // the device has taken residual_in
+  PinnedBuffer<std::atomic<uint32_t>> spoiled;  // [1] ResidualMemory.spoiled
 
   StepEnd& NextEnd() { return ends[(first_end + end_count) % kStepsInFlight]; }
+  TakenRows Taken() const {
+    return {.spoiled = reinterpret_cast<const uint32_t*>(spoiled.data()),
+            .rows = residual.data(),
+            .columns = params.d_model};
+  }
   TurnsOfRows Turns() const {
     return {
         .frequencies = frequencies.data(), .pairs = params.rope_dims / 2, .turns = turns.data()};

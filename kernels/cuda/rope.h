@@ -25,8 +25,8 @@ struct RowTable {
   const int32_t* blocks;     // KV blocks of all sequences
 };
 
-// Turns (step_begin.h: TurnsOfRows) the pairs (2i, 2i + 1) of each head's first 2 * pairs dims. x: [rows][heads][head_dim], in
-// place.
+// Turns (step_begin.h: TurnsOfRows) the pairs (2i, 2i + 1) of each head's first 2 * pairs dims. x:
+// [rows][heads][head_dim], in place.
 cudaError_t Rope(const float2* turns, int pairs, int rows, int heads, int head_dim, float* x,
                  cudaStream_t stream);
 

@@ -15,10 +15,28 @@ struct TurnsOfRows {
   float2* turns = nullptr;
 };
 
-// Copies from[words], and makes the turns of positions[rows]. The next kernel starts when all of it
-// is done, whether it overlaps others or not.
-cudaError_t BeginStep(const int32_t* from, int words, int32_t* to, const int32_t* positions,
-                      int rows, const TurnsOfRows& turns, cudaStream_t stream);
+// Rows [..][columns] that came from elsewhere. They become NaN, the first column of each, unless
+// *spoiled, in pinned memory of the host, is 0 by now (ResidualMemory.spoiled).
+struct TakenRows {
+  const uint32_t* spoiled = nullptr;  // null: the rows are the step's own
+  float* rows = nullptr;
+  int columns = 0;
+};
+
+struct StepBegin {
+  // Copied: from[words].
+  const int32_t* from = nullptr;
+  int32_t* to = nullptr;
+  int words = 0;
+  const int32_t* positions = nullptr;  // [rows]
+  int rows = 0;
+  TurnsOfRows turns;
+  TakenRows taken;
+};
+
+// Kernels behind it may read what it has made without waiting for the kernel before them: it lets
+// none start early, and StepInputs records an event behind it.
+cudaError_t BeginStep(const StepBegin& begin, cudaStream_t stream);
 
 }  // namespace stagecoach::cuda
 

@@ -58,12 +58,14 @@ absl::Status StepRunner::SetResidual(std::span<const float> residual) {
 void StepRunner::TakeResidual(int rows) {
   workspace_.rows = rows;
   Begin();
+  takes_residual_ = true;
 }
 
 // What waits still is of a step that was given up.
 void StepRunner::Begin() {
   waiting_.clear();
   batch_set_ = false;
+  takes_residual_ = false;
   entry_ = nullptr;
   following_ = false;
   operations_.clear();
@@ -85,7 +87,8 @@ absl::Status StepRunner::RunLayer(std::shared_ptr<const UnitStorage> layer, cons
 
 absl::Status StepRunner::SetBatch(const StepBatch& batch, const KvLayout& kv) {
   bool moved = false;
-  STAGECOACH_RETURN_IF_ERROR(workspace_.inputs.SetBatch(batch, workspace_.Turns(), &moved));
+  const TakenRows taken = takes_residual_ ? workspace_.Taken() : TakenRows();
+  STAGECOACH_RETURN_IF_ERROR(workspace_.inputs.SetBatch(batch, workspace_.Turns(), taken, &moved));
   if (moved) DropGraphs();
   batch_set_ = true;
   int last_position = 0;

@@ -94,6 +94,7 @@ class StepRunner {
 
   // The step under way.
   bool batch_set_ = false;
+  bool takes_residual_ = false;   // TakeResidual
   Entry* entry_ = nullptr;        // of its shape; null before the first layer, or without graphs
   bool following_ = false;        // operations wait for entry_'s graph
   std::vector<Pending> waiting_;  // not launched yet

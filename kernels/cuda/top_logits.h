@@ -35,7 +35,7 @@ cudaError_t FindTop(const float* logits, int rows, int vocab, int count, TopKey*
 
 // The best keys of runs of each row's logits, of which the best is FindTop's first:
 // keys[rows][runs]. The rows are some of all_rows, which say how long the runs are.
-// TopScratchKeys(1, vocab, count) are at least count / 2 times as many as a row's.
+// TopScratchKeys(rows, vocab, count) keys hold those of count / 2 times as many rows.
 cudaError_t FindLargest(const float* logits, int rows, int all_rows, int vocab, TopKey* keys,
                         cudaStream_t stream);
 int LargestRuns(int vocab, int all_rows);

@@ -2,6 +2,7 @@
 #ifndef STAGECOACH_WORKER_LINK_DEVICE_CHANNEL_H_
 #define STAGECOACH_WORKER_LINK_DEVICE_CHANNEL_H_
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -18,6 +19,9 @@ struct ChannelMemory {
   float* data = nullptr;   // [floats]
   size_t floats = 0;       // that one payload has at most
   void* stream = nullptr;  // of the work on `data`; null: the host's memory
+  // If not null: set to 1 before a payload that was asked for is given up, for what waits in the
+  // stream goes on then.
+  std::atomic<uint32_t>* spoiled = nullptr;
   int device = 0;
 };
 
@@ -39,9 +43,9 @@ class DeviceChannel {
   // channel is broken for good), CANCELLED.
   virtual absl::Status Send(size_t floats) = 0;
   // The receiving end asks for a payload: behind what was put into the memory's stream before this
-  // call it comes, and what is put there afterwards waits for it (and finds anything at all if the
-  // channel ends first). Asks are kReceiving ahead of what has come, at most: more wait. Errors: as
-  // Send.
+  // call it comes, and what is put there afterwards waits for it (and finds anything at all, with
+  // ChannelMemory.spoiled set, if the channel ends first). Asks are kReceiving ahead of what has
+  // come, at most: more wait. Errors: as Send.
   virtual absl::Status Receive(size_t floats) = 0;
   // How many payloads have come, ever. Errors: as Send; DEADLINE_EXCEEDED.
   virtual absl::StatusOr<uint64_t> Received() = 0;

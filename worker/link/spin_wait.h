@@ -10,9 +10,11 @@
 
 namespace stagecoach {
 
-// Longer than a token of a model of middle size takes through all stages, so that a stream that
-// flows never waits for a wake-up; short enough to cost nothing once it has stopped.
-inline constexpr std::chrono::microseconds kSpinTime{5000};
+// Longer than a stage of a small model takes, so that a stream that flows never waits for a
+// wake-up; short enough to cost nothing once it has stopped.
+inline constexpr std::chrono::microseconds kSpinTime{1000};
+// The same for a stage of several, whose frame comes when a token has gone through all the others.
+inline constexpr std::chrono::microseconds kStageSpinTime{5000};
 
 // A yield that takes longer let another thread run: this processor is wanted.
 inline constexpr std::chrono::microseconds kLongYield{20};
@@ -24,12 +26,12 @@ enum class WhenWanted {
            // would be in the way of each of them
 };
 
-// Returns when `arrivals` differs from `seen`, after kSpinTime, or (kSleep) when others want the
-// processor.
+// Returns when `arrivals` differs from `seen`, after kStageSpinTime (kStay), or after kSpinTime or
+// when others want the processor (kSleep).
 inline void SpinUntilArrival(const std::atomic<uint64_t>& arrivals, uint64_t seen,
                              WhenWanted when_wanted) {
   auto now = std::chrono::steady_clock::now();
-  const auto end = now + kSpinTime;
+  const auto end = now + (when_wanted == WhenWanted::kStay ? kStageSpinTime : kSpinTime);
   while (arrivals.load(std::memory_order_acquire) == seen && now < end) {
     const auto before = now;
     std::this_thread::yield();

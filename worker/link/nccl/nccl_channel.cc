@@ -70,6 +70,7 @@ void NcclChannel::Cancel() {
   absl::MutexLock lock(&mu_);
   NcclApi::Comm const comm = std::exchange(comm_, nullptr);
   if (comm == nullptr) return;
+  if (rank_ == Rank::kReceiver && memory_.spoiled != nullptr) *memory_.spoiled = 1;
   aborted_ = std::make_shared<absl::Notification>();
   std::thread([nccl = nccl_, device = device_, index = memory_.device, comm, aborted = aborted_] {
     if (device->Use(index).ok()) nccl->Abort(comm);
@@ -78,8 +79,12 @@ void NcclChannel::Cancel() {
 }
 
 bool NcclChannel::AbortedInTime() {
-  absl::MutexLock lock(&mu_);
-  return aborted_ == nullptr || aborted_->WaitForNotificationWithTimeout(options_.abort_timeout);
+  std::shared_ptr<absl::Notification> aborted;
+  {
+    absl::MutexLock lock(&mu_);
+    aborted = aborted_;
+  }
+  return aborted == nullptr || aborted->WaitForNotificationWithTimeout(options_.abort_timeout);
 }
 
 // What the abort has ended has left the stream.
@@ -241,15 +246,20 @@ absl::Status NcclChannel::ReceiveWithin(size_t floats, absl::Duration timeout) {
   return device_->Await(memory_.stream, received);
 }
 
-absl::StatusOr<uint64_t> NcclChannel::Received() {
+absl::StatusOr<bool> NcclChannel::AllReceived() {
   if (cancelled_) return GivenUp(kReceivingName);
   STAGECOACH_RETURN_IF_ERROR(device_->Use(memory_.device));
   for (; came_ < asked_; ++came_) {
     STAGECOACH_ASSIGN_OR_RETURN(const bool here, device_->Reached(received_[came_ % kReceiving]));
-    if (!here) break;
+    if (!here) return false;
     waiting_since_ = absl::Now();
   }
-  if (came_ == asked_) return came_;
+  return true;
+}
+
+absl::StatusOr<uint64_t> NcclChannel::Received() {
+  STAGECOACH_ASSIGN_OR_RETURN(const bool all, AllReceived());
+  if (all) return came_;
   STAGECOACH_RETURN_IF_ERROR(Settled(kReceivingName).status());
   if (absl::Now() - waiting_since_ > options_.transfer_timeout) {
     return TookTooLong(kReceivingName, options_.transfer_timeout);
@@ -260,10 +270,7 @@ absl::StatusOr<uint64_t> NcclChannel::Received() {
 absl::Status NcclChannel::AwaitReceived() { return AwaitReceivedWithin(options_.transfer_timeout); }
 
 absl::Status NcclChannel::AwaitReceivedWithin(absl::Duration timeout) {
-  return Poll(kReceivingName, timeout, [this]() -> absl::StatusOr<bool> {
-    STAGECOACH_ASSIGN_OR_RETURN(const uint64_t came, Received());
-    return came == asked_;
-  });
+  return Poll(kReceivingName, timeout, [this] { return AllReceived(); });
 }
 
 }  // namespace stagecoach

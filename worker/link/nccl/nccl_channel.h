@@ -55,6 +55,7 @@ class NcclChannel : public DeviceChannel {
   absl::Status AwaitEvent(std::string_view what, void* event, absl::Duration timeout);
   absl::Status SendWithin(size_t floats, absl::Duration timeout);
   absl::Status ReceiveWithin(size_t floats, absl::Duration timeout);
+  absl::StatusOr<bool> AllReceived();  // looks at what has come
   absl::Status AwaitReceivedWithin(absl::Duration timeout);
   // On the communicator, unless it was cancelled.
   absl::Status Call(std::string_view what, const std::function<NcclCode(NcclApi::Comm)>& call);

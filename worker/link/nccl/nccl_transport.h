@@ -22,6 +22,7 @@ struct NcclOptions {
   // For one payload whose frame has come (the stages before may yet have to compute it), or for a
   // slot: the other end is alive, but does nothing.
   absl::Duration transfer_timeout = absl::Seconds(30);
+  // NCCL waits then for the steps that are with the device, too.
   absl::Duration abort_timeout = absl::Seconds(5);
   // A communicator could not be aborted in time: its kernels may use their memory for ever, which
   // nothing but the end of the process makes free. Null: that memory is left as it is.
