@@ -142,6 +142,12 @@ bool Notification::WaitForNotificationWithTimeout(Duration timeout) const {
 ABSL_NAMESPACE_END
 }  // namespace absl
 
+// What libraries synchronise within themselves: Abseil its graph of the order of locks (under a
+// lock of its own), spdlog its loggers, which the first use makes.
+extern "C" __attribute__((used)) const char* __tsan_default_suppressions() {
+  return "race:GraphCycles\nrace:spdlog::\ncalled_from_lib:libspdlog\n";
+}
+
 // The last reference to a Status frees what other threads wrote; its count is not instrumented.
 extern "C" __attribute__((used)) void _ZN4absl7debian36Status15UnrefNonInlinedEm(uintptr_t rep) {
   REAL(void (*)(uintptr_t), "6Status15UnrefNonInlinedEm");
