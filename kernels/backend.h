@@ -9,6 +9,7 @@
 #ifndef STAGECOACH_KERNELS_BACKEND_H_
 #define STAGECOACH_KERNELS_BACKEND_H_
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -211,9 +212,10 @@ class Backend {
   // Optional, too: the end of a step, in place of those above, that is not waited for, so that the
   // next step is with the device when this one ends. At most kStepsInFlight steps may be enqueued
   // and not awaited; they are awaited in order.
-  // MaxPicks(): 0 if no such end is offered; else EnqueueResidual is, too, where residual_memory
-  // has a stream. What their draws pick for at most MaxPicks() rows, each once and in order.
+  // Rows that EnqueuePicks takes at most. 0: no such end is offered; else EnqueueResidual is, too,
+  // where residual_memory has a stream.
   virtual int MaxPicks() const { return 0; }
+  // What their draws pick, for rows that come each once and in order.
   virtual absl::Status EnqueuePicks(Workspace& workspace, const UnitWeights& head,
                                     std::span<const int32_t> rows,
                                     std::span<const TokenDraw> draws);

@@ -38,10 +38,7 @@ class GlassBackend : public FakeBackend {
   }
   absl::StatusOr<std::unique_ptr<Workspace>> NewWorkspace(const ModelParams& params,
                                                           int max_rows) override {
-    auto workspace = std::make_unique<GlassWorkspace>();
-    workspace->d_model = params.d_model;
-    workspace->residual.resize(static_cast<size_t>(max_rows) * params.d_model);
-    return workspace;
+    return MakeWorkspace<GlassWorkspace>(params, max_rows);
   }
   absl::Status Embed(Workspace& workspace, const UnitWeights&,
                      std::span<const int32_t> ids) override {
@@ -110,6 +107,22 @@ class GlassBackend : public FakeBackend {
       }
     }
     return absl::OkStatus();
+  }
+
+  // Whether all keys of all caches are finite.
+  bool KvIsFinite() const {
+    return std::ranges::all_of(
+        caches, [](const GlassKv* cache) { return std::ranges::all_of(cache->keys, AllFinite); });
+  }
+
+ protected:
+  // A GlassWorkspace, or what is made of it.
+  template <typename T>
+  static std::unique_ptr<T> MakeWorkspace(const ModelParams& params, int max_rows) {
+    auto workspace = std::make_unique<T>();
+    workspace->d_model = params.d_model;
+    workspace->residual.resize(static_cast<size_t>(max_rows) * params.d_model);
+    return workspace;
   }
 
  private:

@@ -26,10 +26,7 @@ class PickingBackend : public GlassBackend {
   int MaxPicks() const override { return 3; }
   absl::StatusOr<std::unique_ptr<Workspace>> NewWorkspace(const ModelParams& params,
                                                           int max_rows) override {
-    auto workspace = std::make_unique<PickingWorkspace>();
-    workspace->d_model = params.d_model;
-    workspace->residual.resize(static_cast<size_t>(max_rows) * params.d_model);
-    return workspace;
+    return MakeWorkspace<PickingWorkspace>(params, max_rows);
   }
   absl::Status Embed(Workspace& workspace, const UnitWeights& weights,
                      std::span<const int32_t> ids) override {

@@ -1,6 +1,5 @@
 // Stages whose activations go from device to device: a frame goes ahead of the step that it is
 // about, and the next stage's step waits for its input by itself.
-#include <cmath>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -59,16 +58,6 @@ class StageAheadTest : public ::testing::Test {
         .Sample()
         .Build();
   }
-  bool KvIsFinite() const {
-    for (const GlassKv* cache : backend_.caches) {
-      for (const auto& layer : cache->keys) {
-        for (const float key : layer) {
-          if (!std::isfinite(key)) return false;
-        }
-      }
-    }
-    return true;
-  }
 
   PickingBackend backend_;
   std::optional<StageRow> row_;
@@ -120,6 +109,7 @@ TEST_F(StageAheadTest, AStepBeginsWhenItsInputHasCome) {
   absl::SleepFor(absl::Milliseconds(20));
   EXPECT_FALSE(stage(2).Ready().value());
   EXPECT_EQ(stage(2).input_wait_seconds(), waited);
+  const absl::Time came = absl::Now();
   row_->channel(1).late = 0;
   EXPECT_FALSE(stage(2).Ready().value());
   const double wait = stage(2).input_wait_seconds() - waited;
@@ -127,7 +117,8 @@ TEST_F(StageAheadTest, AStepBeginsWhenItsInputHasCome) {
   backend_.ready = true;
   FinishAtAll();
   EXPECT_EQ(stage(2).input_wait_seconds() - waited, wait) << "counted once";
-  EXPECT_LT(stage(2).compute_seconds() - computed, 0.02) << "what came after";
+  EXPECT_LE(stage(2).compute_seconds() - computed, absl::ToDoubleSeconds(absl::Now() - came))
+      << "not what came before";
 }
 
 // The host waits for the device in such a step, so it waits for the channel first.
@@ -162,10 +153,10 @@ TEST_F(StageAheadTest, WhatIsNotFiniteIsClearedAtEveryStageOnClose) {
   const Frame next = StepBuilder(2).Close(0).Open(0, 2).Rows(0, 2, 0, good).Sample().Build();
   EXPECT_FALSE(Submit(0, next).taken);
   EXPECT_EQ(FinishAtAll().sequences(0).status_code(), static_cast<uint32_t>(Code::kDataLoss));
-  EXPECT_FALSE(KvIsFinite());
+  EXPECT_FALSE(backend_.KvIsFinite());
   SubmitToAll(next);
   EXPECT_EQ(FinishAtAll().sequences(0).token_id(), 9 + kLayers);
-  EXPECT_TRUE(KvIsFinite());
+  EXPECT_TRUE(backend_.KvIsFinite());
 }
 
 }  // namespace

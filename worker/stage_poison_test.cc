@@ -24,16 +24,6 @@ class StagePoisonTest : public ::testing::Test {
     ASSERT_TRUE(model.ok()) << model.status();
     model_ = *std::move(model);
   }
-  bool KvIsFinite() const {
-    for (const GlassKv* cache : backend_.caches) {
-      for (const auto& layer : cache->keys) {
-        for (const float key : layer) {
-          if (!std::isfinite(key)) return false;
-        }
-      }
-    }
-    return true;
-  }
 
   // NaN arises in the first of three stages, in a row of a prompt that is not sampled.
   void TravelsToTheLastStageAndIsClearedOnClose(bool channels);
@@ -54,7 +44,7 @@ void StagePoisonTest::TravelsToTheLastStageAndIsClearedOnClose(bool channels) {
   ASSERT_TRUE(out.ok()) << out.status();
   EXPECT_EQ(out->header.result().sequences(0).status_code(),
             static_cast<uint32_t>(Code::kDataLoss));
-  EXPECT_FALSE(KvIsFinite());
+  EXPECT_FALSE(backend_.KvIsFinite());
 
   out = row.Run(
       StepBuilder(2).Rows(1, 2, 0, good).Sample().Rows(0, 1, 40, {&good[0], 1}).Sample().Build());
@@ -68,7 +58,7 @@ void StagePoisonTest::TravelsToTheLastStageAndIsClearedOnClose(bool channels) {
   out = row.Run(StepBuilder(3).Close(0).Rows(1, 2, 40, {&good[0], 1}).Sample().Build());
   ASSERT_TRUE(out.ok()) << out.status();
   EXPECT_EQ(out->header.result().sequences(0).token_id(), 7 + 32);
-  EXPECT_TRUE(KvIsFinite());
+  EXPECT_TRUE(backend_.KvIsFinite());
   const int slot_1 = kTestSlotBlocks * kKvBlockPositions;  // its first position
   EXPECT_EQ(backend_.caches[2]->keys[0][slot_1], 7 + 20) << "another sequence's KV was cleared";
 
@@ -96,7 +86,7 @@ TEST_F(StagePoisonTest, IsClearedBeforeTheSlotIsUsedInTheSameStep) {
   const auto out = row.Run(StepBuilder(2).Close(0).Open(0, 2).Rows(0, 2, 0, good).Sample().Build());
   ASSERT_TRUE(out.ok()) << out.status();
   EXPECT_EQ(out->header.result().sequences(0).token_id(), 7 + 32);
-  EXPECT_TRUE(KvIsFinite());
+  EXPECT_TRUE(backend_.KvIsFinite());
   EXPECT_EQ(backend_.caches[0]->keys[4][1], 7 + 4);
 }
 
@@ -114,7 +104,7 @@ TEST_F(StagePoisonTest, ASharedPrefixSurvivesThePoisonedSequence) {
   GlassKv& kv = *backend_.caches[0];
   kv.keys[4][5 * kKvBlockPositions] = kNan;  // of another origin, where the bad row is
   ASSERT_TRUE(row.Run(StepBuilder(4).Close(1).Build()).ok());
-  EXPECT_TRUE(KvIsFinite());
+  EXPECT_TRUE(backend_.KvIsFinite());
   EXPECT_EQ(kv.keys[4][0], 7 + 4);
 }
 
@@ -125,7 +115,7 @@ TEST_F(StagePoisonTest, BlocksAreClearedAndCopiedWhenTheCoordinatorSaysSo) {
   GlassKv& kv = *backend_.caches[0];
   kv.keys[9][3 * kKvBlockPositions + 1] = kNan;
   ASSERT_TRUE(row.Run(StepBuilder(2).Clear(3).Copy(0, 2).Build()).ok());
-  EXPECT_TRUE(KvIsFinite());
+  EXPECT_TRUE(backend_.KvIsFinite());
   EXPECT_EQ(kv.keys[9][2 * kKvBlockPositions + 31], 7 + 9);
   EXPECT_EQ(kv.keys[9][3 * kKvBlockPositions], 0);
 }

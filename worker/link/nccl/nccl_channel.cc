@@ -122,7 +122,7 @@ absl::Status NcclChannel::Begin(const NcclId& id) {
 }
 
 absl::Status NcclChannel::Call(std::string_view what,
-                               const std::function<NcclCode(NcclApi::Comm)>& call) {
+                               absl::FunctionRef<NcclCode(NcclApi::Comm)> call) {
   absl::MutexLock lock(&mu_);
   return comm_ == nullptr ? GivenUp(what) : Checked(call(comm_), what);
 }
@@ -152,7 +152,7 @@ absl::Status NcclChannel::TookTooLong(std::string_view what, absl::Duration time
 }
 
 absl::Status NcclChannel::Poll(std::string_view what, absl::Duration timeout,
-                               const std::function<absl::StatusOr<bool>()>& done) {
+                               absl::FunctionRef<absl::StatusOr<bool>()> done) {
   const absl::Time start = absl::Now();
   for (;;) {
     if (cancelled_) return GivenUp(what);

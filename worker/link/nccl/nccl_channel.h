@@ -4,12 +4,12 @@
 
 #include <array>
 #include <atomic>
-#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/functional/function_ref.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
 #include "worker/link/nccl/nccl_transport.h"
@@ -50,7 +50,7 @@ class NcclChannel : public DeviceChannel {
   // Until done() is true. Errors: CANCELLED; UNAVAILABLE once NCCL reports an error; those of done;
   // DEADLINE_EXCEEDED.
   absl::Status Poll(std::string_view what, absl::Duration timeout,
-                    const std::function<absl::StatusOr<bool>()>& done);
+                    absl::FunctionRef<absl::StatusOr<bool>()> done);
   absl::Status AwaitSettled(std::string_view what, absl::Duration timeout);
   absl::Status AwaitEvent(std::string_view what, void* event, absl::Duration timeout);
   absl::Status SendWithin(size_t floats, absl::Duration timeout);
@@ -58,7 +58,7 @@ class NcclChannel : public DeviceChannel {
   absl::StatusOr<bool> AllReceived();  // looks at what has come
   absl::Status AwaitReceivedWithin(absl::Duration timeout);
   // On the communicator, unless it was cancelled.
-  absl::Status Call(std::string_view what, const std::function<NcclCode(NcclApi::Comm)>& call);
+  absl::Status Call(std::string_view what, absl::FunctionRef<NcclCode(NcclApi::Comm)> call);
   absl::Status Checked(NcclCode code, std::string_view what);
   absl::StatusOr<bool> Settled(std::string_view what);  // what was called last
   absl::Status GivenUp(std::string_view what) const;
