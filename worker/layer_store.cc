@@ -12,10 +12,12 @@
 namespace stagecoach {
 namespace {
 
-// For a backend with its own memory: units that load at once (while one waits for room, another is
-// copied), and threads that read the parts of each.
-constexpr int kOwnMemoryLoads = 2;
-constexpr int kOwnMemoryReads = 6;
+// For a backend with its own memory: units that load at once (while one waits for room or comes to
+// its end, others are read), threads that read the parts of each, and what these read at a time:
+// enough for the copies to the device, and little enough that a unit has many.
+constexpr int kOwnMemoryLoads = 3;
+constexpr int kOwnMemoryReads = 8;
+constexpr uint64_t kOwnMemoryPartBytes = 4 << 20;
 
 absl::Status NoLongerWanted(const Unit& unit) {
   return absl::CancelledError(fmt::format("{} is no longer wanted", UnitName(unit)));
@@ -49,6 +51,7 @@ LayerStoreOptions SuitOptions(const Backend& backend, LayerStoreOptions options)
   if (options.load_threads <= 0) {
     options.load_threads = own_memory ? std::clamp(cores / 2, 1, kOwnMemoryReads) : 1;
   }
+  if (options.part_bytes == 0) options.part_bytes = own_memory ? kOwnMemoryPartBytes : kPartBytes;
   return options;
 }
 

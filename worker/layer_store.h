@@ -89,7 +89,7 @@ struct LayerStoreOptions {
   uint64_t host_cache_bytes = 0;  // of the host tier, for units that stream; 0 = none
   HostCodec host_cache_codec = HostCodec::kNone;
 
-  uint64_t part_bytes = kPartBytes;  // see LoadOptions
+  uint64_t part_bytes = 0;  // see LoadOptions; likewise
 };
 
 // The options with the numbers that suit the backend in place of zeros: one that converts on the

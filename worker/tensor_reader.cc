@@ -35,14 +35,14 @@ constexpr uint64_t kCachedReadBytes = uint64_t{1} << 19;
 
 }  // namespace
 
-std::map<TensorType, WeightBounds> BoundsOfTypes(const Backend &backend) {
+std::map<TensorType, WeightBounds> BoundsOfTypes(const Backend& backend) {
   std::map<TensorType, WeightBounds> bounds;
-  for (const TensorTypeInfo &info : AllTensorTypes())
+  for (const TensorTypeInfo& info : AllTensorTypes())
     bounds[info.type] = backend.BoundsOf(info.type);
   return bounds;
 }
 
-absl::Status NameTensor(const absl::Status &status, const TensorInfo &tensor) {
+absl::Status NameTensor(const absl::Status& status, const TensorInfo& tensor) {
   const std::string where = fmt::format("tensor '{}' ({} bytes at offset {}): ", tensor.name,
                                         tensor.bytes, tensor.offset);
   std::string message(status.message());
@@ -59,13 +59,13 @@ absl::Status NameTensor(const absl::Status &status, const TensorInfo &tensor) {
 // has been let go.
 class TensorReader::State : public std::enable_shared_from_this<State> {
  public:
-  State(std::shared_ptr<ReadContext> context, const std::vector<UnitTensor> &tensors)
+  State(std::shared_ptr<ReadContext> context, const std::vector<UnitTensor>& tensors)
       : context_(std::move(context)) {
-    for (const UnitTensor &tensor : tensors) AddTensor(tensor);
+    for (const UnitTensor& tensor : tensors) AddTensor(tensor);
     TakeBuffers();
   }
   ~State() {
-    for (Slot &slot : slots_) context_->buffers.Give(std::move(slot.buffer));
+    for (Slot& slot : slots_) context_->buffers.Give(std::move(slot.buffer));
   }
 
   // Threads that find something to do.
@@ -86,9 +86,9 @@ class TensorReader::State : public std::enable_shared_from_this<State> {
     running_ += count;
   }
 
-  absl::StatusOr<ReadPart> Next(bool has_threads, const std::atomic<bool> &cancelled) {
+  absl::StatusOr<ReadPart> Next(bool has_threads, const std::atomic<bool>& cancelled) {
     assert(HasNext());
-    Part &part = parts_[next_++];
+    Part& part = parts_[next_++];
     if (part.whole != nullptr) return TakeWhole(part);
     const auto is_read = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return part.done; };
     while (!has_threads && !cancelled) {
@@ -105,7 +105,7 @@ class TensorReader::State : public std::enable_shared_from_this<State> {
     if (!part.status.ok()) return part.status;
     part.result.part.memory = std::shared_ptr<const HostMemory>(
         slots_[part.slot].buffer.get(),
-        [state = shared_from_this(), slot = part.slot](const HostMemory *) { state->LetGo(slot); });
+        [state = shared_from_this(), slot = part.slot](const HostMemory*) { state->LetGo(slot); });
     return std::move(part.result);
   }
 
@@ -137,10 +137,10 @@ class TensorReader::State : public std::enable_shared_from_this<State> {
     bool busy = false;                   // guarded by mu_
   };
 
-  void AddTensor(const UnitTensor &tensor) {
+  void AddTensor(const UnitTensor& tensor) {
     const auto held = context_->host == nullptr ? nullptr : context_->host->Find(*tensor.tensor);
     if (held != nullptr && held->whole() != nullptr) {
-      Part &part = parts_.emplace_back();
+      Part& part = parts_.emplace_back();
       part.what = {.role = tensor.role,
                    .tensor = tensor.tensor,
                    .bytes = tensor.tensor->bytes,
@@ -148,8 +148,8 @@ class TensorReader::State : public std::enable_shared_from_this<State> {
       part.whole = held->whole();
       return;
     }
-    for (const UnitPart &what : CutTensor(tensor, context_->options)) {
-      Part &part = parts_.emplace_back();
+    for (const UnitPart& what : CutTensor(tensor, context_->options)) {
+      Part& part = parts_.emplace_back();
       part.what = what;
       part.held = held;
       part.slot = to_read_.size() % context_->slots;
@@ -160,16 +160,16 @@ class TensorReader::State : public std::enable_shared_from_this<State> {
   void TakeBuffers() {
     slots_.resize(std::min<size_t>(context_->slots, to_read_.size()));
     for (const size_t i : to_read_) {
-      Slot &slot = slots_[parts_[i].slot];
+      Slot& slot = slots_[parts_[i].slot];
       slot.bytes = std::max(slot.bytes, BufferBytes(parts_[i].what, context_->options));
     }
-    for (Slot &slot : slots_) {
+    for (Slot& slot : slots_) {
       if (context_->one_size) slot.bytes = std::max(slot.bytes, context_->options.part_bytes);
       slot.buffer = context_->buffers.Take(slot.bytes, slot.bytes);
     }
   }
 
-  ReadPart TakeWhole(Part &part) {
+  ReadPart TakeWhole(Part& part) {
     context_->host_bytes += part.what.bytes;
     return {.what = part.what,
             .part = {.raw = {part.whole->data(), part.what.bytes},
@@ -180,7 +180,7 @@ class TensorReader::State : public std::enable_shared_from_this<State> {
   // Reads the next part, when there is room for it. False if there is nothing
   // to go on with.
   bool ClaimAndRead() {
-    Part *part = nullptr;
+    Part* part = nullptr;
     {
       const auto can_go_on = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
         return stopped_ || failed_ || claimed_ == to_read_.size() ||
@@ -201,8 +201,8 @@ class TensorReader::State : public std::enable_shared_from_this<State> {
   }
 
   // The claimed part.
-  absl::Status Read(Part &part) {
-    const UnitPart &what = part.what;
+  absl::Status Read(Part& part) {
+    const UnitPart& what = part.what;
     std::span<const std::byte> raw;
     const bool from_tier = part.held != nullptr && TakeFromHost(part, raw);
     PartCheck check(what, context_->bounds.at(what.tensor->type));
@@ -229,8 +229,8 @@ class TensorReader::State : public std::enable_shared_from_this<State> {
 
   // Room for `bytes` in the part's buffer, and for what direct reads round up
   // to.
-  absl::Status Reserve(const Part &part, uint64_t bytes) {
-    Slot &slot = slots_[part.slot];
+  absl::Status Reserve(const Part& part, uint64_t bytes) {
+    Slot& slot = slots_[part.slot];
     if (slot.buffer != nullptr && slot.buffer->size() >= bytes) return absl::OkStatus();
     if (stopped()) return absl::CancelledError("load cancelled");
     slot.buffer = nullptr;
@@ -239,7 +239,7 @@ class TensorReader::State : public std::enable_shared_from_this<State> {
     return NameTensor(absl::ResourceExhaustedError("no memory to read into"), *part.what.tensor);
   }
 
-  bool TakeFromHost(Part &part, std::span<const std::byte> &raw) {
+  bool TakeFromHost(Part& part, std::span<const std::byte>& raw) {
     if (!Reserve(part, part.what.bytes).ok()) return false;
     const absl::Time start = absl::Now();
     const std::span<std::byte> out(slots_[part.slot].buffer->data(), part.what.bytes);
@@ -252,9 +252,9 @@ class TensorReader::State : public std::enable_shared_from_this<State> {
 
   // Whole aligned blocks where the file prefers them: the part then lies a
   // little way into the buffer, and nothing is copied.
-  absl::Status ReadFile(Part &part, PartCheck &check, std::span<const std::byte> &raw) {
-    const TensorInfo &tensor = *part.what.tensor;
-    const RandomAccessFile &file = context_->model->file(tensor.file_index);
+  absl::Status ReadFile(Part& part, PartCheck& check, std::span<const std::byte>& raw) {
+    const TensorInfo& tensor = *part.what.tensor;
+    const RandomAccessFile& file = context_->model->file(tensor.file_index);
     const uint64_t alignment = file.read_alignment();
     const uint64_t part_begin = tensor.offset + part.what.offset;
     const uint64_t part_end = part_begin + part.what.bytes;
@@ -263,7 +263,7 @@ class TensorReader::State : public std::enable_shared_from_this<State> {
         std::max(part_end, std::min((part_end + alignment - 1) / alignment * alignment,
                                     file.size() / alignment * alignment));
     STAGECOACH_RETURN_IF_ERROR(Reserve(part, end - begin));
-    std::byte *const to = slots_[part.slot].buffer->data();
+    std::byte* const to = slots_[part.slot].buffer->data();
     const uint64_t most = alignment > 1 ? kMostReadBytes : kCachedReadBytes;
     for (uint64_t at = begin; at < end;) {
       const size_t chunk = std::min(most, end - at);
@@ -275,7 +275,7 @@ class TensorReader::State : public std::enable_shared_from_this<State> {
     return absl::OkStatus();
   }
 
-  absl::Status ReadChunk(const TensorInfo &tensor, const RandomAccessFile &file, uint64_t offset,
+  absl::Status ReadChunk(const TensorInfo& tensor, const RandomAccessFile& file, uint64_t offset,
                          std::span<std::byte> out) {
     {
       absl::MutexLock lock(&mu_);
@@ -307,13 +307,13 @@ class TensorReader::State : public std::enable_shared_from_this<State> {
 };
 
 TensorReader::TensorReader(std::shared_ptr<ReadContext> context,
-                           const std::vector<UnitTensor> &tensors)
+                           const std::vector<UnitTensor>& tensors)
     : state_(std::make_shared<State>(std::move(context), tensors)) {
   for (int i = state_->useful_threads(); i > 0; --i) {
     state_->AddThread(1);
     try {
       threads_.emplace_back([state = state_] { state->ReadAll(); });
-    } catch (const std::system_error &) {
+    } catch (const std::system_error&) {
       state_->AddThread(-1);
       return;  // fewer; without any, Next reads
     }
@@ -322,7 +322,7 @@ TensorReader::TensorReader(std::shared_ptr<ReadContext> context,
 
 TensorReader::~TensorReader() {
   const bool ended = state_->Stop();
-  for (std::thread &thread : threads_) {
+  for (std::thread& thread : threads_) {
     if (ended) {
       thread.join();
     } else {
@@ -333,7 +333,7 @@ TensorReader::~TensorReader() {
 
 bool TensorReader::HasNext() const { return state_->HasNext(); }
 
-absl::StatusOr<ReadPart> TensorReader::Next(const std::atomic<bool> &cancelled) {
+absl::StatusOr<ReadPart> TensorReader::Next(const std::atomic<bool>& cancelled) {
   return state_->Next(!threads_.empty(), cancelled);
 }
 

@@ -25,6 +25,24 @@ DriverState ReadDriverState() {
   return state;
 }
 
+// Pages of the system, huge ones if it has them, pinned where they are: much sooner there than what
+// the driver allocates. nullptr if they are refused.
+std::shared_ptr<HostMemory> PinPages(size_t bytes, int device) {
+  std::shared_ptr<HostMemory> pages = NewPageMemory(bytes);
+  if (pages == nullptr) return nullptr;
+  std::byte* const data = pages->data();
+  const size_t size = pages->size();
+  if (cudaHostRegister(data, size, cudaHostRegisterDefault) != cudaSuccess) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  return std::make_shared<HostMemory>(data, size, /*direct=*/true,
+                                      [pages = std::move(pages), device] {
+                                        cudaSetDevice(device);  // whichever thread comes last
+                                        cudaHostUnregister(pages->data());
+                                      });
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<CudaDevice>> CudaDevice::Open(int index) {
@@ -99,6 +117,7 @@ absl::StatusOr<Event> CudaDevice::NewTimedEvent() const {
 
 absl::StatusOr<std::shared_ptr<HostMemory>> CudaDevice::NewPinnedMemory(size_t bytes) const {
   if (bytes > SIZE_MAX / 2) return absl::ResourceExhaustedError("size of pinned memory overflows");
+  if (auto pages = PinPages(bytes, index_)) return pages;
   const size_t size =
       (std::max<size_t>(bytes, 1) + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment;
   // The driver promises no alignment.

@@ -32,13 +32,13 @@ constexpr absl::Duration kTimeout = absl::Seconds(10);
 
 class Counter : public LinkHandler {
  public:
-  absl::Status OnLink(uint64_t, const v1::LinkHello &) override { return absl::OkStatus(); }
+  absl::Status OnLink(uint64_t, const v1::LinkHello&) override { return absl::OkStatus(); }
   void OnFrame(uint64_t, Frame, CreditReturn credit) override {
     absl::MutexLock lock(&mu);
     ++frames;
     if (hold) held.push_back(std::move(credit));
   }
-  void OnLinkClosed(uint64_t, const absl::Status &reason) override {
+  void OnLinkClosed(uint64_t, const absl::Status& reason) override {
     absl::MutexLock lock(&mu);
     closed.push_back(reason);
   }
@@ -55,10 +55,10 @@ class Counter : public LinkHandler {
   std::vector<absl::Status> closed;
 };
 
-std::string Message(const Frame &frame) {
+std::string Message(const Frame& frame) {
   std::string bytes = EncodeHeader(frame.header).value();
   const auto values = frame.payload.values();
-  return bytes.append(reinterpret_cast<const char *>(values.data()), values.size_bytes());
+  return bytes.append(reinterpret_cast<const char*>(values.data()), values.size_bytes());
 }
 
 Frame Step(size_t floats) {
@@ -80,7 +80,7 @@ int Connect(int port) {
   address.sin_family = AF_INET;
   address.sin_port = htons(static_cast<uint16_t>(port));
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  EXPECT_EQ(connect(fd, reinterpret_cast<sockaddr *>(&address), sizeof address), 0);
+  EXPECT_EQ(connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
   return fd;
 }
 
@@ -115,18 +115,18 @@ class GrpcLinkTest : public testing::Test {
 
   // Sends raw messages on one call, ignoring credits, and returns how the
   // server ended it.
-  absl::Status RawCall(const std::string &method, const std::vector<std::string> &messages) {
+  absl::Status RawCall(const std::string& method, const std::vector<std::string>& messages) {
     const auto channel = grpc::CreateChannel(address_, grpc::InsecureChannelCredentials());
     grpc::GenericStub stub(channel);
     grpc::ClientContext context;
     context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(20));
     grpc::CompletionQueue queue;
-    void *tag = nullptr;
+    void* tag = nullptr;
     bool ok = false;
     const auto call = stub.PrepareCall(&context, method, &queue);
     call->StartCall(nullptr);
     queue.Next(&tag, &ok);
-    for (const std::string &message : messages) {
+    for (const std::string& message : messages) {
       const grpc::Slice slice(message);
       call->Write(grpc::ByteBuffer(&slice, 1), nullptr);
       if (!queue.Next(&tag, &ok) || !ok) break;
@@ -143,7 +143,7 @@ class GrpcLinkTest : public testing::Test {
     }
     return FromGrpcStatus(status);
   }
-  absl::StatusCode RawCode(const std::vector<std::string> &messages) {
+  absl::StatusCode RawCode(const std::vector<std::string>& messages) {
     return RawCall(kLinkMethod, messages).code();
   }
 
@@ -203,7 +203,7 @@ TEST_F(GrpcLinkTest, SilentPeerIsDroppedByTheHelloDeadline) {
 }
 
 TEST_F(GrpcLinkTest, GarbageOnThePortHurtsNobody) {
-  for (const std::string &garbage :
+  for (const std::string& garbage :
        {std::string("GET / HTTP/1.1\r\nHost: x\r\n\r\n"), std::string("\x16\x03\x01\x02\0\x01", 6),
         std::string(100000, '\xff'), std::string("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff")}) {
     const int fd = Connect(port_);
@@ -218,9 +218,9 @@ TEST_F(GrpcLinkTest, DialingAPeerThatNeverAnswersTimesOut) {
   address.sin_family = AF_INET;
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
   socklen_t size = sizeof address;
-  ASSERT_EQ(bind(fd, reinterpret_cast<sockaddr *>(&address), size), 0);
+  ASSERT_EQ(bind(fd, reinterpret_cast<sockaddr*>(&address), size), 0);
   ASSERT_EQ(listen(fd, 4), 0);  // connections complete, nobody accepts
-  ASSERT_EQ(getsockname(fd, reinterpret_cast<sockaddr *>(&address), &size), 0);
+  ASSERT_EQ(getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size), 0);
   const absl::Time start = absl::Now();
   const auto sender = MakeGrpcLinkDialer(kMaxMessage)
                           ->Dial(fmt::format("127.0.0.1:{}", ntohs(address.sin_port)),
