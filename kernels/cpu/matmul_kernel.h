@@ -55,8 +55,8 @@ class QuantMatmul {
       // Each panel for all rows, from memory the first time and from the cache after that.
       for (int panel = first_panel; panel < last_panel; panel += S::kPanels) {
         const Strip<S, Record> strip(w, panel, last_panel);
-        for (int row = 0; row < x.rows; row += kTileRows) {
-          RunFew<kTileRows>(strip, x, row, accumulate, y + panel * kPanelRows, y_stride);
+        for (int row = 0; row < x.rows; row += kFewRows) {
+          RunFew<kFewRows>(strip, x, row, accumulate, y + panel * kPanelRows, y_stride);
         }
       }
       return;
@@ -73,14 +73,16 @@ class QuantMatmul {
   using Ints = typename S::Ints;
   using Floats = typename S::Floats;
 
-  // Rows that share the loads of weights.
+  // Rows of a slab that share the loads of weights.
   static constexpr int kTileRows = 4;
+  // Rows that share what is unpacked without being stored: as there are registers for.
+  static constexpr int kFewRows = S::kByteDots ? 8 : 4;
   // A slab of rows is taken through all panels before the next, so that its activations stay in
   // the second-level cache; a chunk of a panel is unpacked once per slab.
   static constexpr int kSlabRows = 64;
   // Up to here unpacking again for every tile of rows costs less than storing what was unpacked.
   // Signed quants need no unpacking.
-  static constexpr int kDirectRows = U::kSigned ? kSlabRows : 8;
+  static constexpr int kDirectRows = U::kSigned ? kSlabRows : S::kByteDots ? 16 : 8;
   // How far ahead of its use a weight is fetched. A record is read in several strands at once,
   // which the processor's own prefetching follows badly.
   static constexpr size_t kPrefetchBytes = 4096;
