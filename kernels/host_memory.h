@@ -31,8 +31,8 @@ class HostMemory {
   const std::function<void()> free_;
 };
 
-// Ordinary memory, which no device reads by itself: pages of their own, that go back to the system
-// at once. Not touched. nullptr if there is none.
+// Ordinary memory, which no device reads by itself unless it is pinned: pages of their own, that go
+// back to the system at once. Not touched. nullptr if there is none.
 std::shared_ptr<HostMemory> NewPageMemory(size_t bytes);
 
 }  // namespace stagecoach

@@ -89,12 +89,12 @@ struct LayerStoreOptions {
   uint64_t host_cache_bytes = 0;  // of the host tier, for units that stream; 0 = none
   HostCodec host_cache_codec = HostCodec::kNone;
 
-  uint64_t part_bytes = 0;  // see LoadOptions; likewise
+  uint64_t part_bytes = 0;  // see LoadOptions; 0 = as suits the backend
 };
 
 // The options with the numbers that suit the backend in place of zeros: one that converts on the
 // host gets one thread of each kind; one that has its own memory, reached by its own copies, as
-// many as keep storage and copies busy.
+// many as keep storage and copies busy, and smaller parts.
 LayerStoreOptions SuitOptions(const Backend& backend, LayerStoreOptions options);
 
 // RESOURCE_EXHAUSTED, naming the smallest budget that works, if not even two layers of the model

@@ -12,6 +12,9 @@ namespace stagecoach {
 namespace {
 
 constexpr int kStartDistance = 2;
+// Loads that the window has room for, if the backend has its own memory: one more would be of use
+// to reading alone, and costs a unit that could stay.
+constexpr int kWindowLoads = 2;
 // A unit was loaded much too early if it then waited this many times as long as its load took.
 constexpr int kEarly = 4;
 
@@ -55,7 +58,8 @@ void LayerStore::Impl::PlanRoom() {
     slice_bytes += entry->size.resident_bytes;
   }
   limit_ = Limit(options_, slice_bytes);
-  const int readers = options_.prefetch ? options_.reader_threads : 1;
+  int readers = options_.prefetch ? options_.reader_threads : 1;
+  if (backend_->info().own_memory) readers = std::min(readers, kWindowLoads);
   const absl::StatusOr<Residency> residency = PlanResidency(sizes, limit_, readers);
   room_status_ = residency.status();
   streaming_ = residency.ok() && residency->streaming;

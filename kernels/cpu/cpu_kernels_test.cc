@@ -90,7 +90,7 @@ class MatmulTest : public testing::TestWithParam<TensorType> {
 TEST_P(MatmulTest, AllTablesHaveTheSameBits) {
   STAGECOACH_NEEDS_VECTORS();
   const PackedMatrix w = Matrix();
-  for (const int rows : {1, 2, 3, 4, 5, 9, kRows}) {
+  for (const int rows : {1, 2, 3, 4, 5, 6, 7, 9, 16, 17, 19, kRows}) {
     const std::vector<float> x = RandomFloats(static_cast<size_t>(rows) * columns(), rows);
     const Quantized portable = QuantizeRows(PortableKernels(), x, rows, columns());
     for (const bool accumulate : {false, true}) {
@@ -181,7 +181,7 @@ TEST(CpuKernels, LargestSumsHaveTheSameBits) {
                         .columns = kColumns,
                         .data = reinterpret_cast<const uint8_t*>(records.data()),
                         .panel_bytes = sizeof(RecordQ6_K)};
-  for (const int rows : {1, 12}) {
+  for (const int rows : {1, 12, 20}) {
     const std::vector<float> alike(static_cast<size_t>(rows) * kColumns, -127.0f);
     const Quantized x = QuantizeRows(PortableKernels(), alike, rows, kColumns);
     ASSERT_EQ(x.buffer.quants[0], -127);
