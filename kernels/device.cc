@@ -16,8 +16,9 @@
 namespace stagecoach {
 namespace {
 
-// A pass takes some milliseconds, about as long as the system leaves a core to another process: the
-// best of two was at times a third of the machine's rate where several workers started at once.
+// A pass takes some milliseconds, about as long as the system leaves a core to another process:
+// where several workers start at once, the best of a few passes may be far below the machine's
+// rate.
 constexpr uint64_t kBandwidthBytes = 64 << 20;
 constexpr int kBandwidthPasses = 16;
 

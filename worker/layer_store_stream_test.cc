@@ -102,6 +102,18 @@ TEST_F(LayerStoreStreamTest, WithoutPrefetchTheSameRulesHold) {
   ExpectWithinBudget(store);
 }
 
+TEST_F(LayerStoreStreamTest, AThirdLoadIntoTheBackendsMemoryCostsNoFixedUnit) {
+  const auto fixed_units = [&](int loads) {
+    LayerStore store = MakeStore({.reader_threads = loads, .weight_budget_percent = 60});
+    store.Assign(units_);
+    return store.Stats().fixed_units;
+  };
+  EXPECT_LT(fixed_units(3), fixed_units(2));
+  backend_.own_memory = true;
+  EXPECT_EQ(fixed_units(3), fixed_units(2));
+  EXPECT_LT(fixed_units(2), fixed_units(1));
+}
+
 TEST_F(LayerStoreStreamTest, TheDistanceGrowsWithStallsAndShrinksWhenUnitsWait) {
   hook_->Set([](const RandomAccessFile& file, uint64_t offset, std::span<std::byte> out) {
     absl::SleepFor(absl::Milliseconds(1));  // each unit is read in about ten

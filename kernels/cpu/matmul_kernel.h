@@ -80,7 +80,7 @@ class QuantMatmul {
   // A slab of rows is taken through all panels before the next, so that its activations stay in
   // the second-level cache; a chunk of a panel is unpacked once per slab.
   static constexpr int kSlabRows = 64;
-  // Up to here unpacking again for every tile of rows costs less than storing what was unpacked.
+  // Up to here unpacking again for every kFewRows rows costs less than storing what was unpacked.
   // Signed quants need no unpacking.
   static constexpr int kDirectRows = U::kSigned ? kSlabRows : S::kByteDots ? 16 : 8;
   // How far ahead of its use a weight is fetched. A record is read in several strands at once,
