@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kNormThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = blockIdx.x;
   const int superblocks = out.PaddedColumns() / kSuperblock;
   const float* x_row = x + static_cast<size_t>(row) * out.k;
-  __shared__ float squares[kNormWarps];
+  alignas(16) __shared__ float squares[kNormWarps];
   float v[kLaneColumns], w[kLaneColumns], sum = 0;
   LetNextKernelStart();
   const int column = warp * kSuperblock + lane * kLaneColumns;

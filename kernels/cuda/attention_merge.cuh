@@ -15,10 +15,11 @@
 
 namespace stagecoach::cuda {
 
-// A block's dynamic shared memory: partial results as MergeChunks takes them,
+// In a block's shared memory: partial results as MergeChunks takes them,
 //   [query][chunk]{ values [kDims / blocks], maximum, sum }
 template <int kDims>
 struct SharedPartials {
+  float* memory;    // 8-byte aligned
   unsigned blocks;  // that share the dims, a power of two; of block i: those from i * length() on
   int chunks;       // that there is room for
 
@@ -30,7 +31,7 @@ struct SharedPartials {
     return blocks == 1 ? kDims : blocks == 2 ? kDims / 2 : blocks == 4 ? kDims / 4 : kDims / 8;
   }
   __device__ float* At(int query, int chunk) const {
-    return reinterpret_cast<float*>(SharedMemory()) + (query * chunks + chunk) * (length() + 2);
+    return memory + (query * chunks + chunk) * (length() + 2);
   }
   // Dims d and d + 1 of a query, d even, or its maximum and sum (d = kDims), to whom they concern:
   // in this block, which is alone,

@@ -14,10 +14,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "kernels/cuda/attention_merge.cuh"
 #include "kernels/cuda/attention_task.cuh"
 #include "kernels/cuda/device_ops.cuh"
+#include "kernels/cuda/kv_chunk.cuh"
 #include "kernels/cuda/kv_store.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/query_tile.cuh"
@@ -28,7 +30,6 @@ namespace {
 
 using Merge = AttentionPlan::Merge;
 
-constexpr int kTilesOfChunk = kTensorChunkPositions / kKvBlockPositions;
 constexpr int kGroups = 4;     // of 8 positions in a KV block
 constexpr int kHalfDims = 64;  // of the result that are summed up at once
 constexpr int kHalfSums = kHalfDims / 8;
@@ -61,47 +62,50 @@ __device__ const uint4* BlockOfTile(const AttentionTask& task, const int32_t* bl
 }
 
 // What a lane needs of the keys of a KV block.
-template <int kDims>
-__device__ void LoadKeys(const uint4* block, uint4 (&keys)[kDims / 32][kGroups]) {
+template <int kPairs, typename Chunk>
+__device__ void LoadKeys(const Chunk& kv, int tile, uint4 (&keys)[kPairs][kGroups]) {
   const int lane = threadIdx.x % kWarpLanes, g = lane / 4, t = lane % 4;
-  const uint4* own = block + t * kKvBlockPositions + g / 2 * 8 + g % 2;
 #pragma unroll
-  for (int pair = 0; pair < kDims / 32; ++pair) {
+  for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) keys[pair][j] = own[pair * 4 * kKvBlockPositions + 2 * j];
+    for (int j = 0; j < kGroups; ++j) {
+      keys[pair][j] = kv.Key(tile, pair * 4 + t, g / 2 * 8 + g % 2 + 2 * j);
+    }
   }
 }
 
 // positions: of rows g and g + 8; only the first counts with kHalves = 1, where no query is in the
-// upper half. block(i): the chunk's i-th KV block. kTilesAtOnce: as there are registers for their
-// keys; those are free when `keys_done` is called.
-template <int kHalves, int kTilesAtOnce, int kDims, typename BlockOf, typename KeysDone>
+// upper half. kTilesAtOnce: as there are registers for their keys; those are free when `keys_done`
+// is called.
+template <int kHalves, int kTilesAtOnce, int kDims, typename Chunk, typename KeysDone>
 __device__ ChunkWeights WeighChunk(const AttentionTask& task, const Queries<kDims>& queries,
-                                   const int (&positions)[2], int chunk, const BlockOf& block,
+                                   const int (&positions)[2], int chunk, const Chunk& kv,
                                    const KeysDone& keys_done) {
   constexpr int kPairs = kDims / 32;  // of products along the dims
   const int lane = threadIdx.x % kWarpLanes, t = lane % 4;
   float scores[kTilesOfChunk][kGroups][4];
   uint4 keys[kTilesAtOnce][kPairs][kGroups];
 #pragma unroll
-  for (int i = 0; i < kTilesOfChunk; ++i) {
-    if (i % kTilesAtOnce == 0) {
+  for (int first = 0; first < kTilesOfChunk; first += kTilesAtOnce) {
 #pragma unroll
-      for (int next = 0; next < kTilesAtOnce; ++next) LoadKeys<kDims>(block(i + next), keys[next]);
-    }
-    const auto& k = keys[i % kTilesAtOnce];
+    for (int i = 0; i < kTilesAtOnce; ++i) LoadKeys(kv, first + i, keys[i]);
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       const uint4 a = queries.Operand(pair, 0, lane), b = queries.Operand(pair, 1, lane);
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-        float(&sums)[4] = scores[i][j];
+      for (int ij = 0; ij < kTilesAtOnce * kGroups; ++ij) {
+        const uint4& k = keys[ij / kGroups][pair][ij % kGroups];
+        float(&sums)[4] = scores[first + ij / kGroups][ij % kGroups];
         if (pair == 0) {
-          Multiply(sums, a.x, a.y, a.z, a.w, k[pair][j].x, k[pair][j].y);
+          Multiply(sums, a.x, a.y, a.z, a.w, k.x, k.y);
         } else {
-          MultiplyAdd(sums, a.x, a.y, a.z, a.w, k[pair][j].x, k[pair][j].y);
+          MultiplyAdd(sums, a.x, a.y, a.z, a.w, k.x, k.y);
         }
-        MultiplyAdd(sums, b.x, b.y, b.z, b.w, k[pair][j].z, k[pair][j].w);
+      }
+#pragma unroll
+      for (int ij = 0; ij < kTilesAtOnce * kGroups; ++ij) {
+        const uint4& k = keys[ij / kGroups][pair][ij % kGroups];
+        MultiplyAdd(scores[first + ij / kGroups][ij % kGroups], b.x, b.y, b.z, b.w, k.z, k.w);
       }
     }
   }
@@ -147,15 +151,15 @@ template <int kDims>
 struct Values {
   uint4 values[kTilesOfChunk][kHalfSums];
 
-  template <typename BlockOf>
-  __device__ void Load(int half, const BlockOf& block) {
+  template <typename Chunk>
+  __device__ void Load(int half, const Chunk& kv) {
     const int lane = threadIdx.x % kWarpLanes, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < kTilesOfChunk; ++i) {
-      // They lie behind the keys, 32 positions of a dim in a row.
-      const uint4* own = block(i) + kDims / 8 * kKvBlockPositions + (half * kHalfDims + g) * 4 + t;
 #pragma unroll
-      for (int m = 0; m < kHalfSums; ++m) values[i][m] = own[m * 8 * 4];
+      for (int m = 0; m < kHalfSums; ++m) {
+        values[i][m] = kv.Value(i, half * kHalfDims + g + m * 8, t);
+      }
     }
   }
 };
@@ -191,10 +195,12 @@ __device__ void Walk(const AttentionTask& task, const QueryTile& tile,
   Softmax softmax[2] = {};
   float values[kHalves][kHalfSums][4];
   for (int chunk = 0; chunk * kTensorChunkPositions <= last_position; ++chunk) {
-    const auto block = [&](int i) {
-      return BlockOfTile<kDims>(task, blocks, kv_head, chunk * kTilesOfChunk + i, last_position);
-    };
-    const ChunkWeights weights = WeighChunk<2, 1>(task, queries, mine, chunk, block, [] {});
+    CachedChunk<kDims> kv;
+    for (int i = 0; i < kTilesOfChunk; ++i) {
+      kv.tiles[i] =
+          BlockOfTile<kDims>(task, blocks, kv_head, chunk * kTilesOfChunk + i, last_position);
+    }
+    const ChunkWeights weights = WeighChunk<2, 1>(task, queries, mine, chunk, kv, [] {});
     MergeFactors factors[2];
     bool seen[2];
 #pragma unroll
@@ -209,7 +215,7 @@ __device__ void Walk(const AttentionTask& task, const QueryTile& tile,
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       Values<kDims> v;
-      v.Load(half, block);
+      v.Load(half, kv);
       float sums[kHalfSums][4];
       SumValues(weights, v, sums);
 #pragma unroll
@@ -249,7 +255,7 @@ struct ChunkPlace {
   int chunk;
   bool needed;       // some query sees it
   int positions[2];  // of rows g and g + 8
-  const uint4* tiles[kTilesOfChunk];
+  CachedChunk<kDims> cached;
 
   __device__ ChunkPlace(const AttentionTask& task, const QueryTile& tile, int kv_head, int chunk)
       : chunk(chunk) {
@@ -260,14 +266,39 @@ struct ChunkPlace {
     needed = chunk * kTensorChunkPositions <= last_position;
     for (int i = 0; i < 2; ++i) positions[i] = tile.Position(g + 8 * i, table);
     for (int i = 0; i < kTilesOfChunk; ++i) {
-      tiles[i] =
+      cached.tiles[i] =
           BlockOfTile<kDims>(task, blocks, kv_head, chunk * kTilesOfChunk + i, last_position);
     }
   }
   // Has keys and values brought from memory to the second-level cache.
   __device__ void Prefetch() const {
     if (!needed || !IsElected()) return;
-    for (const uint4* tile : tiles) PrefetchBulk(tile, kKvBlockPositions * 2 * kDims * 2);
+    for (const uint4* tile : cached.tiles) PrefetchBulk(tile, kKvBlockPositions * 2 * kDims * 2);
+  }
+};
+
+// Warps of a block that is alone on its multiprocessor that stage their chunks; few contexts have
+// more of them.
+constexpr int kStagedWarps = 4;
+
+template <int kDims>
+__host__ __device__ constexpr size_t StagedBytes(bool alone) {
+  return alone ? size_t{kStagedWarps} * StagedChunk<kDims>::kBytes : 0;
+}
+
+// Where the row's own key and value are staged: in this tile, if in any.
+template <int kDims>
+struct StagedHead {
+  static constexpr bool kStaged = true;
+  uint4* tile;
+
+  __device__ void StoreKey(int i, int position, float2 pair) const {
+    if (tile == nullptr) return;
+    *StagedChunk<kDims>::KeyPair(tile, i, position) = PackHalves(pair.x, pair.y);
+  }
+  __device__ void StoreValue(int d, int position, uint16_t value) const {
+    if (tile == nullptr) return;
+    *StagedChunk<kDims>::ValueOf(tile, d, position) = value;
   }
 };
 
@@ -280,23 +311,25 @@ enum class ReadAhead {
 
 // One warp, one chunk; of query m dims d and d + 1 go to store(m, d, pair), maximum and sum too, as
 // d = kDims.
-template <int kHalves, ReadAhead kAhead, int kDims, typename StorePair>
-__device__ void RunChunk(const AttentionTask& task, const ChunkPlace<kDims>& place,
+template <int kHalves, ReadAhead kAhead, int kDims, typename Chunk, typename StorePair>
+__device__ void RunChunk(const AttentionTask& task, const ChunkPlace<kDims>& place, const Chunk& kv,
                          const Queries<kDims>& queries, const StorePair& store) {
   constexpr bool kAll = kAhead == ReadAhead::kAll;
-  constexpr int kParts = kDims / kHalfDims, kTilesAtOnce = kAll ? kTilesOfChunk : 1;
+  constexpr int kParts = kDims / kHalfDims;
+  // Of shared memory keys come soon: then it is products that wait for each other.
+  constexpr bool kStaged = std::is_same_v<Chunk, StagedChunk<kDims>>;
+  constexpr int kTilesAtOnce = kAll || kStaged ? kTilesOfChunk : 1;
   const int lane = threadIdx.x % kWarpLanes, g = lane / 4, t = lane % 4;
-  const auto block = [&](int i) { return place.tiles[i]; };
   Values<kDims> v[kAll ? kParts : 1];
-  if constexpr (kAhead == ReadAhead::kSomeValues) v[0].Load(0, block);
+  if constexpr (kAhead == ReadAhead::kSomeValues) v[0].Load(0, kv);
   const ChunkWeights weights =
-      WeighChunk<kHalves, kTilesAtOnce>(task, queries, place.positions, place.chunk, block, [&] {
+      WeighChunk<kHalves, kTilesAtOnce>(task, queries, place.positions, place.chunk, kv, [&] {
 #pragma unroll
-        for (int half = 0; half < kParts && kAll; ++half) v[half].Load(half, block);
+        for (int half = 0; half < kParts && kAll; ++half) v[half].Load(half, kv);
       });
 #pragma unroll
   for (int half = 0; half < kParts; ++half) {
-    if (kAhead == ReadAhead::kKeys || (!kAll && half > 0)) v[0].Load(half, block);
+    if (kAhead == ReadAhead::kKeys || (!kAll && half > 0)) v[0].Load(half, kv);
     float sums[kHalfSums][4];
     SumValues(weights, v[kAll ? half : 0], sums);
 #pragma unroll
@@ -344,17 +377,29 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, kAlone ? 1 : 0)
                                                         : ReadAhead::kKeys;
   __shared__ Queries<kDims> queries;
   __shared__ int chunks_of[kQueryTile];  // that a query sees
-  if (!kCluster) LetNextKernelStart();
+  if (!kAlone) LetNextKernelStart();
   if constexpr (kCluster) TellClusterOfStart();
   const int kv_head = task.groups.KvHead(blockIdx.y);
   const QueryTile tile = MakeTile(task, blockIdx.z, kv_head, task.groups.Slice(blockIdx.y));
   const int last_position = task.table.positions[tile.first_row + tile.rows - 1];
   const int last_chunk = last_position / kTensorChunkPositions;
+  const int last_tile = last_position / kKvBlockPositions;
   const int warp = threadIdx.x / kWarpLanes, block = blockIdx.x, blocks = gridDim.x;
   // A cluster's blocks take a chunk each before any takes a second one.
   const ChunkPlace<kDims> place(task, tile, kv_head,
                                 kCluster ? warp * blocks + block : block * kWarps + warp);
-  place.Prefetch();
+  uint8_t* const shared = SharedMemory();
+  auto* const partials_memory = reinterpret_cast<float*>(shared + StagedBytes<kDims>(kAlone));
+  const bool staged = kAlone && warp < kStagedWarps;
+  const StagedChunk<kDims> stage = {
+      reinterpret_cast<uint4*>(shared + warp * StagedChunk<kDims>::kBytes)};
+  // All but the row's own position was there before this step.
+  const bool early = task.store;
+  if (staged && early && place.needed) {
+    stage.Fetch(place.cached, last_tile + 1 - place.chunk * kTilesOfChunk);
+  } else {
+    place.Prefetch();
+  }
   if (kMerge != Merge::kScratch && threadIdx.x < kQueryTile) {
     const int position = tile.Position(threadIdx.x, task.table.positions);
     chunks_of[threadIdx.x] = position < 0 ? 0 : position / kTensorChunkPositions + 1;
@@ -363,37 +408,58 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, kAlone ? 1 : 0)
   const size_t row = tile.first_row;
   const HeadPlace<uint16_t> own(task.kv, task.table, row, kv_head);
   const bool has_last = (kCluster ? last_chunk % blocks : last_chunk / kWarps) == block;
+  const int last_warp = kCluster ? last_chunk / blocks : last_chunk % kWarps;
   WaitForPreviousKernel();
+  if (staged && !early && place.needed)
+    stage.Fetch(place.cached, last_tile + 1 - place.chunk * kTilesOfChunk);
   // Queries by the threads behind those that store: both have to wait for memory.
   queries.Load(task, tile, (threadIdx.x + kThreads / 2) % kThreads, kThreads);
   if (task.store && has_last) {
-    StoreHead<kThreads>(own, task.kv, row, kv_head, task.in.k, task.in.v,
-                        task.in.turns + row * task.in.pairs, task.in.pairs);
+    const auto store = [&](const auto& stage) {
+      StoreHead<kThreads>(own, task.kv, row, kv_head, task.in.k, task.in.v,
+                          task.in.turns + row * task.in.pairs, task.in.pairs, stage);
+    };
+    if constexpr (kAlone) {
+      using Chunk = StagedChunk<kDims>;
+      uint4* const last = reinterpret_cast<uint4*>(shared + last_warp * Chunk::kBytes) +
+                          last_position / kKvBlockPositions % kTilesOfChunk * Chunk::kTileVectors;
+      store(StagedHead<kDims>{last_warp < kStagedWarps ? last : nullptr});
+    } else {
+      store(NotStaged());
+    }
   }
   // Not sooner, or the next kernel's weights come before what so many blocks wait for.
-  if (kCluster) LetNextKernelStart();
+  if (kAlone) LetNextKernelStart();
+  if (kAlone) AwaitCopies();
   __syncthreads();
+  const auto run = [&](const auto& store) {
+    if (kAlone && staged) {
+      RunChunk<kHalves, ReadAhead::kKeys>(task, place, stage, queries, store);
+    } else {
+      RunChunk<kHalves, kAhead>(task, place, place.cached, queries, store);
+    }
+  };
   if constexpr (kMerge == Merge::kScratch) {
     if (!place.needed) return;
-    RunChunk<kHalves, kAhead>(task, place, queries, [&](int query, int d, float2 pair) {
+    run([&](int query, int d, float2 pair) {
       float* const partial =
           task.partials + (tile.Head(query, task.heads) * task.chunks + place.chunk) * (kDims + 2);
       *reinterpret_cast<float2*>(partial + d) = pair;
     });
   } else if constexpr (kMerge == Merge::kBlock) {
-    const SharedPartials<kDims> partials = {.blocks = 1, .chunks = kWarps};
+    const SharedPartials<kDims> partials = {
+        .memory = partials_memory, .blocks = 1, .chunks = kWarps};
     if (place.needed) {
-      RunChunk<kHalves, kAhead>(task, place, queries, [&](int query, int d, float2 pair) {
-        partials.StoreHere(query, warp, d, pair);
-      });
+      run([&](int query, int d, float2 pair) { partials.StoreHere(query, warp, d, pair); });
     }
     __syncthreads();
     MergeQueries<kThreads>(task, tile, chunks_of, partials);
   } else {
-    const SharedPartials<kDims> partials = {.blocks = gridDim.x, .chunks = blocks * kWarps};
+    const SharedPartials<kDims> partials = {
+        .memory = partials_memory, .blocks = gridDim.x, .chunks = blocks * kWarps};
     AwaitCluster();  // all have started
     if (place.needed) {
-      RunChunk<kHalves, kAhead>(task, place, queries, [&](int query, int d, float2 pair) {
+      run([&](int query, int d, float2 pair) {
         partials.StoreInBlocks(query, place.chunk, d, pair);
       });
     }
@@ -414,7 +480,8 @@ cudaError_t LaunchChunks(const AttentionPlan& plan, const AttentionTask& task, i
   if (kMerge != Merge::kScratch) {
     constexpr int kMostBlocks = kMerge == Merge::kCluster ? kMostClusterBlocks : 1;
     const auto bytes = [](int queries, int blocks) {
-      return SharedPartials<kDims>::Bytes(queries, blocks, blocks * kWarps);
+      return StagedBytes<kDims>(kAlone) +
+             SharedPartials<kDims>::Bytes(queries, blocks, blocks * kWarps);
     };
     shape.shared_bytes = bytes(queries, groups);
     const cudaError_t error =

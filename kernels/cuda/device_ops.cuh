@@ -66,6 +66,14 @@ __device__ inline void AwaitPhase(const uint64_t* barrier, uint32_t phase) {
       : "memory");
 }
 
+// 16 bytes, by the thread itself, or (!any) as many zeros; there when it has called AwaitCopies.
+__device__ inline void CopyVector(void* shared, const void* global, bool any) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(shared)),
+               "l"(global), "r"(any ? 16 : 0)
+               : "memory");
+}
+__device__ inline void AwaitCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // One lane of the warp, all of which call this and wait for each other, always the same one. Better
 // than a lane's number: the compiler knows that there is only one, and needs no loop around its
 // copies. But it takes for granted that the lanes are together: apart, there would be one in each

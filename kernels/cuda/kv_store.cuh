@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "kernels/cuda/cuda_kv_cache.h"
+#include "kernels/cuda/device_ops.cuh"
 #include "kernels/cuda/rope.h"
 #include "model/half.h"
 
@@ -33,18 +34,27 @@ __device__ inline void StorePair(float2 pair, uint16_t* out) {
   *reinterpret_cast<__half2*>(out) = __floats2half2_rn(pair.x, pair.y);
 }
 
+// Where else keys and values go, besides the KV cache: nowhere.
+struct NotStaged {
+  static constexpr bool kStaged = false;
+};
+
 // Values for tensor cores, by all kThreads threads of the block. Returns whether one was not
 // finite; then zeros are stored.
-template <int kThreads>
-__device__ bool StoreTransposed(const float* v, int length, uint16_t* values, int place) {
+template <int kThreads, typename Stage>
+__device__ bool StoreTransposed(const float* v, int length, uint16_t* values, int place,
+                                const Stage& stage) {
   const auto half = [&](int d) { return __half_as_ushort(__float2half_rn(v[d])); };
   const int mine = threadIdx.x;
   const uint16_t first = mine < length ? half(mine) : 0;  // often all there is
   bool finite = HalfIsFinite(first);
   for (int d = mine + kThreads; d < length; d += kThreads) finite = finite && HalfIsFinite(half(d));
+  if constexpr (Stage::kStaged) AwaitCopies();
   const bool broken = __syncthreads_or(!finite);
   for (int d = mine; d < length; d += kThreads) {
-    values[d * kKvBlockPositions + place] = broken ? 0 : d == mine ? first : half(d);
+    const uint16_t value = broken ? 0 : d == mine ? first : half(d);
+    values[d * kKvBlockPositions + place] = value;
+    if constexpr (Stage::kStaged) stage.StoreValue(d, place, value);
   }
   return broken;
 }
@@ -66,10 +76,11 @@ struct HeadPlace {
 };
 
 // Stores one KV head of one row, by all kThreads threads of the block. k, v: [rows][kv_heads][..];
-// turns: of this row.
-template <int kThreads, typename Element>
+// turns: of this row. stage: see NotStaged.
+template <int kThreads, typename Element, typename Stage = NotStaged>
 __device__ void StoreHead(const HeadPlace<Element>& to, const KvLayout& kv, size_t row, int head,
-                          const float* k, const float* v, const float2* turns, int pairs) {
+                          const float* k, const float* v, const float2* turns, int pairs,
+                          const Stage& stage = {}) {
   const auto [place, keys, values] = to;
   k += (row * kv.kv_heads + head) * kv.key_length;
   v += (row * kv.kv_heads + head) * kv.value_length;
@@ -81,12 +92,13 @@ __device__ void StoreHead(const HeadPlace<Element>& to, const KvLayout& kv, size
   bool broken = false;
   if constexpr (sizeof(Element) == sizeof(uint16_t)) {
     if (kv.tensor_cores()) {
-      broken = StoreTransposed<kThreads>(v, kv.value_length, values, place);
+      broken = StoreTransposed<kThreads>(v, kv.value_length, values, place, stage);
     }
   }
   while (i < key_pairs) {
     if (broken) pair.x = NAN;
     StorePair(pair, keys + (i / 4 * kKvBlockPositions + place) * 8 + i % 4 * 2);
+    if constexpr (Stage::kStaged) stage.StoreKey(i, place, pair);
     i += kThreads;
     if (i < key_pairs) pair = turned(i);
   }

@@ -35,20 +35,13 @@ absl::Status Project(const CudaWorkspace& workspace, std::span<const MatmulTerm>
   return absl::OkStatus();
 }
 
-bool OfOneType(std::span<const MatmulTerm> terms) {
-  return std::ranges::all_of(
-      terms, [&](const MatmulTerm& term) { return term.weights.type == terms[0].weights.type; });
-}
-
 // The products of `terms`, of `unit`, with the normed rows of `input`, and what `fusion` has
 // besides. A product that norms for itself reads weights at once, where a norm before it would have
-// waited: only if they are known to be there. Two rows only in a single kernel: of two side by side
-// the second begins as blocks of the first end, and what follows waits for its norm, too.
+// waited: only if they are known to be there.
 absl::Status ProjectNormed(const CudaWorkspace& ws, const UnitStorage& unit,
                            std::span<const MatmulTerm> terms, int rows, const float* input,
                            const float* norm_weight, Fusion fusion, cudaStream_t stream) {
-  const bool fits = unit.Uploaded() && (rows == 1 || OfOneType(terms)) &&
-                    std::ranges::all_of(terms, [&](const MatmulTerm& term) {
+  const bool fits = unit.Uploaded() && std::ranges::all_of(terms, [&](const MatmulTerm& term) {
                       return CanFuseNorm(LayOutActivations(nullptr, FormFor(term.weights.type),
                                                            rows, term.weights.k));
                     });

@@ -50,46 +50,55 @@ struct BlockShares {
 };
 
 // Terms of one type over the same activations, by value in a kernel's parameters. Their tile rows
-// are numbered through.
+// are numbered through. What a kernel needs for its first weights comes first: it waits for each 64
+// bytes of its parameters when it comes to them.
 struct MatmulParameters {
   struct Term {
-    const uint8_t* tiles;
     float* y;
     const float* bias;
     int y_stride;
     int n;
-    int first_tile_row;
     bool accumulate;
-
-    __device__ int TileRows() const { return (n + kTileRows - 1) / kTileRows; }
   };
-  Term terms[kMaxMatmulTerms];
-  int term_count;
-  int tile_rows;     // of all terms
-  int superblocks;   // per row
-  int rows;          // of halves
-  const uint8_t* x;  // Activations::halves; or made from this (Fusion):
+  BlockShares shares;  // what LaunchStreamKernel adds
+  int superblocks;     // per row
+  uint32_t row_bytes;  // of a row of tiles
+  int rows;            // of halves
+  // Whether the two terms are gate and up, and SwiGLU of them is all that is stored (gated).
+  bool is_gated;
+  // Two kernels in turn may run side by side, as the second one reads nothing of the first: see
+  // BeginReading.
+  bool beside_next, beside_previous;
+  int first_tile_rows[kMaxMatmulTerms];  // of terms; of none: kNoTileRow
+  uintptr_t origins[kMaxMatmulTerms];    // where the first tile of row 0 would be: see TileRow
+  const uint8_t* x;                      // Activations::halves; or made from this (Fusion):
   const float* norm_input;
   const float* norm_weight;
   float norm_epsilon;
   int k;
+  int term_count;
+  int tile_rows;  // of all terms
+  Term terms[kMaxMatmulTerms];
   Activations gated;
   // Of TileKernel, in a MatmulScratch; null if there is none.
   unsigned*
       arrivals;     // [kMostSplitGroups], of blocks that have come so far; multiples of kQuarters
   float* partials;  // [groups][kQuarters][results of a block]
-  // Two kernels in turn may run side by side, as the second one reads nothing of the first: see
-  // BeginReading.
-  bool beside_next, beside_previous;
-  // What LaunchStreamKernel adds.
-  BlockShares shares;
 
-  __device__ const Term& TermOf(int tile_row) const {
-    int i = 0;
-    while (i + 1 < term_count && tile_row >= terms[i + 1].first_tile_row) ++i;
-    return terms[i];
+  __device__ int TermOf(int tile_row) const {
+    int term = 0;
+#pragma unroll
+    for (int i = 1; i < kMaxMatmulTerms; ++i) term += tile_row >= first_tile_rows[i];
+    return term;
+  }
+  // The first tile of a row of tiles.
+  __device__ const uint8_t* TileRow(int tile_row) const {
+    return reinterpret_cast<const uint8_t*>(origins[TermOf(tile_row)] +
+                                            static_cast<uint64_t>(static_cast<uint32_t>(tile_row)) *
+                                                row_bytes);
   }
 };
+inline constexpr int kNoTileRow = 1 << 30;
 
 // Before a thread reads anything but weights. Where two kernels run side by side, the second one is
 // let go only when all that is before the first is complete; it waits for the first itself before
@@ -100,14 +109,6 @@ __device__ inline void BeginReading(const MatmulParameters& p) {
 }
 __device__ inline void EndReading(const MatmulParameters& p) {
   if (p.beside_previous) WaitForPreviousKernel();
-}
-
-// The first tile of a row of tiles.
-template <typename Tile>
-__device__ inline const uint8_t* TileRow(const MatmulParameters& p, int tile_row) {
-  const MatmulParameters::Term& term = p.TermOf(tile_row);
-  return term.tiles +
-         static_cast<size_t>(tile_row - term.first_tile_row) * p.superblocks * Tile::kBytes;
 }
 
 // What a sum of products stands for.
@@ -133,8 +134,9 @@ class ResultPlace {
                                    int row) {
     ResultPlace result;
     if (row >= p.rows / Tile::kParts) return result;
-    const MatmulParameters::Term& term = p.TermOf(tile_row);
-    const int n = (tile_row - term.first_tile_row) * kTileRows + row_in_tile;
+    const int index = p.TermOf(tile_row);
+    const MatmulParameters::Term& term = p.terms[index];
+    const int n = (tile_row - p.first_tile_rows[index]) * kTileRows + row_in_tile;
     if (n >= term.n) return result;
     float* const y = term.y + static_cast<size_t>(row) * term.y_stride + n;
     result.at_ = y;

@@ -47,13 +47,18 @@ __device__ inline void AddSquares(const float (&v)[kLaneColumns], float& sum) {
   for (float value : v) sum = __fmaf_rn(value, value, sum);
 }
 
-// What a row is multiplied by. squares: of the warps, in order.
+// What a row is multiplied by. squares: of the warps, 16-byte aligned.
 __device__ inline float NormFactor(const float* squares, int k, float epsilon) {
-  float total = 0;
+  static_assert(kNormWarps == 16);
+  float sums[4];
 #pragma unroll
-  for (int i = 0; i < kNormWarps; ++i) total = __fadd_rn(total, squares[i]);
-  const float mean = __fdiv_rn(total, static_cast<float>(k));
-  return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, epsilon)));
+  for (int i = 0; i < 4; ++i) {
+    const float4 four = reinterpret_cast<const float4*>(squares)[i];
+    sums[i] = __fadd_rn(__fadd_rn(four.x, four.y), __fadd_rn(four.z, four.w));
+  }
+  const float total = __fadd_rn(__fadd_rn(sums[0], sums[1]), __fadd_rn(sums[2], sums[3]));
+  const float mean = __fmul_rn(total, __frcp_rn(static_cast<float>(k)));
+  return rsqrtf(__fadd_rn(mean, epsilon));
 }
 
 __device__ inline void Normalise(float factor, const float (&weight)[kLaneColumns],

@@ -42,7 +42,8 @@ struct QueryTile {
 // slice: of the KV head's query heads.
 __device__ inline QueryTile MakeTile(const AttentionTask& task, int tile, int kv_head, int slice) {
   const HeadGroups& groups = task.groups;
-  const uint32_t packed = task.table.tiles[tile];
+  // Of steps that store, each row is a tile: there is no need to wait for the table.
+  const uint32_t packed = task.store ? tile * (kQueryTile + 1) + 1 : task.table.tiles[tile];
   return {.first_row = static_cast<int>(packed / (kQueryTile + 1)),
           .rows = static_cast<int>(packed % (kQueryTile + 1)),
           .first_head = kv_head * groups.group + slice * groups.heads,

@@ -24,11 +24,11 @@ struct BlockRows {
   int count;
 
   __device__ explicit BlockRows(const MatmulParameters& p)
-      : gated(p.gated.halves != nullptr),
+      : gated(p.is_gated),
         begin(p.shares.Begin(blockIdx.x)),
         count((gated ? 2 : 1) * p.shares.Units(blockIdx.x)) {}
   __device__ int Place(const MatmulParameters& p, int i) const {
-    return gated ? begin + i / 2 + i % 2 * p.terms[1].first_tile_row : begin + i;
+    return gated ? begin + i / 2 + i % 2 * p.first_tile_rows[1] : begin + i;
   }
 };
 
@@ -42,9 +42,8 @@ class TileStream {
                         uint64_t* barrier, int first, int last)
       : p_(p), rows_(rows), memory_(memory), barrier_(barrier), first_(first), last_(last) {
     if (first == last) next_row_ = rows.count;  // nothing to fetch, ever
-    const int step = rows.gated ? 1 : kTiles;   // in a term
-    to_next_pass_ = (step * p.superblocks - (last - first)) * Tile::kBytes;
     superblock_ = last - 1;
+    alike_ = rows.gated ? kTiles == 2 : p.term_count == 1;
   }
 
   // Before the first Take.
@@ -66,14 +65,7 @@ class TileStream {
     if (++superblock_ == last_) {
       if (next_row_ >= rows_.count) return;
       superblock_ = first_;
-      if (alike_ > 0) {
-        --alike_;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) source_[n] += to_next_pass_;
-      } else {
-        Locate();
-      }
-      next_row_ += kTiles;
+      Locate();
     }
     if (IsElected()) {
       ExpectCopies(barrier_, fetched_ * Tile::kBytes);
@@ -86,24 +78,22 @@ class TileStream {
     for (int n = 0; n < kTiles; ++n) source_[n] += Tile::kBytes;
   }
 
-  // The first tiles of the pass at next_row_.
+  // The first tiles of the pass at next_row_. Of a second one that there is not, an address that
+  // nobody uses.
   __device__ void Locate() {
-    const int left = rows_.count - next_row_;
-    fetched_ = min(kTiles, left);
-    int rows_alike = left;  // from here on, at the same distances from each other
+    fetched_ = min(kTiles, rows_.count - next_row_);
+    if (alike_ && next_row_ > 0) {
+      const int rows = rows_.gated ? 1 : kTiles;  // between two passes
+      const int to_next = rows * p_.row_bytes - (last_ - first_) * Tile::kBytes;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const int tile_row = rows_.Place(p_, next_row_ + min(n, fetched_ - 1));
-      source_[n] = TileRow<Tile>(p_, tile_row) + static_cast<size_t>(first_) * Tile::kBytes;
+      for (int n = 0; n < kTiles; ++n) source_[n] += to_next;
+    } else {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        source_[n] = p_.TileRow(rows_.Place(p_, next_row_ + n)) + first_ * Tile::kBytes;
+      }
     }
-    if (!rows_.gated) {
-      const int tile_row = rows_.Place(p_, next_row_);
-      const MatmulParameters::Term& term = p_.TermOf(tile_row);
-      rows_alike = min(left, term.first_tile_row + term.TileRows() - tile_row);
-    } else if (kTiles == 1) {
-      rows_alike = 1;  // gate and up in turn
-    }
-    alike_ = max(rows_alike / kTiles - 1, 0);
+    next_row_ += kTiles;
   }
 
   const MatmulParameters& p_;
@@ -112,11 +102,10 @@ class TileStream {
   uint64_t* barrier_;
   const uint8_t* source_[kTiles] = {};
   int first_, last_;
-  int to_next_pass_;  // bytes from the end of this one
   int superblock_;    // the last one fetched
   int next_row_ = 0;  // of the block, of the next pass
   int fetched_ = 0;   // rows of tiles, of this pass
-  int alike_ = 0;     // passes behind this one whose tiles are found without looking
+  bool alike_;        // all passes' tiles lie at the same distances
   uint32_t phase_ = 0;
 };
 
@@ -204,13 +193,17 @@ class SplitNorm {
     }
   }
 
-  // A share in the rows' sums of squares. squares: shared, [kRows][kNormWarps], which nobody uses
-  // until all have called Finish.
+  // What AddUp reads first; the thread does not wait for it.
+  __device__ void Begin(const MatmulParameters& p) {
+    if (split_ < p.superblocks) LoadRows(p, split_);
+  }
+
+  // A share in the rows' sums of squares. squares: shared, 16-byte aligned, [kRows][kNormWarps],
+  // which nobody uses until all have called Finish.
   __device__ void AddUp(const MatmulParameters& p, float* squares, uint64_t* barrier) {
     float sums[kRows] = {};
     for (int s = split_; s < p.superblocks; s += kNormWarps) {
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) Load(p, row, s);
+      if (s != split_) LoadRows(p, s);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) AddSquares(x_[row], sums[row]);
     }
@@ -241,10 +234,12 @@ class SplitNorm {
       factors[row] = NormFactor(squares + row * kNormWarps, p.k, p.norm_epsilon);
     }
     for (int s = first; s < last; ++s) {
-      if (!once) LoadWholeColumns(p.norm_weight, s, lane, weight_);
+      if (!once) {
+        LoadWholeColumns(p.norm_weight, s, lane, weight_);
+        LoadRows(p, s);
+      }
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
-        if (!once) Load(p, row, s);
         Normalise(factors[row], weight_, x_[row]);
         StoreHalves(out, row, s * kSuperblock + lane * kLaneColumns, ToHalfActivations(x_[row]));
       }
@@ -254,9 +249,12 @@ class SplitNorm {
 
  private:
   static_assert(kNormWarps == kSplits);
-  __device__ void Load(const MatmulParameters& p, int row, int superblock) {
-    LoadWholeColumns(p.norm_input + static_cast<size_t>(row) * p.k, superblock, threadIdx.x % 32,
-                     x_[row]);
+  __device__ void LoadRows(const MatmulParameters& p, int superblock) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      LoadWholeColumns(p.norm_input + static_cast<size_t>(row) * p.k, superblock, threadIdx.x % 32,
+                       x_[row]);
+    }
   }
 
   int split_;
@@ -304,21 +302,22 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   const int split = warp ^ (warp >> 3);
   const int first = SplitBegin(split, p.superblocks), last = SplitBegin(split + 1, p.superblocks);
   const BlockRows block_rows(p);
-  if (IsElected()) {
-    InitCopyBarrier(tile_barrier);
-    InitCopyBarrier(activation_barrier);
-    if (warp == 0) {
-      for (int i = 0; i < 3; ++i) InitBarrier(pass_barriers + i, kStreamThreads);
-    }
-  }
+  if (IsElected()) InitCopyBarrier(tile_barrier);
   __syncwarp();
   TileStream<Tile, kTiles> stream(p, block_rows, shared + warp * Layout::kPassBytes, tile_barrier,
                                   first, last);
   constexpr bool kFewRows = kShared && kColumns <= kMostNormedRows;
   const bool norms = kFewRows && Tile::kParts == 1 && p.norm_input != nullptr;
-  const bool ahead = first < last && warp < WarpsAhead(kColumns, norms);
+  // Beside a kernel nothing is waited for: then activations come first.
+  const bool ahead = first < last && !p.beside_previous && warp < WarpsAhead(kColumns, norms);
   if (ahead) stream.Start();
   if (!p.beside_next) LetNextKernelStart();
+  if (IsElected()) {
+    InitCopyBarrier(activation_barrier);
+    if (warp == 0) {
+      for (int i = 0; i < 3; ++i) InitBarrier(pass_barriers + i, kStreamThreads);
+    }
+  }
   __syncthreads();
 
   PassSums<Tile, Layout> sums(p, block_rows);
@@ -334,7 +333,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     // Free until the second pass, which all warps reach together.
     float* const squares = both_partials + Layout::kPartials;
     if (norms) {
-      norm.AddUp(p, squares, norm_barrier);
+      norm.Begin(p);
     } else if (kShared && first < last) {
       const int begin = first * ActivationBlockBytes(rows), end = last * ActivationBlockBytes(rows);
       if (IsElected()) {
@@ -342,7 +341,8 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
         CopyBulk(activations + begin, p.x + begin, end - begin, activation_barrier);
       }
     }
-    if (!ahead) stream.Start();
+    if (!ahead) stream.Start();  // behind what is waited for
+    if (norms) norm.AddUp(p, squares, norm_barrier);
     sums.Begin(0);  // behind what takes longer
     if (norms) {
       norm.Finish(p, first, last, squares, norm_barrier, activations);

@@ -126,9 +126,10 @@ __device__ inline __half2 ScaledBytes(uint2 bytes, int p, __half2 delta) {
   static_assert(least == 0 || exponent == 10);
   constexpr float kBase = static_cast<float>(1 << exponent);
   constexpr uint32_t kBaseBits = (15u + exponent) << 10;
-  const uint32_t word = (p < 2 ? bytes.x : bytes.y) >> p % 2 * 8;
-  // kBase * (1 + byte / 1024)
-  const __half2 value = AsHalves(MaskAndOr(word, 0x00ff00ff, kBaseBits * 0x00010001u));
+  const uint32_t word = p < 2 ? bytes.x : bytes.y, base = kBaseBits * 0x00010001u;
+  // kBase * (1 + byte / 1024), of bytes 0 and 2 or 1 and 3
+  const __half2 value =
+      AsHalves(p % 2 == 0 ? MaskAndOr(word, 0x00ff00ff, base) : __byte_perm(word, base, 0x7351));
   if constexpr (least == 0) {  // in one step: kBase * delta is exact (weight_bounds.h)
     return __hfma2(value, delta, __hmul2_rn(delta, __float2half2_rn(-kBase)));
   } else {

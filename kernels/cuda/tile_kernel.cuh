@@ -68,8 +68,8 @@ struct TileShare {
         quarter(kSplitK ? static_cast<int>(blockIdx.x) % kQuarters : 0) {}
   // Of the block's tiles, in shared memory. Gate and up in turn.
   __device__ int TileRowOf(const MatmulParameters& p, int tile) const {
-    if (p.gated.halves == nullptr) return first_tile_row + tile;
-    return first_tile_row / 2 + tile / 2 + tile % 2 * p.terms[1].first_tile_row;
+    if (!p.is_gated) return first_tile_row + tile;
+    return first_tile_row / 2 + tile / 2 + tile % 2 * p.first_tile_rows[1];
   }
   __device__ int FirstSplit(int half) const {
     return kSplitK ? (2 * quarter + half) * (kQuarterSplits / 2) : 0;
@@ -119,7 +119,7 @@ __device__ inline void FetchStages(const MatmulParameters& p,
   if (warp * kWarpTiles >= tiles) return;
   const int tile = warp * kWarpTiles + lane;
   const bool fetches = lane < kWarpTiles && tile < tiles;
-  const uint8_t* weights = fetches ? TileRow<Tile>(p, share.TileRowOf(p, tile)) : nullptr;
+  const uint8_t* weights = fetches ? p.TileRow(share.TileRowOf(p, tile)) : nullptr;
   const auto fetch_weights = [&](int s, int stage, uint64_t* barrier) {
     if (warp == 0 && IsElected()) {
       ExpectCopies(barrier, tiles * Tile::kBytes + Layout::kActivationBytes);
@@ -413,7 +413,7 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
     for (int i = 0; i < kSums; ++i) {
       results[i] = put_by ? __fadd_rn(by[i * kStoring], sums.Sum(i)) : sums.Sum(i);
     }
-    if (p.gated.halves == nullptr) {
+    if (!p.is_gated) {
       StoreSums(p, share, 0, results);
     } else {
       StoreGated(p, share, by, results);

@@ -15,7 +15,7 @@ template <typename Tile, int kColumns, bool kShared>
 cudaError_t LaunchStreamKernel(const MatmulParameters& p, const DeviceLimits& device,
                                cudaStream_t stream) {
   // With gate and up, rows of tiles go in pairs.
-  const int units = p.gated.halves != nullptr ? p.tile_rows / 2 : p.tile_rows;
+  const int units = p.is_gated ? p.tile_rows / 2 : p.tile_rows;
   const int blocks = std::min(units, device.multiprocessors);
   MatmulParameters own = p;
   own.shares = BlockShares::Of(units, blocks);
@@ -77,7 +77,7 @@ cudaError_t LaunchTiles(const MatmulParameters& p, const DeviceLimits& device,
   const int split_cost =
       turns(kQuarters * groups) * (p.superblocks / kQuarters * Split::kBlockTiles / 16 + kAddCost);
   static_assert(Split::kStoring * kColumns / 2 <= kSplitGroupFloats / kQuarters);
-  if (p.gated.halves == nullptr && p.partials != nullptr && groups <= kMostSplitGroups &&
+  if (!p.is_gated && p.partials != nullptr && groups <= kMostSplitGroups &&
       device.multiprocessors >= kQuarters && split_cost < whole_cost) {
     return LaunchTileKernel<Tile, kColumns, true>(
         p, dim3(row_blocks * kQuarters, divide(p.tile_rows, Split::kBlockTiles)), stream);

@@ -1,0 +1,86 @@
+// Where a warp of attention with tensor cores reads the keys and values of a chunk: in the KV
+// cache, or in shared memory, where it has staged them.
+//
+// Both are read in vectors of 8 halves. Of one head of a KV block there are keys [kDims / 8][32
+// positions], 8 dims each, and values [kDims][4], 8 positions each. With g = lane / 4 and t = lane
+// % 4, a lane reads keys of dims t of 4 and values of dim g of 8 at once.
+#ifndef STAGECOACH_KERNELS_CUDA_KV_CHUNK_CUH_
+#define STAGECOACH_KERNELS_CUDA_KV_CHUNK_CUH_
+
+#include "kernels/cuda/attention_task.cuh"
+#include "kernels/cuda/device_ops.cuh"
+#include "kernels/cuda/warp.cuh"
+
+namespace stagecoach::cuda {
+
+inline constexpr int kTilesOfChunk = kTensorChunkPositions / kKvBlockPositions;
+
+// Vectors of keys, and as many of values.
+template <int kDims>
+inline constexpr int kKeyVectors = kDims / 8 * kKvBlockPositions;
+
+// In the KV cache. Tiles: the head's part of each KV block.
+template <int kDims>
+struct CachedChunk {
+  const uint4* tiles[kTilesOfChunk];
+
+  __device__ uint4 Key(int tile, int vector, int position) const {
+    return tiles[tile][vector * kKvBlockPositions + position];
+  }
+  __device__ uint4 Value(int tile, int dim, int vector) const {
+    return tiles[tile][kKeyVectors<kDims> + dim * 4 + vector];
+  }
+};
+
+// In shared memory, 16-byte aligned. Positions of keys are turned around so that lanes that read
+// vectors of different dims at once find them in different banks.
+template <int kDims>
+struct StagedChunk {
+  static constexpr int kTileVectors = 2 * kKeyVectors<kDims>;
+  static constexpr int kBytes = kTilesOfChunk * kTileVectors * static_cast<int>(sizeof(uint4));
+  uint4* memory;
+
+  __device__ static int KeyPlace(int vector, int position) {
+    return vector * kKvBlockPositions + (position ^ vector % 4 * 2);
+  }
+  __device__ uint4 Key(int tile, int vector, int position) const {
+    return memory[tile * kTileVectors + KeyPlace(vector, position)];
+  }
+  __device__ uint4 Value(int tile, int dim, int vector) const {
+    return memory[tile * kTileVectors + kKeyVectors<kDims> + dim * 4 + vector];
+  }
+
+  // The first `tiles` of the chunk, and zeros for the rest, by all lanes of a warp. There when all
+  // of them have called AwaitCopies, and met.
+  __device__ void Fetch(const CachedChunk<kDims>& chunk, int tiles) const {
+    static_assert(kKvBlockPositions == kWarpLanes);
+    const int lane = threadIdx.x % kWarpLanes;
+#pragma unroll
+    for (int tile = 0; tile < kTilesOfChunk; ++tile) {
+      uint4* const own = memory + tile * kTileVectors;
+#pragma unroll
+      for (int i = 0; i < kDims / 8; ++i) {
+        CopyVector(own + KeyPlace(i, lane), chunk.tiles[tile] + i * kWarpLanes + lane,
+                   tile < tiles);
+      }
+#pragma unroll
+      for (int i = 0; i < kDims / 8; ++i) {
+        const int place = kKeyVectors<kDims> + i * kWarpLanes + lane;
+        CopyVector(own + place, chunk.tiles[tile] + place, tile < tiles);
+      }
+    }
+  }
+  // Puts a pair of dims 2i and 2i + 1 of the key of a position into the tile, or dim d of its
+  // value.
+  __device__ static uint32_t* KeyPair(uint4* tile, int i, int position) {
+    return reinterpret_cast<uint32_t*>(tile + KeyPlace(i / 4, position)) + i % 4;
+  }
+  __device__ static uint16_t* ValueOf(uint4* tile, int d, int position) {
+    return reinterpret_cast<uint16_t*>(tile + kKeyVectors<kDims>) + d * kKvBlockPositions +
+           position;
+  }
+};
+
+}  // namespace stagecoach::cuda
+
+#endif  // STAGECOACH_KERNELS_CUDA_KV_CHUNK_CUH_
