@@ -117,8 +117,26 @@ absl::Status CudaUnitBuilder::LetGo(size_t rest) {
   return absl::OkStatus();
 }
 
+absl::Status CudaUnitBuilder::PairRows() {
+  const auto matrix = [&](TensorRole role) -> PackedMatrix& {
+    return storage_->matrices_[static_cast<int>(role)];
+  };
+  PackedMatrix &gate = matrix(TensorRole::kFfnGate), &up = matrix(TensorRole::kFfnUp);
+  const PackedMatrix& down = matrix(TensorRole::kFfnDown);
+  if (gate.data == nullptr || up.data == nullptr || !CanPairRows(gate, up) ||
+      FormFor(down.type) != ActivationForm::kHalf) {
+    return absl::OkStatus();
+  }
+  STAGECOACH_RETURN_IF_CUDA_ERROR(LaunchPairRows(gate.type, gate.n, gate.k,
+                                                 const_cast<void*>(gate.data),
+                                                 const_cast<void*>(up.data), device_.pack()));
+  gate.paired = up.paired = true;
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::unique_ptr<UnitWeights>> CudaUnitBuilder::Finish() {
   STAGECOACH_RETURN_IF_ERROR(device_.MakeCurrent());
+  STAGECOACH_RETURN_IF_ERROR(PairRows());
   STAGECOACH_ASSIGN_OR_RETURN(storage_->used_, device_.NewEvent());
   STAGECOACH_ASSIGN_OR_RETURN(storage_->ready_, device_.NewEvent());
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaEventRecord(storage_->ready_.get(), device_.pack()));

@@ -97,6 +97,8 @@ class CudaUnitBuilder : public UnitBuilder {
   absl::Status Allocate(TensorRole role, const TensorInfo& tensor);
   absl::Status Upload(TensorRole role, const TensorInfo& tensor, const TensorPart& part,
                       bool pinned);
+  // Of gate and up, where a product makes SwiGLU of them, for one that takes halves.
+  absl::Status PairRows();
   absl::Status Hold(const TensorPart& part);
   // Lets go of all but the latest `rest`, once they have been copied.
   absl::Status LetGo(size_t rest);

@@ -7,6 +7,11 @@
 #ifndef STAGECOACH_KERNELS_CUDA_KV_CHUNK_CUH_
 #define STAGECOACH_KERNELS_CUDA_KV_CHUNK_CUH_
 
+#include <cuda_fp16.h>
+
+#include <cstddef>
+#include <cstdint>
+
 #include "kernels/cuda/attention_task.cuh"
 #include "kernels/cuda/device_ops.cuh"
 #include "kernels/cuda/warp.cuh"
@@ -78,6 +83,32 @@ struct StagedChunk {
   __device__ static uint16_t* ValueOf(uint4* tile, int d, int position) {
     return reinterpret_cast<uint16_t*>(tile + kKeyVectors<kDims>) + d * kKvBlockPositions +
            position;
+  }
+};
+
+// Warps of a block that is alone on its multiprocessor that stage their chunks; few contexts have
+// more of them.
+inline constexpr int kStagedWarps = 4;
+
+template <int kDims>
+__host__ __device__ constexpr size_t StagedBytes(bool alone) {
+  return alone ? size_t{kStagedWarps} * StagedChunk<kDims>::kBytes : 0;
+}
+
+// Where the row's own key and value are staged: in this tile, if in any.
+template <int kDims>
+struct StagedHead {
+  static constexpr bool kStaged = true;
+  uint4* tile;
+
+  __device__ void StoreKey(int i, int position, float2 pair) const {
+    if (tile == nullptr) return;
+    const __half2 halves = __floats2half2_rn(pair.x, pair.y);
+    *reinterpret_cast<__half2*>(StagedChunk<kDims>::KeyPair(tile, i, position)) = halves;
+  }
+  __device__ void StoreValue(int d, int position, uint16_t value) const {
+    if (tile == nullptr) return;
+    *StagedChunk<kDims>::ValueOf(tile, d, position) = value;
   }
 };
 

@@ -116,7 +116,7 @@ absl::Status EnqueueLayer(CudaWorkspace& ws, const UnitStorage& w, const KvLayou
   const MatmulTerm outward[] = {Term(w.matrix(TensorRole::kFfnDown), ws.residual.data(),
                                      /*bias=*/nullptr, /*accumulate=*/true)};
   Fusion gate;
-  if (CanFuseGate(inward) && FormFor(outward[0].weights.type) == ActivationForm::kHalf) {
+  if (inward[0].weights.paired) {
     // In the place of gate's own results, which are not stored then. Halves fit: their rows are
     // rounded up to 32 or 64 (Activations), less than twice as many, and take half as much each.
     gate.gated =

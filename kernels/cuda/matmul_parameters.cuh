@@ -39,9 +39,9 @@ __device__ inline float SumOfQuarters(const float (&quarters)[kQuarters]) {
   return sum;
 }
 
-// How rows of tiles, or (gated) pairs of them, are dealt out to blocks.
+// How rows of tiles are dealt out to blocks.
 struct BlockShares {
-  int units;          // of a block,
+  int units;          // rows of a block,
   int longer_blocks;  // the first of which have one more
 
   static BlockShares Of(int units, int blocks) { return {units / blocks, units % blocks}; }

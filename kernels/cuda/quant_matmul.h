@@ -21,10 +21,11 @@
 //
 // Overlap: every kernel is launched with programmatic stream serialisation. It may start, and read
 // weights, packed ones and those of norms, while the kernel before it in the stream still runs; it
-// reads anything else (but the row table of a step, rope.h), and writes anything at all, only after
-// that kernel is complete; but products of several types in one LaunchMatmul run side by side, once
-// what precedes the first is complete. So weights must be complete before the work that precedes
-// the launch in its stream has begun (an event wait well ahead of it).
+// reads anything else (but the row table of a step, rope.h, and attention the keys and values of
+// steps before), and writes anything at all, only after that kernel is complete; but products of
+// several types in one LaunchMatmul run side by side, once what precedes the first is complete. So
+// weights must be complete before the work that precedes the launch in its stream has begun (an
+// event wait well ahead of it).
 #ifndef STAGECOACH_KERNELS_CUDA_QUANT_MATMUL_H_
 #define STAGECOACH_KERNELS_CUDA_QUANT_MATMUL_H_
 
@@ -49,6 +50,7 @@ struct PackedMatrix {
   int n = 0;
   int k = 0;                   // a multiple of the type's block
   const void* data = nullptr;  // [PackedBytes], 16-byte aligned
+  bool paired = false;         // by LaunchPairRows
 };
 
 // Bytes of a packed matrix: what it adds to the device's memory. k: a multiple of the type's block.
@@ -59,6 +61,14 @@ size_t PackedBytes(TensorType type, int n, int k);
 // The one launcher that is ordered like an ordinary kernel, on both sides.
 cudaError_t LaunchRepack(TensorType type, int n, int k, const void* raw, void* packed,
                          cudaStream_t stream);
+
+// Gate and up, so that one product makes SwiGLU of them (Fusion::gated), and only with that: of
+// each 16 rows of both, in place, gate's memory gets the first eight and up's the others, gate's
+// before up's. Their results are then with one thread, and the smallest share of a block is eight
+// of both. Where CanPairRows. Ordered like an ordinary kernel.
+bool CanPairRows(const PackedMatrix& gate, const PackedMatrix& up);
+cudaError_t LaunchPairRows(TensorType type, int n, int k, void* gate, void* up,
+                           cudaStream_t stream);
 
 // --- Activations
 
@@ -159,14 +169,12 @@ struct Fusion {
   const float* norm_input = nullptr;   // [rows][k], 16-byte aligned
   const float* norm_weight = nullptr;  // [k], 16-byte aligned
   float norm_epsilon = 0;
-  // The two terms are gate and up; all that is stored of them is LaunchSwiGlu(gate, up), in form
-  // kHalf, not in the memory of x. Where CanFuseGate.
+  // The two terms are gate and up, paired; all that is stored of them is LaunchSwiGlu(gate, up), in
+  // form kHalf, not in the memory of x.
   Activations gated;
 };
 // A row or two, of whole superblocks that fit.
 bool CanFuseNorm(const Activations& x);
-// Two terms of one quantised type and shape, of a multiple of kSuperblock outputs.
-bool CanFuseGate(std::span<const MatmulTerm> terms);
 
 // Device memory, not owned, in which products of some dozens of rows add up what blocks have of k:
 // zero before its first use, 16-byte aligned, for products that follow each other in one stream.

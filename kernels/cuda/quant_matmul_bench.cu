@@ -196,10 +196,11 @@ void RecordLayer(Bench& bench, const ModelShape& shape, const LayerWeights& w, i
   project(qkv_terms, {});
   const MatmulTerm output = {w.output, residual, shape.width, nullptr, true};
   CheckDevice(LaunchMatmul({&output, 1}, x, bench.stream, bench.scratch()));
-  const MatmulTerm gate_up[] = {{w.gate, y, 2 * shape.hidden},
-                                {w.up, y + shape.hidden, 2 * shape.hidden}};
+  MatmulTerm gate_up[] = {{w.gate, y, 2 * shape.hidden},
+                          {w.up, y + shape.hidden, 2 * shape.hidden}};
   Fusion gate;
-  if (whole && CanFuseGate(gate_up)) {
+  if (whole && CanPairRows(w.gate, w.up)) {
+    for (MatmulTerm& term : gate_up) term.weights.paired = true;  // what they hold is anything
     gate.gated = LayOutActivations(bench.gated.get(), ActivationForm::kHalf, rows, shape.hidden);
   }
   project(gate_up, gate);

@@ -295,18 +295,38 @@ bool RunActivationCheck() {
   return all_ok;
 }
 
+// Copies of gate and up, paired.
+struct PairedTerms {
+  DeviceArray<uint8_t> gate, up;
+  MatmulTerm terms[2];
+
+  PairedTerms(const PackedMatrix& of_gate, const PackedMatrix& of_up)
+      : gate(Copy(of_gate)), up(Copy(of_up)) {
+    const auto& [type, n, k, data, paired] = of_gate;
+    CheckDevice(LaunchPairRows(type, n, k, gate.get(), up.get(), nullptr));
+    terms[0].weights = {type, n, k, gate.get(), /*paired=*/true};
+    terms[1].weights = {type, n, k, up.get(), /*paired=*/true};
+  }
+  static DeviceArray<uint8_t> Copy(const PackedMatrix& matrix) {
+    const size_t bytes = PackedBytes(matrix.type, matrix.n, matrix.k);
+    return DeviceArray<uint8_t>(CopyToHost(static_cast<const uint8_t*>(matrix.data), bytes));
+  }
+};
+
 // hidden: rows of gate and up; from some thousands on a block has several of them.
 bool RunFusionCheck(TensorType type, int hidden, int k) {
-  constexpr int kMostRows = 86, kEmpty = 0xdd;
+  constexpr int kEmpty = 0xdd, kMostRows = 86;
+  constexpr int kRows[] = {1, 2, 3, 4, 5, 8, 9, 16, 17, 40, kMostRows};
   std::mt19937 random(k);
-  const int counts[] = {kMostRows};
-  const MatmulCheck check = {type, hidden, k, counts};
+  const MatmulCheck check = {type, hidden, k, kRows};
   const CheckedTerm gate = MakeTerm(random, check, hidden, false);
   const CheckedTerm up = MakeTerm(random, check, hidden, false);
   const DeviceArray<float> values(RandomValues(random, size_t{kMostRows} * k, 2));
+  const PackedMatrix separate[] = {{type, hidden, k, gate.packed.get()},
+                                   {type, hidden, k, up.packed.get()}};
+  const PairedTerms paired(separate[0], separate[1]);
   bool ok = true;
-  int fused = 0;
-  for (const int rows : {1, 2, 3, 4, 5, 8, 9, 16, 17, 40, kMostRows}) {
+  for (const int rows : kRows) {
     const size_t outputs = static_cast<size_t>(rows) * hidden;
     const DeviceArray<float> gates(std::vector<float>(outputs, NAN)), ups(outputs);
     const DeviceArray<uint8_t> converted(ActivationBytes(rows, k));
@@ -315,21 +335,18 @@ bool RunFusionCheck(TensorType type, int hidden, int k) {
     const auto laid_out = [&](const DeviceArray<uint8_t>& memory, int columns) {
       return LayOutActivations(memory.get(), ActivationForm::kHalf, rows, columns);
     };
-    const MatmulTerm terms[] = {{{type, hidden, k, gate.packed.get()}, gates.get(), hidden},
-                                {{type, hidden, k, up.packed.get()}, ups.get(), hidden}};
-    if (!CanFuseGate(terms)) continue;
-    ++fused;
+    const MatmulTerm terms[] = {{separate[0], gates.get(), hidden},
+                                {separate[1], ups.get(), hidden}};
     const Activations x = laid_out(converted, k);
     CheckDevice(LaunchConvert(values.get(), x, nullptr));
     CheckDevice(LaunchMatmul(terms, x, nullptr, {}));
     CheckDevice(LaunchSwiGlu(gates.get(), ups.get(), hidden, laid_out(expected, hidden), nullptr));
-    CheckDevice(LaunchMatmul(terms, x, nullptr, {}, {.gated = laid_out(actual, hidden)}));
+    CheckDevice(LaunchMatmul(paired.terms, x, nullptr, {}, {.gated = laid_out(actual, hidden)}));
     CheckDevice(cudaDeviceSynchronize());
     ok = ok && CopyToHost(expected.get(), empty.size()) == CopyToHost(actual.get(), empty.size());
   }
-  ok = ok && fused > 0;
-  std::printf("%s %-5s n %d k %5d: fused gates of %d row counts %s\n", ok ? "ok  " : "FAIL",
-              std::string(GetTensorTypeInfo(type).name).c_str(), hidden, k, fused,
+  std::printf("%s %-5s n %d k %5d: fused gates of %zu row counts %s\n", ok ? "ok  " : "FAIL",
+              std::string(GetTensorTypeInfo(type).name).c_str(), hidden, k, std::size(kRows),
               ok ? "have the same bits" : "DIFFER");
   return ok;
 }
@@ -401,7 +418,6 @@ bool RunNormCheck(std::span<const TensorType> types, int n, int k, int rows) {
       launched.push_back({{types[i], n, k, terms[i].packed.get()}, results.back().get(), n});
     }
     CheckDevice(LaunchMatmul(launched, x, nullptr, {}, fusion));
-    return CanFuseGate(launched);
   };
   const auto lay_out = [&](const DeviceArray<uint8_t>& memory, int columns) {
     return LayOutActivations(memory.get(), ActivationForm::kHalf, rows, columns);
@@ -411,16 +427,19 @@ bool RunNormCheck(std::span<const TensorType> types, int n, int k, int rows) {
       .norm_input = values.get(), .norm_weight = weight.get(), .norm_epsilon = kEpsilon};
   CheckDevice(LaunchRmsNorm(values.get(), weight.get(), kEpsilon, x, nullptr));
   bool ok = CanFuseNorm(by_itself);
-  const bool gated = launch(expected, x, {});
+  launch(expected, x, {});
   launch(actual, by_itself, fusion);
   CheckDevice(cudaDeviceSynchronize());
   for (size_t i = 0; i < terms.size(); ++i) {
     ok &= CopyToHost(expected[i].get(), outputs) == CopyToHost(actual[i].get(), outputs);
   }
+  const auto matrix = [&](int i) { return PackedMatrix{types[i], n, k, terms[i].packed.get()}; };
+  const bool gated = terms.size() == 2 && CanPairRows(matrix(0), matrix(1));
   if (gated) {
-    launch(expected, x, {.gated = lay_out(expected_gate, n)});
+    const PairedTerms paired(matrix(0), matrix(1));
+    CheckDevice(LaunchMatmul(paired.terms, x, nullptr, {}, {.gated = lay_out(expected_gate, n)}));
     fusion.gated = lay_out(gate, n);
-    launch(actual, by_itself, fusion);
+    CheckDevice(LaunchMatmul(paired.terms, by_itself, nullptr, {}, fusion));
     CheckDevice(cudaDeviceSynchronize());
     ok &= CopyToHost(expected_gate.get(), empty.size()) == CopyToHost(gate.get(), empty.size());
   }
@@ -471,10 +490,9 @@ bool RunAllMatmulChecks(bool small) {
     ok &= RunMatmulCheck({info.type, 128, 14336, kManyRows});
     ok &= RunMatmulCheck({info.type, 128, 28672, kDirectRows});
   }
-  // More blocks that share k than run at once.
-  constexpr int kSharingRows[] = {17, 33, 64, 128};
+  constexpr int kSharingRows[] = {17, 33, 64, 128};  // more blocks that share k than run at once
   if (!small) ok &= RunMatmulCheck({TensorType::kQ4_K, 5120, 4096, kSharingRows});
-  // Blocks with several passes that read their activations directly.
+  // Several passes that read their activations directly.
   if (!small) ok &= RunMatmulCheck({TensorType::kQ4_K, 4256, 8192, kDirectRows});
   return ok;
 }

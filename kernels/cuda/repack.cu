@@ -161,6 +161,68 @@ __global__ void __launch_bounds__(kRepackThreads)
   }
 }
 
+// Fields of a word that are row g's (r = 0); those of row g + 8 lie Shift bits higher.
+template <int width>
+constexpr uint32_t FieldsOfLowerRow() {
+  uint32_t mask = 0;
+  for (int f = 0; f < 16 / width; f += 8) {
+    for (int j = 0; j < 4; ++j)
+      mask |= ((1u << width) - 1) * 0x00010001u << PlaceField(width, f + j);
+  }
+  return mask;
+}
+template <int width>
+constexpr int kRowShift = PlaceField(width, 4) - PlaceField(width, 0);
+static_assert(FieldsOfLowerRow<2>() << kRowShift<2> == ~FieldsOfLowerRow<2>());
+static_assert(FieldsOfLowerRow<1>() << kRowShift<1> == ~FieldsOfLowerRow<1>());
+
+// What two tiles have of rows g + 8 of the first one and rows g of the second one changes places.
+template <typename Tile>
+__device__ void PairTiles(uint8_t* first, uint8_t* second) {
+  // Of `count` elements of each row, row g's before row g + 8's.
+  const auto swap = [&]<typename Element>(int plane, int count, Element) {
+    auto* const of_first = reinterpret_cast<Element*>(first + plane);
+    auto* const of_second = reinterpret_cast<Element*>(second + plane);
+    for (int i = threadIdx.x; i < count; i += kRepackThreads) {
+      const Element upper = of_first[2 * i + 1];
+      of_first[2 * i + 1] = of_second[2 * i];
+      of_second[2 * i] = upper;
+    }
+  };
+  const auto swap_fields = [&]<int width>(int plane, int words) {
+    constexpr uint32_t kLower = FieldsOfLowerRow<width>();
+    auto* const of_first = reinterpret_cast<uint32_t*>(first + plane);
+    auto* const of_second = reinterpret_cast<uint32_t*>(second + plane);
+    for (int i = threadIdx.x; i < words; i += kRepackThreads) {
+      const uint32_t a = of_first[i], b = of_second[i];
+      of_first[i] = (a & kLower) | (b & kLower) << kRowShift<width>;
+      of_second[i] = (a >> kRowShift<width> & kLower) | (b & ~kLower);
+    }
+  };
+  if constexpr (Tile::kHasNibbles) swap(Tile::kNibbles, 256, uint32_t());
+  if constexpr (Tile::kHasCrumbs) swap_fields.template operator()<2>(Tile::kCrumbs, 256);
+  if constexpr (Tile::kHasBits) swap_fields.template operator()<1>(Tile::kBitPlane, 128);
+  if constexpr (Tile::kBits == 8) swap(Tile::kBytePlane, 256, uint2());
+  if constexpr (Tile::kFloatScales) {
+    swap(Tile::kDeltas, 64, uint16_t());
+    if constexpr (Tile::kHasMin) swap(Tile::kDeltaMins, 64, uint16_t());
+  } else {
+    swap(Tile::kScales, 8, uint4());
+    using Deltas = std::conditional_t<Tile::kHasMin, uint32_t, uint16_t>;
+    swap(Tile::kDeltas, 8, Deltas());
+  }
+}
+
+template <TensorType type>
+__global__ void __launch_bounds__(kRepackThreads)
+    PairRowsKernel([[maybe_unused]] uint8_t* gate, [[maybe_unused]] uint8_t* up) {
+  using Tile = TileOf<type>;
+  if constexpr (!std::is_same_v<Tile, HalfTile>) {
+    const size_t tile = static_cast<size_t>(blockIdx.x) * Tile::kBytes;
+    PairTiles<Tile>(gate + tile, up + tile);
+  }
+}
+
 int CeilDivide(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace
@@ -186,6 +248,23 @@ cudaError_t LaunchRepack(TensorType type, int n, int k, const void* raw, void* p
   return VisitTileType(type, cudaErrorInvalidValue, [&]<TensorType tile_type>() {
     return LaunchKernel(RepackKernel<tile_type>, shape, stream, raw, n, k, superblocks,
                         static_cast<uint8_t*>(packed));
+  });
+}
+
+bool CanPairRows(const PackedMatrix& gate, const PackedMatrix& up) {
+  return FormFor(gate.type) == ActivationForm::kHalf && gate.type == up.type && gate.n == up.n &&
+         gate.k == up.k && gate.n % kSuperblock == 0;
+}
+
+cudaError_t LaunchPairRows(TensorType type, int n, int k, void* gate, void* up,
+                           cudaStream_t stream) {
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(n / kTileRows) * CeilDivide(k, kTileColumns));
+  shape.threads = kRepackThreads;
+  shape.overlap = false;
+  return VisitTileType(type, cudaErrorInvalidValue, [&]<TensorType tile_type>() {
+    return LaunchKernel(PairRowsKernel<tile_type>, shape, stream, static_cast<uint8_t*>(gate),
+                        static_cast<uint8_t*>(up));
   });
 }
 

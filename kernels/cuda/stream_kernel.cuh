@@ -16,7 +16,7 @@
 
 namespace stagecoach::cuda {
 
-// A block's rows of tiles, counted from 0: neighbours, or (gated) those of gate and up in turn.
+// A block's rows of tiles, counted from 0: neighbours; of paired gate and up, of both in turn.
 // Place: which of all terms' the i-th is.
 struct BlockRows {
   bool gated;
@@ -24,11 +24,10 @@ struct BlockRows {
   int count;
 
   __device__ explicit BlockRows(const MatmulParameters& p)
-      : gated(p.is_gated),
-        begin(p.shares.Begin(blockIdx.x)),
-        count((gated ? 2 : 1) * p.shares.Units(blockIdx.x)) {}
+      : gated(p.is_gated), begin(p.shares.Begin(blockIdx.x)), count(p.shares.Units(blockIdx.x)) {}
   __device__ int Place(const MatmulParameters& p, int i) const {
-    return gated ? begin + i / 2 + i % 2 * p.first_tile_rows[1] : begin + i;
+    const unsigned row = begin + i;
+    return gated ? row / 2 + row % 2 * p.first_tile_rows[1] : row;
   }
 };
 
@@ -120,37 +119,34 @@ class PassSums {
     constexpr int kOutputs = Layout::kPassRows * Layout::kColumns / Tile::kParts;
     constexpr int kThreads = (kOutputs + 31) / 32 * 32;
     static_assert(kThreads <= kStreamThreads && (kStreamThreads & (kStreamThreads - 1)) == 0);
-    const int turn = kTiles == 1 ? pass / 2 : pass;  // gate and up by the same threads
-    const int index = (threadIdx.x - turn * kThreads) & (kStreamThreads - 1);
-    // Of two tiles of gate and up, a thread has a row of both.
-    const int outputs = rows_.gated ? kTileRows : Layout::kPassRows;
-    row_ = index % outputs;
+    const int index = (threadIdx.x - pass * kThreads) & (kStreamThreads - 1);
+    // Of gate and up, a thread has a row of both.
+    const int tile_rows = rows_.gated ? kTileRows / 2 : kTileRows;
+    const int outputs = kTiles * tile_rows;
+    const int output = index % outputs, tile = output / tile_rows, row = output % tile_rows;
+    row_ = tile * kTileRows + row;
     column_ = index / outputs;
-    mine_ = column_ < p_.rows / Tile::kParts;
+    const int i = pass * kTiles + tile;
+    mine_ = column_ < p_.rows / Tile::kParts && i < rows_.count;
     place_ = {};
     if (!mine_) return;
-    const int i = pass * kTiles + row_ / kTileRows;
     if (rows_.gated) {
-      const int pair = rows_.begin + i / 2;
-      place_ = ResultPlace::OfHalf(p_.gated.halves +
-                                   p_.gated.NarrowPlace(column_, pair * kTileRows + row_));
-    } else if (i < rows_.count) {
-      place_ = ResultPlace::Of<Tile>(p_, rows_.Place(p_, i), row_ % kTileRows, column_);
+      const int column = (rows_.begin + i) * tile_rows + row;
+      place_ = ResultPlace::OfHalf(p_.gated.halves + p_.gated.NarrowPlace(column_, column));
+    } else {
+      place_ = ResultPlace::Of<Tile>(p_, rows_.Place(p_, i), row, column_);
     }
   }
 
   // When the pass is complete. partials: [kSplits][kColumns][kColumnStride].
   __device__ void Finish(int pass, const float* partials) {
     if (!mine_) return;
-    const float sum = Sum(partials, row_);
-    if (!rows_.gated) {
-      place_.Store(ResultOf<Tile>(sum));
-    } else if (kTiles == 2) {
-      StoreGated(ResultOf<Tile>(sum), ResultOf<Tile>(Sum(partials, kTileRows + row_)));
-    } else if (pass % 2 == 0) {
-      gate_ = ResultOf<Tile>(sum);
+    const float result = ResultOf<Tile>(Sum(partials, row_));
+    if (rows_.gated) {
+      const float up = ResultOf<Tile>(Sum(partials, row_ + kTileRows / 2));
+      place_.StoreHalf(ToHalfActivation(SiluTimes(result, up)));
     } else {
-      StoreGated(gate_, ResultOf<Tile>(sum));
+      place_.Store(result);
     }
   }
 
@@ -170,16 +166,12 @@ class PassSums {
     }
     return JoinParts<Tile>(SumOfQuarters(quarters[0]), SumOfQuarters(quarters[Tile::kParts - 1]));
   }
-  __device__ void StoreGated(float gate, float up) const {
-    place_.StoreHalf(ToHalfActivation(SiluTimes(gate, up)));
-  }
 
   const MatmulParameters& p_;
   const BlockRows& rows_;
-  int row_ = 0, column_ = 0;
+  int row_ = 0, column_ = 0;  // of the sums
   bool mine_ = false;
   ResultPlace place_;
-  float gate_ = 0;
 };
 
 // Makes the activations, kRows rows, of a warp's split itself (Fusion::norm_input), together with

@@ -66,7 +66,7 @@ struct TileShare {
         row_blocks(static_cast<int>(gridDim.x) / (kSplitK ? kQuarters : 1)),
         first_tile_row(static_cast<int>(blockIdx.y) * Layout::kBlockTiles),
         quarter(kSplitK ? static_cast<int>(blockIdx.x) % kQuarters : 0) {}
-  // Of the block's tiles, in shared memory. Gate and up in turn.
+  // Of the block's tiles, in shared memory. Of paired gate and up, of both in turn.
   __device__ int TileRowOf(const MatmulParameters& p, int tile) const {
     if (!p.is_gated) return first_tile_row + tile;
     return first_tile_row / 2 + tile / 2 + tile % 2 * p.first_tile_rows[1];
@@ -279,37 +279,25 @@ __device__ inline void StoreSums(const MatmulParameters& p,
   }
 }
 
-// Instead of the sums of gate and up, which neighbouring warps have: what SwiGLU makes of them.
-// Each of the two has half of the columns. by: of the thread, [kSums], kStoring apart.
+// Instead of the sums of gate and up, rows g and g + 8 of the warp's tile: what SwiGLU makes of
+// them.
 template <typename Tile, int kColumns>
 __device__ inline void StoreGated(const MatmulParameters& p,
-                                  const TileShare<Tile, kColumns, false>& share, float* by,
+                                  const TileShare<Tile, kColumns, false>& share,
                                   const float (&sums)[kColumns / 2]) {
-  constexpr int kShare = kColumns / 4, kStoring = TileLayout<Tile, kColumns, false>::kStoring;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const bool has_up = warp % 2 == 1, odd = g % 2 == 1;
-  float own[kShare];
+  const bool odd = g % 2 == 1;
+  const int column = (share.first_tile_row + warp) * (kTileRows / 2) + g / 2 * 2;
 #pragma unroll
-  for (int i = 0; i < kShare; ++i) {
-    own[i] = ResultOf<Tile>(has_up ? sums[kShare + i] : sums[i]);
-    by[i * kStoring] = ResultOf<Tile>(has_up ? sums[i] : sums[kShare + i]);
-  }
-  NamedBarrier(1 + warp / 2, 64);
-  const float* other = by + (has_up ? -32 : 32);
-  const int first_row = share.row_block * kColumns + (has_up ? kColumns / 2 : 0) + 2 * t;
-  const int column = share.TileRowOf(p, warp & ~1) * kTileRows + g / 2 * 2 + (odd ? 8 : 0);
+  for (int c = 0; c < kColumns / 8; ++c) {
+    float values[2];  // of rows 2t and 2t + 1 of the activations
 #pragma unroll
-  for (int i = 0; i < kShare; ++i) {
-    if (i % 4 >= 2) continue;
-    float values[2];  // of rows g and g + 8 of the tiles
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float mine = own[i + 2 * r], theirs = other[(i + 2 * r) * kStoring];
-      values[r] = has_up ? SiluTimes(theirs, mine) : SiluTimes(mine, theirs);
+    for (int i = 0; i < 2; ++i) {
+      values[i] = SiluTimes(ResultOf<Tile>(sums[4 * c + i]), ResultOf<Tile>(sums[4 * c + i + 2]));
     }
-    // Lanes of neighbouring rows swap, so that each stores two neighbours.
+    // Lanes of neighbouring columns swap, so that each stores two neighbours of one row.
     const float swapped = __shfl_xor_sync(0xffffffff, odd ? values[0] : values[1], 4);
-    const int row = first_row + i / 4 * 8 + i % 2;
+    const int row = share.row_block * kColumns + c * 8 + 2 * t + odd;
     if (row >= p.rows) continue;
     *reinterpret_cast<__half2*>(p.gated.halves + p.gated.HalfPlace(row, column)) =
         odd ? ToHalfActivations(swapped, values[1]) : ToHalfActivations(values[0], swapped);
@@ -416,7 +404,7 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
     if (!p.is_gated) {
       StoreSums(p, share, 0, results);
     } else {
-      StoreGated(p, share, by, results);
+      StoreGated(p, share, results);
     }
   }
 }

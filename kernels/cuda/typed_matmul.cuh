@@ -14,11 +14,9 @@ namespace stagecoach::cuda {
 template <typename Tile, int kColumns, bool kShared>
 cudaError_t LaunchStreamKernel(const MatmulParameters& p, const DeviceLimits& device,
                                cudaStream_t stream) {
-  // With gate and up, rows of tiles go in pairs.
-  const int units = p.is_gated ? p.tile_rows / 2 : p.tile_rows;
-  const int blocks = std::min(units, device.multiprocessors);
+  const int blocks = std::min(p.tile_rows, device.multiprocessors);
   MatmulParameters own = p;
-  own.shares = BlockShares::Of(units, blocks);
+  own.shares = BlockShares::Of(p.tile_rows, blocks);
   LaunchShape shape;
   shape.grid = dim3(blocks);
   shape.threads = kStreamThreads;
