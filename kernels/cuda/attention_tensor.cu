@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, kAlone ? 1 : 0)
   const bool staged = kAlone && warp < kStagedWarps;
   const StagedChunk<kDims> stage = {
       reinterpret_cast<uint4*>(shared + warp * StagedChunk<kDims>::kBytes)};
-  // All but the row's own position was there before this step.
+  // All but the row's own position was there before this step (step_begin.cu).
   const bool early = task.store;
   if (staged && early && place.needed) {
     stage.Fetch(place.cached, last_tile + 1 - place.chunk * kTilesOfChunk);

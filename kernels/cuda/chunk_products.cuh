@@ -26,7 +26,7 @@
 
 namespace stagecoach::cuda {
 
-inline constexpr int kGroups = 4;     // of 8 positions in a KV block
+inline constexpr int kKeyGroups = 4;  // of 8 positions in a KV block
 inline constexpr int kHalfDims = 64;  // of the result that are summed up at once
 inline constexpr int kHalfSums = kHalfDims / 8;
 
@@ -41,18 +41,18 @@ __device__ inline float QuadSum(float value) {
 
 // What a warp makes of one chunk for rows g and g + 8 of its tile, before values are added up.
 struct ChunkWeights {
-  uint32_t weights[kTilesOfChunk][kGroups][2];  // two positions each
+  uint32_t weights[kTilesOfChunk][kKeyGroups][2];  // two positions each
   Softmax softmax[2];
 };
 
 // What a lane needs of the keys of a KV block.
 template <int kPairs, typename Chunk>
-__device__ void LoadKeys(const Chunk& kv, int tile, uint4 (&keys)[kPairs][kGroups]) {
+__device__ void LoadKeys(const Chunk& kv, int tile, uint4 (&keys)[kPairs][kKeyGroups]) {
   const int lane = threadIdx.x % kWarpLanes, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
+    for (int j = 0; j < kKeyGroups; ++j) {
       keys[pair][j] = kv.Key(tile, pair * 4 + t, g / 2 * 8 + g % 2 + 2 * j);
     }
   }
@@ -67,8 +67,8 @@ __device__ ChunkWeights WeighChunk(const AttentionTask& task, const Queries<kDim
                                    const KeysDone& keys_done) {
   constexpr int kPairs = kDims / 32;  // of products along the dims
   const int lane = threadIdx.x % kWarpLanes, t = lane % 4;
-  float scores[kTilesOfChunk][kGroups][4];
-  uint4 keys[kTilesAtOnce][kPairs][kGroups];
+  float scores[kTilesOfChunk][kKeyGroups][4];
+  uint4 keys[kTilesAtOnce][kPairs][kKeyGroups];
 #pragma unroll
   for (int first = 0; first < kTilesOfChunk; first += kTilesAtOnce) {
 #pragma unroll
@@ -77,9 +77,9 @@ __device__ ChunkWeights WeighChunk(const AttentionTask& task, const Queries<kDim
     for (int pair = 0; pair < kPairs; ++pair) {
       const uint4 a = queries.Operand(pair, 0, lane), b = queries.Operand(pair, 1, lane);
 #pragma unroll
-      for (int ij = 0; ij < kTilesAtOnce * kGroups; ++ij) {
-        const uint4& k = keys[ij / kGroups][pair][ij % kGroups];
-        float(&sums)[4] = scores[first + ij / kGroups][ij % kGroups];
+      for (int ij = 0; ij < kTilesAtOnce * kKeyGroups; ++ij) {
+        const uint4& k = keys[ij / kKeyGroups][pair][ij % kKeyGroups];
+        float(&sums)[4] = scores[first + ij / kKeyGroups][ij % kKeyGroups];
         if (pair == 0) {
           Multiply(sums, a.x, a.y, a.z, a.w, k.x, k.y);
         } else {
@@ -87,9 +87,9 @@ __device__ ChunkWeights WeighChunk(const AttentionTask& task, const Queries<kDim
         }
       }
 #pragma unroll
-      for (int ij = 0; ij < kTilesAtOnce * kGroups; ++ij) {
-        const uint4& k = keys[ij / kGroups][pair][ij % kGroups];
-        MultiplyAdd(scores[first + ij / kGroups][ij % kGroups], b.x, b.y, b.z, b.w, k.z, k.w);
+      for (int ij = 0; ij < kTilesAtOnce * kKeyGroups; ++ij) {
+        const uint4& k = keys[ij / kKeyGroups][pair][ij % kKeyGroups];
+        MultiplyAdd(scores[first + ij / kKeyGroups][ij % kKeyGroups], b.x, b.y, b.z, b.w, k.z, k.w);
       }
     }
   }
@@ -101,7 +101,7 @@ __device__ ChunkWeights WeighChunk(const AttentionTask& task, const Queries<kDim
 #pragma unroll
     for (int i = 0; i < kTilesOfChunk; ++i) {
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
+      for (int j = 0; j < kKeyGroups; ++j) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const int at = chunk * kTensorChunkPositions + i * kKvBlockPositions + 8 * t + 2 * j + c;
@@ -117,7 +117,7 @@ __device__ ChunkWeights WeighChunk(const AttentionTask& task, const Queries<kDim
 #pragma unroll
     for (int i = 0; i < kTilesOfChunk; ++i) {
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
+      for (int j = 0; j < kKeyGroups; ++j) {
         const __half2 pair = __floats2half2_rn(Exp2(scores[i][j][2 * row] - base),
                                                Exp2(scores[i][j][2 * row + 1] - base));
         result.weights[i][j][row] = *reinterpret_cast<const uint32_t*>(&pair);

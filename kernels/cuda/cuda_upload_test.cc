@@ -3,9 +3,11 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/cuda_test.h"
+#include "kernels/cuda/quant_matmul.h"
 #include "kernels/random_tensor.h"
 #include "model/block_decode.h"
 #include "model/direct_file.h"
@@ -15,6 +17,21 @@ namespace stagecoach {
 namespace {
 
 constexpr int kRows = 3;
+
+TEST(CanPairRows, OfOneQuantisedTypeAndShapeAnd256Rows) {
+  using cuda::CanPairRows;
+  const auto matrix = [](TensorType type, int n, int k) {
+    return cuda::PackedMatrix{.type = type, .n = n, .k = k};
+  };
+  const cuda::PackedMatrix gate = matrix(TensorType::kQ4_K, 512, 256);
+  EXPECT_TRUE(CanPairRows(gate, gate));
+  EXPECT_FALSE(CanPairRows(gate, matrix(TensorType::kQ6_K, 512, 256)));
+  EXPECT_FALSE(CanPairRows(gate, matrix(TensorType::kQ4_K, 512, 512)));
+  EXPECT_FALSE(CanPairRows(gate, matrix(TensorType::kQ4_K, 768, 256)));
+  for (const auto& [type, n] : {std::pair(TensorType::kQ4_K, 528), {TensorType::kF16, 512}}) {
+    EXPECT_FALSE(CanPairRows(matrix(type, n, 256), matrix(type, n, 256)));
+  }
+}
 
 // A head of 46 MB in Q4_K: more than one piece of the ring, whichever way it goes.
 class CudaUpload : public CudaTest {

@@ -60,7 +60,7 @@ class UnitStorage {
   std::array<const float*, kTensorRoles> vectors_ = {};
   std::vector<DeviceBuffer<std::byte>> memory_;
   uint64_t bytes_ = 0;
-  Event ready_;  // on the pack stream, behind the last tensor; none before Finish
+  Event ready_;  // on the pack stream, behind the last tensor and pairing; none before Finish
   Event used_;   // on the compute stream, behind the latest use
   mutable std::atomic<bool> uploaded_ = false;
   mutable std::atomic<bool> noted_use_ = false;

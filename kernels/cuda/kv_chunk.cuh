@@ -86,8 +86,8 @@ struct StagedChunk {
   }
 };
 
-// Warps of a block that is alone on its multiprocessor that stage their chunks; few contexts have
-// more of them.
+// Warps of a block that is alone on its multiprocessor that stage their chunks, as there is room
+// for: all that have one up to 256 positions in a block, 2048 in a cluster of eight.
 inline constexpr int kStagedWarps = 4;
 
 template <int kDims>

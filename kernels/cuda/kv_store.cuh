@@ -34,7 +34,8 @@ __device__ inline void StorePair(float2 pair, uint16_t* out) {
   *reinterpret_cast<__half2*>(out) = __floats2half2_rn(pair.x, pair.y);
 }
 
-// Where else keys and values go, besides the KV cache: nowhere.
+// Where else keys and values go, besides the KV cache: nowhere. Into a stage only in caches for
+// tensor cores: StoreTransposed awaits what the block's threads copy there.
 struct NotStaged {
   static constexpr bool kStaged = false;
 };

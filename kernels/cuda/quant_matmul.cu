@@ -1,7 +1,6 @@
 #include "kernels/cuda/quant_matmul.h"
 
 #include <algorithm>
-#include <cassert>
 #include <utility>
 
 #include "kernels/cuda/float_matmul.cuh"
@@ -95,9 +94,9 @@ bool CanFuseNorm(const Activations& x) {
 
 cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x,
                          cudaStream_t stream, const MatmulScratch& scratch, const Fusion& fusion) {
-  assert(std::ranges::all_of(terms, [&](const MatmulTerm& term) {
-    return term.weights.paired == (fusion.gated.halves != nullptr);
-  }));
+  for (const MatmulTerm& term : terms) {
+    if (term.weights.paired != (fusion.gated.halves != nullptr)) return cudaErrorInvalidValue;
+  }
   if (x.form == ActivationForm::kFloat) {
     for (const MatmulTerm& term : terms) {
       const cudaError_t status = LaunchFloatMatmul(term, x, stream);

@@ -58,14 +58,14 @@ size_t PackedBytes(TensorType type, int n, int k);
 
 // raw: the tensor's bytes as in the file, 4-byte aligned, [n][k / block_elements] blocks, their
 // scales finite (kernels/tensor_check.h). packed: [PackedBytes], 16-byte aligned, not overlapping.
-// The one launcher that is ordered like an ordinary kernel, on both sides.
+// Ordered like an ordinary kernel, on both sides; of the other launchers only LaunchPairRows is.
 cudaError_t LaunchRepack(TensorType type, int n, int k, const void* raw, void* packed,
                          cudaStream_t stream);
 
 // Gate and up, so that one product makes SwiGLU of them (Fusion::gated), and only with that: of
 // each 16 rows of both, in place, gate's memory gets the first eight and up's the others, gate's
 // before up's. Their results are then with one thread, and the smallest share of a block is eight
-// of both. Where CanPairRows. Ordered like an ordinary kernel.
+// of both. CanPairRows: of one quantised type and shape, a multiple of kSuperblock rows.
 bool CanPairRows(const PackedMatrix& gate, const PackedMatrix& up);
 cudaError_t LaunchPairRows(TensorType type, int n, int k, void* gate, void* up,
                            cudaStream_t stream);

@@ -185,7 +185,7 @@ void RecordLayer(Bench& bench, const ModelShape& shape, const LayerWeights& w, i
   const Activations hidden = bench.Converted(TensorType::kQ4_K, rows, shape.hidden);
   float* residual = bench.x.get();
   float* y = bench.y.get();
-  // As in a layer, but for one row: normed, and gate and up fused where that can be done.
+  // As in a layer, but for one row and two: normed, and gate and up fused where that can be done.
   const auto project = [&](std::span<const MatmulTerm> terms, const Fusion& fusion) {
     if (whole) CheckDevice(LaunchRmsNorm(residual, residual, 1e-5f, x, bench.stream));
     CheckDevice(LaunchMatmul(terms, x, bench.stream, bench.scratch(), fusion));

@@ -304,6 +304,7 @@ struct PairedTerms {
       : gate(Copy(of_gate)), up(Copy(of_up)) {
     const auto& [type, n, k, data, paired] = of_gate;
     CheckDevice(LaunchPairRows(type, n, k, gate.get(), up.get(), nullptr));
+    CheckDevice(cudaDeviceSynchronize());
     terms[0].weights = {type, n, k, gate.get(), /*paired=*/true};
     terms[1].weights = {type, n, k, up.get(), /*paired=*/true};
   }
@@ -393,8 +394,7 @@ bool RunMixedCheck(std::span<const TensorType> types, int n, int k) {
   return ok;
 }
 
-// Terms of the types that norm their rows for themselves, against a norm and products behind it; if
-// there are two of one type, also as gate and up.
+// Terms that norm their rows for themselves, against a norm before; two of one type also as a pair.
 bool RunNormCheck(std::span<const TensorType> types, int n, int k, int rows) {
   const int counts[] = {rows};
   constexpr float kEpsilon = 1e-5f;
@@ -490,7 +490,7 @@ bool RunAllMatmulChecks(bool small) {
     ok &= RunMatmulCheck({info.type, 128, 14336, kManyRows});
     ok &= RunMatmulCheck({info.type, 128, 28672, kDirectRows});
   }
-  constexpr int kSharingRows[] = {17, 33, 64, 128};  // more blocks that share k than run at once
+  constexpr int kSharingRows[] = {17, 33, 64, 128};  // more blocks share k than run at once
   if (!small) ok &= RunMatmulCheck({TensorType::kQ4_K, 5120, 4096, kSharingRows});
   // Several passes that read their activations directly.
   if (!small) ok &= RunMatmulCheck({TensorType::kQ4_K, 4256, 8192, kDirectRows});

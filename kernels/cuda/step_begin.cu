@@ -44,6 +44,9 @@ __device__ void LookAtTakenRows(const StepBegin& begin) {
   }
 }
 
+// The next kernel starts when this one is complete, so that all before it is, too: kernels of the
+// step read tables, and attention keys and values of earlier steps, before they wait.
+//
 // Blocks: of the words, of the turns of a row each, and one of the taken rows. What words and turns
 // are made of is there before the kernel before this one has ended.
 __global__ void BeginStepKernel(const __grid_constant__ StepBegin begin, int copy_blocks,
