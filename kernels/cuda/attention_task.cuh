@@ -37,7 +37,7 @@ struct HeadGroups {
 struct AttentionTask {
   RowTable table;
   AttentionInputs in;
-  bool store;       // `in` has neither been turned nor stored
+  bool store;       // `in` has neither been turned nor stored; each row is a tile
   Activations out;  // [rows][heads * value_length]
   float* partials;  // kScratch: [rows][heads][chunks]{ values [value_length], maximum, sum }
   KvLayout kv;

@@ -220,8 +220,11 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, kAlone ? 1 : 0)
       reinterpret_cast<uint4*>(shared + warp * StagedChunk<kDims>::kBytes)};
   // All but the row's own position was there before this step (step_begin.cu).
   const bool early = task.store;
-  if (staged && early && place.needed) {
+  const auto fetch = [&] {
     stage.Fetch(place.cached, last_tile + 1 - place.chunk * kTilesOfChunk);
+  };
+  if (staged && early && place.needed) {
+    fetch();
   } else {
     place.Prefetch();
   }
@@ -235,8 +238,7 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, kAlone ? 1 : 0)
   const bool has_last = (kCluster ? last_chunk % blocks : last_chunk / kWarps) == block;
   const int last_warp = kCluster ? last_chunk / blocks : last_chunk % kWarps;
   WaitForPreviousKernel();
-  if (staged && !early && place.needed)
-    stage.Fetch(place.cached, last_tile + 1 - place.chunk * kTilesOfChunk);
+  if (staged && !early && place.needed) fetch();
   // Queries by the threads behind those that store: both have to wait for memory.
   queries.Load(task, tile, (threadIdx.x + kThreads / 2) % kThreads, kThreads);
   if (task.store && has_last) {
@@ -247,15 +249,17 @@ __global__ void __launch_bounds__(kWarps* kWarpLanes, kAlone ? 1 : 0)
     if constexpr (kAlone) {
       using Chunk = StagedChunk<kDims>;
       uint4* const last = reinterpret_cast<uint4*>(shared + last_warp * Chunk::kBytes) +
-                          last_position / kKvBlockPositions % kTilesOfChunk * Chunk::kTileVectors;
+                          last_tile % kTilesOfChunk * Chunk::kTileVectors;
       store(StagedHead<kDims>{last_warp < kStagedWarps ? last : nullptr});
     } else {
       store(NotStaged());
     }
   }
   // Not sooner, or the next kernel's weights come before what so many blocks wait for.
-  if (kAlone) LetNextKernelStart();
-  if (kAlone) AwaitCopies();
+  if (kAlone) {
+    LetNextKernelStart();
+    AwaitCopies();
+  }
   __syncthreads();
   const auto run = [&](const auto& store) {
     if (kAlone && staged) {

@@ -75,10 +75,9 @@ struct StagedChunk {
       }
     }
   }
-  // Puts a pair of dims 2i and 2i + 1 of the key of a position into the tile, or dim d of its
-  // value.
-  __device__ static uint32_t* KeyPair(uint4* tile, int i, int position) {
-    return reinterpret_cast<uint32_t*>(tile + KeyPlace(i / 4, position)) + i % 4;
+  // Where in a tile dims 2i and 2i + 1 of the key of a position lie, and dim d of its value.
+  __device__ static __half2* KeyPair(uint4* tile, int i, int position) {
+    return reinterpret_cast<__half2*>(tile + KeyPlace(i / 4, position)) + i % 4;
   }
   __device__ static uint16_t* ValueOf(uint4* tile, int d, int position) {
     return reinterpret_cast<uint16_t*>(tile + kKeyVectors<kDims>) + d * kKvBlockPositions +
@@ -103,8 +102,7 @@ struct StagedHead {
 
   __device__ void StoreKey(int i, int position, float2 pair) const {
     if (tile == nullptr) return;
-    const __half2 halves = __floats2half2_rn(pair.x, pair.y);
-    *reinterpret_cast<__half2*>(StagedChunk<kDims>::KeyPair(tile, i, position)) = halves;
+    *StagedChunk<kDims>::KeyPair(tile, i, position) = __floats2half2_rn(pair.x, pair.y);
   }
   __device__ void StoreValue(int d, int position, uint16_t value) const {
     if (tile == nullptr) return;

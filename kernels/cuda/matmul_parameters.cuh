@@ -85,6 +85,7 @@ struct MatmulParameters {
       arrivals;     // [kMostSplitGroups], of blocks that have come so far; multiples of kQuarters
   float* partials;  // [groups][kQuarters][results of a block]
 
+  // Index of the term that a row of tiles is of.
   __device__ int TermOf(int tile_row) const {
     int term = 0;
 #pragma unroll
@@ -92,10 +93,9 @@ struct MatmulParameters {
     return term;
   }
   // The first tile of a row of tiles.
-  __device__ const uint8_t* TileRow(int tile_row) const {
+  __device__ const uint8_t* TileRow(uint32_t tile_row) const {
     return reinterpret_cast<const uint8_t*>(origins[TermOf(tile_row)] +
-                                            static_cast<uint64_t>(static_cast<uint32_t>(tile_row)) *
-                                                row_bytes);
+                                            uint64_t{tile_row} * row_bytes);
   }
 };
 inline constexpr int kNoTileRow = 1 << 30;

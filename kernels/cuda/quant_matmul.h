@@ -66,6 +66,8 @@ cudaError_t LaunchRepack(TensorType type, int n, int k, const void* raw, void* p
 // each 16 rows of both, in place, gate's memory gets the first eight and up's the others, gate's
 // before up's. Their results are then with one thread, and the smallest share of a block is eight
 // of both. CanPairRows: of one quantised type and shape, a multiple of kSuperblock rows.
+// LaunchPairRows wants two such, packed [n][k], not overlapping; it is ordered like LaunchRepack,
+// and the caller notes `paired`.
 bool CanPairRows(const PackedMatrix& gate, const PackedMatrix& up);
 cudaError_t LaunchPairRows(TensorType type, int n, int k, void* gate, void* up,
                            cudaStream_t stream);
@@ -185,7 +187,8 @@ inline constexpr size_t kMatmulScratchBytes = size_t{9} << 20;
 
 // Matrices that read the same activations (q, k, v; gate, up), in one kernel where their types are
 // the same. All have x.k columns and a type whose form is x.form; outputs do not overlap; 1 to
-// kMaxMatmulTerms terms, x.rows >= 1.
+// kMaxMatmulTerms terms, x.rows >= 1. Weights that are paired, without fusion.gated, or the
+// reverse: cudaErrorInvalidValue.
 cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x,
                          cudaStream_t stream, const MatmulScratch& scratch,
                          const Fusion& fusion = {});

@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kRepackThreads)
   }
 }
 
-// Fields of a word that are row g's (r = 0); those of row g + 8 lie Shift bits higher.
+// Fields of a word that are row g's (r = 0); those of row g + 8 lie kRowShift bits higher.
 template <int width>
 constexpr uint32_t FieldsOfLowerRow() {
   uint32_t mask = 0;
