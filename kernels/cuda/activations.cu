@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kNormThreads)
   sum = WarpSum(sum);
   if (lane == 0) squares[warp] = sum;
   __syncthreads();
-  const float factor = NormFactor(squares, out.k, epsilon);
+  const float factor = NormFactor(squares, NormShare(out.k), epsilon);
   for (int s = warp; s < superblocks; s += kNormWarps) {
     if (!once) {
       LoadColumns(x_row, out.k, s, lane, v);

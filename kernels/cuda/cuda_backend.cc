@@ -32,7 +32,7 @@ namespace stagecoach {
 namespace cuda {
 namespace {
 
-constexpr char kKernelRevision[] = "cuda-9";
+constexpr char kKernelRevision[] = "cuda-10";
 
 struct StageWorkspace final : Workspace {
   StageWorkspace(const CudaDevice& device, std::unique_ptr<CudaWorkspace> allocated, bool graphs)

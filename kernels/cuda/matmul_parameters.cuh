@@ -18,8 +18,8 @@ inline constexpr int kQuarters = 4;
 inline constexpr int kQuarterSplits = kSplits / kQuarters;
 
 // The first superblock of a split.
-__host__ __device__ inline int SplitBegin(int split, int superblocks) {
-  return split * superblocks / kSplits;
+__host__ __device__ inline int SplitBegin(unsigned split, unsigned superblocks) {
+  return static_cast<int>(split * superblocks / kSplits);
 }
 
 // What the stream kernel norms itself. More rows are better normed by a kernel of their own: it
@@ -43,8 +43,9 @@ __device__ inline float SumOfQuarters(const float (&quarters)[kQuarters]) {
 struct BlockShares {
   int units;          // rows of a block,
   int longer_blocks;  // the first of which have one more
+  int blocks;         // in all
 
-  static BlockShares Of(int units, int blocks) { return {units / blocks, units % blocks}; }
+  static BlockShares Of(int units, int blocks) { return {units / blocks, units % blocks, blocks}; }
   __device__ int Begin(int block) const { return block * units + min(block, longer_blocks); }
   __device__ int Units(int block) const { return units + (block < longer_blocks ? 1 : 0); }
 };
@@ -60,7 +61,7 @@ struct MatmulParameters {
     int n;
     bool accumulate;
   };
-  BlockShares shares;  // what LaunchStreamKernel adds
+  BlockShares shares;  // what launchers of StreamKernel add
   int superblocks;     // per row
   uint32_t row_bytes;  // of a row of tiles
   int rows;            // of halves
@@ -74,7 +75,7 @@ struct MatmulParameters {
   const uint8_t* x;                      // Activations::halves; or made from this (Fusion):
   const float* norm_input;
   const float* norm_weight;
-  float norm_epsilon;
+  float norm_epsilon, norm_share;  // NormShare(k)
   int k;
   int term_count;
   int tile_rows;  // of all terms
@@ -140,8 +141,11 @@ class ResultPlace {
     if (n >= term.n) return result;
     float* const y = term.y + static_cast<size_t>(row) * term.y_stride + n;
     result.at_ = y;
-    if (term.bias != nullptr) result.bias_ = __ldcg(term.bias + n);
-    if (term.accumulate) result.old_ = __ldcg(y);
+    if (term.accumulate && term.bias != nullptr) [[unlikely]] {
+      result.added_ = __fadd_rn(__ldcg(term.bias + n), __ldcg(y));
+    } else if (term.accumulate || term.bias != nullptr) {
+      result.added_ = __ldcg(term.accumulate ? y : term.bias + n);  // under way on return
+    }
     return result;
   }
   // Of gate and up: a half, always inside.
@@ -151,14 +155,21 @@ class ResultPlace {
     return result;
   }
   __device__ void Store(float result) const {
-    if (at_ != nullptr) *static_cast<float*>(at_) = __fadd_rn(__fadd_rn(result, bias_), old_);
+    if (at_ != nullptr) *static_cast<float*>(at_) = __fadd_rn(result, added_);
   }
   __device__ void StoreHalf(uint16_t half) const { *static_cast<uint16_t*>(at_) = half; }
 
  private:
   void* at_ = nullptr;  // a float, or (OfHalf) a half
-  float bias_ = 0, old_ = 0;
+  float added_ = 0;
 };
+
+// Terms of the two types of most files, Q4_K and Q6_K, of each for blocks of its own in one kernel,
+// beside no other. A type may have no terms: then all of it is zero.
+struct MixedParameters {
+  MatmulParameters q4_k, q6_k;
+};
+inline constexpr int kMostMixedRows = 4;
 
 // What launchers must know of the current device.
 struct DeviceLimits {
@@ -170,6 +181,11 @@ struct DeviceLimits {
 // p.terms are of `type`.
 template <TensorType type>
 cudaError_t LaunchTypedMatmul(const MatmulParameters& p, const DeviceLimits& device,
+                              cudaStream_t stream);
+
+// As many rows in both parts, up to kMostMixedRows, whose activations fit shared memory
+// (SharesActivations). `shares` are set.
+cudaError_t LaunchMixedMatmul(const MixedParameters& p, const DeviceLimits& device,
                               cudaStream_t stream);
 
 }  // namespace stagecoach::cuda

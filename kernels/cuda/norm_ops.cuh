@@ -47,8 +47,11 @@ __device__ inline void AddSquares(const float (&v)[kLaneColumns], float& sum) {
   for (float value : v) sum = __fmaf_rn(value, value, sum);
 }
 
+// What a row's sum of squares is multiplied by for its mean.
+__host__ __device__ inline float NormShare(int k) { return 1.0f / static_cast<float>(k); }
+
 // What a row is multiplied by. squares: of the warps, 16-byte aligned.
-__device__ inline float NormFactor(const float* squares, int k, float epsilon) {
+__device__ inline float NormFactor(const float* squares, float share, float epsilon) {
   static_assert(kNormWarps == 16);
   float sums[4];
 #pragma unroll
@@ -57,7 +60,7 @@ __device__ inline float NormFactor(const float* squares, int k, float epsilon) {
     sums[i] = __fadd_rn(__fadd_rn(four.x, four.y), __fadd_rn(four.z, four.w));
   }
   const float total = __fadd_rn(__fadd_rn(sums[0], sums[1]), __fadd_rn(sums[2], sums[3]));
-  const float mean = __fmul_rn(total, __frcp_rn(static_cast<float>(k)));
+  const float mean = __fmul_rn(total, share);
   return rsqrtf(__fadd_rn(mean, epsilon));
 }
 

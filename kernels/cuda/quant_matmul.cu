@@ -1,10 +1,13 @@
 #include "kernels/cuda/quant_matmul.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "kernels/cuda/float_matmul.cuh"
 #include "kernels/cuda/matmul_parameters.cuh"
+#include "kernels/cuda/norm_ops.cuh"
+#include "kernels/cuda/stream_layout.cuh"
 
 namespace stagecoach::cuda {
 namespace {
@@ -37,6 +40,7 @@ MatmulParameters MakeParameters(std::span<const MatmulTerm> terms, const Activat
   p.norm_input = fusion.norm_input;
   p.norm_weight = fusion.norm_weight;
   p.norm_epsilon = fusion.norm_epsilon;
+  p.norm_share = NormShare(x.k);
   p.k = x.k;
   p.x = reinterpret_cast<const uint8_t*>(x.halves);
   if (scratch.memory != nullptr) {
@@ -58,31 +62,84 @@ cudaError_t ReadLimits(DeviceLimits* limits) {
   return status;
 }
 
+// Neighbouring terms of one type.
+struct TermsOfType {
+  TensorType type;
+  MatmulParameters p;
+};
+
+struct Division {
+  int of_first;      // multiprocessors
+  uint64_t longest;  // bytes that a block reads, and what counts as much
+};
+// Multiprocessors for two products, for each some, so that the longest block is as short as it can
+// be; without two of them no block is short enough. lag: what a block reads until the second one
+// begins.
+Division DivideMultiprocessors(const MatmulParameters& first, const MatmulParameters& second,
+                               int multiprocessors, uint64_t lag) {
+  // What a block reads at most, of so many blocks.
+  const auto bytes = [](const MatmulParameters& p, int blocks) {
+    return uint64_t{p.row_bytes} * ((p.tile_rows + blocks - 1) / blocks);
+  };
+  Division best = {.of_first = 0, .longest = UINT64_MAX};
+  for (int blocks = 1; blocks < multiprocessors; ++blocks) {
+    const uint64_t longest =
+        std::max(bytes(first, blocks), bytes(second, multiprocessors - blocks) + lag);
+    if (longest < best.longest) best = {.of_first = blocks, .longest = longest};
+  }
+  return best;
+}
+
+// One kind of terms or two in the kernel for Q4_K and Q6_K, if they and their rows are such.
+std::optional<MixedParameters> Mix(const TermsOfType& kind, const std::optional<TermsOfType>& next,
+                                   const DeviceLimits& device) {
+  const int rows = kind.p.rows, superblocks = kind.p.superblocks;
+  if (rows > kMostMixedRows || device.multiprocessors < 2) return std::nullopt;
+  MixedParameters mixed = {};
+  const auto add = [&]<TensorType type>(const TermsOfType& added, MatmulParameters* p) {
+    if (added.type != type || p->tile_rows > 0 ||
+        !SharesActivations<TileOf<type>>(superblocks, rows, device)) {
+      return false;
+    }
+    *p = added.p;
+    return true;
+  };
+  const auto add_any = [&](const TermsOfType& added) {
+    return add.template operator()<TensorType::kQ4_K>(added, &mixed.q4_k) ||
+           add.template operator()<TensorType::kQ6_K>(added, &mixed.q6_k);
+  };
+  if (!add_any(kind) || (next && !add_any(*next))) return std::nullopt;
+  const int all = device.multiprocessors;
+  const int of_q4_k = next ? DivideMultiprocessors(mixed.q4_k, mixed.q6_k, all, 0).of_first : all;
+  const auto share = [](MatmulParameters& p, int multiprocessors) {
+    if (p.tile_rows == 0) return;
+    p.shares = BlockShares::Of(p.tile_rows, std::min(p.tile_rows, multiprocessors));
+  };
+  share(mixed.q4_k, of_q4_k);
+  share(mixed.q6_k, next ? all - of_q4_k : all);
+  return mixed;
+}
+
 // The multiprocessors of two products that run side by side: some each, if they read few rows of
 // activations (more blocks than multiprocessors otherwise) and are done sooner so than in turn.
 std::pair<DeviceLimits, DeviceLimits> Divide(const MatmulParameters& first,
                                              const MatmulParameters& second,
                                              const DeviceLimits& device) {
-  if (first.rows > kMostStreamRows) return {device, device};
-  // What a block reads at most, of so many blocks.
-  const auto bytes = [](const MatmulParameters& p, int blocks) {
-    return uint64_t{p.row_bytes} * ((p.tile_rows + blocks - 1) / blocks);
-  };
+  std::pair<DeviceLimits, DeviceLimits> shares = {device, device};
+  if (first.rows > kMostStreamRows) return shares;
   // What a block reads while the second kernel begins, beside the first one (about 2 us) or behind
   // it (2.5 us), as measured on an H200.
   constexpr uint64_t kBeginBeside = 62 << 10, kBeginBehind = 80 << 10;
-  std::pair<DeviceLimits, DeviceLimits> best = {device, device};
-  uint64_t least =
-      bytes(first, device.multiprocessors) + bytes(second, device.multiprocessors) + kBeginBehind;
-  for (int blocks = 1; blocks < device.multiprocessors; ++blocks) {
-    const int rest = device.multiprocessors - blocks;
-    const uint64_t longer = std::max(bytes(first, blocks), bytes(second, rest) + kBeginBeside);
-    if (longer >= least) continue;
-    least = longer;
-    best.first.multiprocessors = blocks;
-    best.second.multiprocessors = rest;
+  const int all = device.multiprocessors;
+  const auto in_turn = [&](const MatmulParameters& p) {
+    return uint64_t{p.row_bytes} * ((p.tile_rows + all - 1) / all);
+  };
+  const Division division = DivideMultiprocessors(first, second, all, kBeginBeside);
+  if (division.longest < in_turn(first) + in_turn(second) + kBeginBehind) {
+    shares.first.multiprocessors = division.of_first;
+    shares.second.multiprocessors = all - division.of_first;
   }
-  return best;
+  return shares;
 }
 
 }  // namespace
@@ -108,25 +165,32 @@ cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x
   cudaError_t status = ReadLimits(&device);
   // Neighbours of one type go together.
   const auto take_kind = [&] {
+    const TensorType type = terms[0].weights.type;
     size_t same = 1;
-    while (same < terms.size() && terms[same].weights.type == terms[0].weights.type) ++same;
-    return std::exchange(terms, terms.subspan(same)).first(same);
+    while (same < terms.size() && terms[same].weights.type == type) ++same;
+    const TermsOfType kind = {type, MakeParameters(terms.first(same), x, scratch, fusion)};
+    terms = terms.subspan(same);
+    return kind;
   };
-  const auto launch = [&](const MatmulParameters& p, TensorType type, const DeviceLimits& share) {
-    return VisitTileType(type, cudaErrorInvalidValue, [&]<TensorType type>() {
-      return LaunchTypedMatmul<type>(p, share, stream);
+  const auto launch = [&](const TermsOfType& kind, const DeviceLimits& share) {
+    return VisitTileType(kind.type, cudaErrorInvalidValue, [&]<TensorType type>() {
+      return LaunchTypedMatmul<type>(kind.p, share, stream);
     });
   };
   while (status == cudaSuccess && !terms.empty()) {
-    const std::span<const MatmulTerm> kind = take_kind();
-    MatmulParameters first = MakeParameters(kind, x, scratch, fusion);
-    if (terms.empty()) return launch(first, kind[0].weights.type, device);
-    const std::span<const MatmulTerm> next_kind = take_kind();
-    MatmulParameters second = MakeParameters(next_kind, x, scratch, fusion);
-    first.beside_next = second.beside_previous = true;
-    const auto [of_first, of_second] = Divide(first, second, device);
-    status = launch(first, kind[0].weights.type, of_first);
-    if (status == cudaSuccess) status = launch(second, next_kind[0].weights.type, of_second);
+    TermsOfType kind = take_kind();
+    std::optional<TermsOfType> next;
+    if (!terms.empty()) next = take_kind();
+    if (const std::optional<MixedParameters> mixed = Mix(kind, next, device)) {
+      status = LaunchMixedMatmul(*mixed, device, stream);
+    } else if (next) {
+      kind.p.beside_next = next->p.beside_previous = true;
+      const auto [of_first, of_second] = Divide(kind.p, next->p, device);
+      status = launch(kind, of_first);
+      if (status == cudaSuccess) status = launch(*next, of_second);
+    } else {
+      status = launch(kind, device);
+    }
   }
   return status;
 }

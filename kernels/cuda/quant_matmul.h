@@ -12,12 +12,13 @@
 //
 //   partial[j] = superblocks [j * S / 16, (j + 1) * S / 16) in order, 16 columns after 16 columns
 //   quarter[i] = ((partial[4i] + partial[4i + 1]) + partial[4i + 2]) + partial[4i + 3]
-//   y          = ((quarter[0] + quarter[1]) + quarter[2]) + quarter[3] (+ bias) (then y_old + that)
+//   y          = ((quarter[0] + quarter[1]) + quarter[2]) + quarter[3]
 //
-// Weights are decoded to halves (tile_decode.cuh), x is taken times kActivationScale, and y is
-// divided by it. Both are rounded to 11 bits (weights of 4 bits below 2^-7 to multiples of 2^-17),
-// much less than int8 activations would lose. Where weights are halves to begin with, x has a
-// second row for the rest, and y is the sum of both rows' (the rest's times kRestScale).
+// and then + bias, + y_old, or + (bias + y_old). Weights are decoded to halves (tile_decode.cuh), x
+// is taken times kActivationScale, and y is divided by it. Both are rounded to 11 bits (weights of
+// 4 bits below 2^-7 to multiples of 2^-17), much less than int8 activations would lose. Where
+// weights are halves to begin with, x has a second row for the rest, and y is the sum of both rows'
+// (the rest's times kRestScale).
 //
 // Overlap: every kernel is launched with programmatic stream serialisation. It may start, and read
 // weights, packed ones and those of norms, while the kernel before it in the stream still runs; it
@@ -186,9 +187,9 @@ struct MatmulScratch {
 inline constexpr size_t kMatmulScratchBytes = size_t{9} << 20;
 
 // Matrices that read the same activations (q, k, v; gate, up), in one kernel where their types are
-// the same. All have x.k columns and a type whose form is x.form; outputs do not overlap; 1 to
-// kMaxMatmulTerms terms, x.rows >= 1. Weights that are paired, without fusion.gated, or the
-// reverse: cudaErrorInvalidValue.
+// the same (or, of few rows that fit, Q4_K and Q6_K). All have x.k columns and a type whose form is
+// x.form; outputs do not overlap; 1 to kMaxMatmulTerms terms, x.rows >= 1. Weights that are paired,
+// without fusion.gated, or the reverse: cudaErrorInvalidValue.
 cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x,
                          cudaStream_t stream, const MatmulScratch& scratch,
                          const Fusion& fusion = {});

@@ -265,7 +265,7 @@ int Main(int argc, char** argv) {
   };
   bool ok = true;
   if (wanted("check")) {
-    ok = RunAllMatmulChecks(false);
+    ok = RunAllMatmulChecks();
     std::printf(ok ? "all checks passed\n" : "CHECKS FAILED\n");
   }
   if (!wanted("shapes") && !wanted("models")) return ok ? 0 : 1;

@@ -23,8 +23,9 @@ struct BlockRows {
   int begin;
   int count;
 
-  __device__ explicit BlockRows(const MatmulParameters& p)
-      : gated(p.is_gated), begin(p.shares.Begin(blockIdx.x)), count(p.shares.Units(blockIdx.x)) {}
+  // block: of p.shares.
+  __device__ BlockRows(const MatmulParameters& p, int block)
+      : gated(p.is_gated), begin(p.shares.Begin(block)), count(p.shares.Units(block)) {}
   __device__ int Place(const MatmulParameters& p, int i) const {
     const unsigned row = begin + i;
     return gated ? row / 2 + row % 2 * p.first_tile_rows[1] : row;
@@ -41,12 +42,14 @@ class TileStream {
                         uint64_t* barrier, int first, int last)
       : p_(p), rows_(rows), memory_(memory), barrier_(barrier), first_(first), last_(last) {
     if (first == last) next_row_ = rows.count;  // nothing to fetch, ever
-    superblock_ = last - 1;
     alike_ = rows.gated ? kTiles == 2 : p.term_count == 1;
+    if (next_row_ < rows.count) LocateAnew();
   }
 
   // Before the first Take.
-  __device__ void Start() { Fetch(); }
+  __device__ void Start() {
+    if (fetched_ > 0) Copy();
+  }
 
   // The oldest tiles that have not been taken; the next ones are fetched in their place.
   template <int kTaken>
@@ -63,9 +66,16 @@ class TileStream {
   __device__ void Fetch() {
     if (++superblock_ == last_) {
       if (next_row_ >= rows_.count) return;
-      superblock_ = first_;
-      Locate();
+      if (alike_) {
+        LocateNext();
+      } else {
+        LocateAnew();
+      }
     }
+    Copy();
+  }
+
+  __device__ void Copy() {
     if (IsElected()) {
       ExpectCopies(barrier_, fetched_ * Tile::kBytes);
       CopyBulk(memory_, source_[0], Tile::kBytes, barrier_);
@@ -79,19 +89,24 @@ class TileStream {
 
   // The first tiles of the pass at next_row_. Of a second one that there is not, an address that
   // nobody uses.
-  __device__ void Locate() {
-    fetched_ = min(kTiles, rows_.count - next_row_);
-    if (alike_ && next_row_ > 0) {
-      const int rows = rows_.gated ? 1 : kTiles;  // between two passes
-      const int to_next = rows * p_.row_bytes - (last_ - first_) * Tile::kBytes;
+  __device__ void LocateAnew() {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) source_[n] += to_next;
-    } else {
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        source_[n] = p_.TileRow(rows_.Place(p_, next_row_ + n)) + first_ * Tile::kBytes;
-      }
+    for (int n = 0; n < kTiles; ++n) {
+      source_[n] = p_.TileRow(rows_.Place(p_, next_row_ + n)) + first_ * Tile::kBytes;
     }
+    Begin();
+  }
+  // The same after a pass whose tiles lie as far from each other as this one's.
+  __device__ void LocateNext() {
+    const int rows = rows_.gated ? 1 : kTiles;  // between two passes
+    const int to_next = rows * p_.row_bytes - (last_ - first_) * Tile::kBytes;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) source_[n] += to_next;
+    Begin();
+  }
+  __device__ void Begin() {
+    superblock_ = first_;
+    fetched_ = min(kTiles, rows_.count - next_row_);
     next_row_ += kTiles;
   }
 
@@ -101,10 +116,10 @@ class TileStream {
   uint64_t* barrier_;
   const uint8_t* source_[kTiles] = {};
   int first_, last_;
-  int superblock_;    // the last one fetched
-  int next_row_ = 0;  // of the block, of the next pass
-  int fetched_ = 0;   // rows of tiles, of this pass
-  bool alike_;        // all passes' tiles lie at the same distances
+  int superblock_ = 0;  // the last one fetched, or the first to be
+  int next_row_ = 0;    // of the block, of the next pass
+  int fetched_ = 0;     // rows of tiles, of this pass
+  bool alike_;          // all passes' tiles lie at the same distances
   uint32_t phase_ = 0;
 };
 
@@ -116,34 +131,27 @@ class PassSums {
 
   // Ahead of Finish, by threads that may read results of the kernel before.
   __device__ void Begin(int pass) {
-    constexpr int kOutputs = Layout::kPassRows * Layout::kColumns / Tile::kParts;
-    constexpr int kThreads = (kOutputs + 31) / 32 * 32;
-    static_assert(kThreads <= kStreamThreads && (kStreamThreads & (kStreamThreads - 1)) == 0);
-    const int index = (threadIdx.x - pass * kThreads) & (kStreamThreads - 1);
-    // Of gate and up, a thread has a row of both.
-    const int tile_rows = rows_.gated ? kTileRows / 2 : kTileRows;
-    const int outputs = kTiles * tile_rows;
-    const int output = index % outputs, tile = output / tile_rows, row = output % tile_rows;
-    row_ = tile * kTileRows + row;
-    column_ = index / outputs;
-    const int i = pass * kTiles + tile;
-    mine_ = column_ < p_.rows / Tile::kParts && i < rows_.count;
+    const Share share = ShareOf(pass);
     place_ = {};
-    if (!mine_) return;
+    if (!share.mine) return;
+    const int i = pass * kTiles + share.tile;
     if (rows_.gated) {
-      const int column = (rows_.begin + i) * tile_rows + row;
-      place_ = ResultPlace::OfHalf(p_.gated.halves + p_.gated.NarrowPlace(column_, column));
+      const int column = (rows_.begin + i) * (kTileRows / 2) + share.row;
+      place_ = ResultPlace::OfHalf(p_.gated.halves + p_.gated.NarrowPlace(share.column, column));
     } else {
-      place_ = ResultPlace::Of<Tile>(p_, rows_.Place(p_, i), row, column_);
+      place_ = ResultPlace::Of<Tile>(p_, rows_.Place(p_, i), share.row, share.column);
     }
   }
 
   // When the pass is complete. partials: [kSplits][kColumns][kColumnStride].
   __device__ void Finish(int pass, const float* partials) {
-    if (!mine_) return;
-    const float result = ResultOf<Tile>(Sum(partials, row_));
+    const Share share = ShareOf(pass);
+    if (!share.mine) return;
+    const float* own = partials + share.column * Tile::kParts * Layout::kColumnStride +
+                       share.tile * kTileRows + share.row;
+    const float result = ResultOf<Tile>(Sum(own));
     if (rows_.gated) {
-      const float up = ResultOf<Tile>(Sum(partials, row_ + kTileRows / 2));
+      const float up = ResultOf<Tile>(Sum(own + kTileRows / 2));
       place_.StoreHalf(ToHalfActivation(SiluTimes(result, up)));
     } else {
       place_.Store(result);
@@ -153,15 +161,38 @@ class PassSums {
  private:
   static constexpr int kTiles = Layout::kTiles;
 
-  __device__ float Sum(const float* partials, int row) const {
+  // Which of a pass's results are the thread's: of gate and up, a row of both. Not kept from Begin
+  // to Finish, as registers are few between them.
+  struct Share {
+    bool mine;
+    int tile, row;  // of the pass, of the tile
+    int column;     // row of activations
+  };
+  __device__ Share ShareOf(int pass) const {
+    constexpr int kOutputs = Layout::kPassRows * Layout::kColumns / Tile::kParts;
+    constexpr int kThreads = (kOutputs + 31) / 32 * 32;
+    static_assert(kThreads <= kStreamThreads && (kStreamThreads & (kStreamThreads - 1)) == 0);
+    const int index = (threadIdx.x - pass * kThreads) & (kStreamThreads - 1);
+    // Shifts: divisions by what a compiler does not know take long.
+    const int shift = rows_.gated ? 3 : 4;
+    Share share;
+    share.row = index & ((1 << shift) - 1);
+    share.tile = index >> shift & (kTiles - 1);
+    share.column = index >> shift >> (kTiles - 1);
+    share.mine = share.column < p_.rows / Tile::kParts && pass * kTiles + share.tile < rows_.count;
+    return share;
+  }
+
+  // partials: [kSplits], those of the thread's row and column.
+  __device__ float Sum(const float* partials) const {
     float quarters[Tile::kParts][kQuarters] = {};
 #pragma unroll
     for (int j = 0; j < kSplits; ++j) {
 #pragma unroll
       for (int part = 0; part < Tile::kParts; ++part) {
-        const int column = j * Layout::kColumns + column_ * Tile::kParts + part;
         float& quarter = quarters[part][j / kQuarterSplits];
-        quarter = __fadd_rn(quarter, partials[column * Layout::kColumnStride + row]);
+        quarter =
+            __fadd_rn(quarter, partials[(j * Layout::kColumns + part) * Layout::kColumnStride]);
       }
     }
     return JoinParts<Tile>(SumOfQuarters(quarters[0]), SumOfQuarters(quarters[Tile::kParts - 1]));
@@ -169,8 +200,6 @@ class PassSums {
 
   const MatmulParameters& p_;
   const BlockRows& rows_;
-  int row_ = 0, column_ = 0;  // of the sums
-  bool mine_ = false;
   ResultPlace place_;
 };
 
@@ -194,6 +223,7 @@ class SplitNorm {
   // which nobody uses until all have called Finish.
   __device__ void AddUp(const MatmulParameters& p, float* squares, uint64_t* barrier) {
     float sums[kRows] = {};
+#pragma unroll 1
     for (int s = split_; s < p.superblocks; s += kNormWarps) {
       if (s != split_) LoadRows(p, s);
 #pragma unroll
@@ -204,8 +234,7 @@ class SplitNorm {
       sums[row] = WarpSum(sums[row]);
       if (threadIdx.x % 32 == 0) squares[row * kNormWarps + split_] = sums[row];
     }
-    __syncwarp();
-    Arrive(barrier);
+    if (IsElected()) Arrive(barrier);
   }
 
   // The halves of superblocks [first, last), into `activations`, of all superblocks.
@@ -223,8 +252,9 @@ class SplitNorm {
     float factors[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      factors[row] = NormFactor(squares + row * kNormWarps, p.k, p.norm_epsilon);
+      factors[row] = NormFactor(squares + row * kNormWarps, p.norm_share, p.norm_epsilon);
     }
+#pragma unroll 1
     for (int s = first; s < last; ++s) {
       if (!once) {
         LoadWholeColumns(p.norm_weight, s, lane, weight_);
@@ -270,10 +300,10 @@ __device__ inline void AddPass(TileStream<Tile, kTiles>& stream, int first, int 
   }
 }
 
-// kColumns: 1 and 2 for as many rows, 4, 8 and 16 for up to as many.
+// What a block does, one of p.shares. kColumns: 1 and 2 for as many rows, 4, 8 and 16 for up to as
+// many.
 template <typename Tile, int kColumns, bool kShared>
-__global__ void __launch_bounds__(kStreamThreads, 1)
-    StreamKernel(const __grid_constant__ MatmulParameters p) {
+__device__ inline void RunStreamBlock(const MatmulParameters& p, int block) {
   using Layout = StreamLayout<Tile, kColumns, kShared>;
   constexpr int kTiles = Layout::kTiles, kColumnTiles = (kColumns + 7) / 8;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -293,7 +323,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   // each of the multiprocessor's four schedulers have some of them.
   const int split = warp ^ (warp >> 3);
   const int first = SplitBegin(split, p.superblocks), last = SplitBegin(split + 1, p.superblocks);
-  const BlockRows block_rows(p);
+  const BlockRows block_rows(p, block);
   if (IsElected()) InitCopyBarrier(tile_barrier);
   __syncwarp();
   TileStream<Tile, kTiles> stream(p, block_rows, shared + warp * Layout::kPassBytes, tile_barrier,
@@ -307,11 +337,14 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   if (IsElected()) {
     InitCopyBarrier(activation_barrier);
     if (warp == 0) {
-      for (int i = 0; i < 3; ++i) InitBarrier(pass_barriers + i, kStreamThreads);
+      for (int i = 0; i < 3; ++i) InitBarrier(pass_barriers + i, kSplits);
     }
   }
   __syncthreads();
 
+  // What results are added to is read a pass ahead; of one column, where less code is worth more,
+  // only while the others complete the pass.
+  constexpr bool kReadsEarly = kColumns > 1;
   PassSums<Tile, Layout> sums(p, block_rows);
   const uint8_t* const x = kShared ? activations : p.x;
   SplitNorm<kFewRows ? kColumns : 1> norm(p, norms, split);
@@ -335,16 +368,12 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     }
     if (!ahead) stream.Start();  // behind what is waited for
     if (norms) norm.AddUp(p, squares, norm_barrier);
-    sums.Begin(0);  // behind what takes longer
+    if (kReadsEarly) sums.Begin(0);  // behind what takes longer
     if (norms) {
       norm.Finish(p, first, last, squares, norm_barrier, activations);
     } else if (kShared && first < last) {
       AwaitPhase(activation_barrier, 0);
     }
-  };
-  const auto finish = [&](int pass) {
-    AwaitPhase(pass_barriers + (pass & 1), pass / 2 & 1);
-    sums.Finish(pass, both_partials + (pass & 1) * Layout::kPartials);
   };
 
   // Where many rows of activations are waited for, some warps take their first tiles before, so
@@ -354,24 +383,30 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     if (kTakesFirst) prepare();
   };
   if (!kTakesFirst || !ahead) prepare();
-  int pass = 0;
+  const int passes = (block_rows.count + kTiles - 1) / kTiles;
 #pragma unroll 1
-  for (; pass * kTiles < block_rows.count; ++pass) {
+  for (int pass = 0;; ++pass) {
     float acc[kTiles][kColumnTiles][4] = {};
     // If the first pass has but one tile, the second is what lies in its place: nobody stores the
     // sums. So there is one place where prepare_late is called.
     const bool begins = kTakesFirst && pass == 0;
-    if (kTiles == 1 || begins || pass * kTiles + 1 < block_rows.count) {
+    if (pass == passes) {
+      // Nothing but to finish the last one.
+    } else if (kTiles == 1 || begins || pass * kTiles + 1 < block_rows.count) {
       AddPass<kTiles, Tile, kColumns, kShared>(stream, first, last, x, rows, prepare_late, acc);
     } else {
       AddPass<1, Tile, kColumns, kShared>(
           stream, first, last, x, rows, [] {}, acc);
     }
-    // Nobody reads what this overwrites: all of pass - 2 is stored before pass - 1 is complete.
     if (pass > 0) {
-      finish(pass - 1);
-      sums.Begin(pass);
+      const int before = pass - 1;
+      if (!kReadsEarly) sums.Begin(before);
+      AwaitPhase(pass_barriers + (before & 1), before / 2 & 1);
+      sums.Finish(before, both_partials + (before & 1) * Layout::kPartials);
+      if (pass == passes) break;
+      if (kReadsEarly) sums.Begin(pass);
     }
+    // Nobody reads what this overwrites: all of pass - 2 is stored before pass - 1 is complete.
     float* own =
         both_partials + (pass & 1) * Layout::kPartials + split * kColumns * Layout::kColumnStride;
 #pragma unroll
@@ -380,10 +415,15 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
       const int column = c * 8 + 2 * t + i % 2, row = n * kTileRows + g + i % 4 / 2 * 8;
       if (column < kColumns) own[column * Layout::kColumnStride + row] = acc[n][c][i % 4];
     }
-    Arrive(pass_barriers + (pass & 1));
+    if (IsElected()) Arrive(pass_barriers + (pass & 1));
   }
-  finish(pass - 1);
   EndReading(p);
+}
+
+template <typename Tile, int kColumns, bool kShared>
+__global__ void __launch_bounds__(kStreamThreads, 1)
+    StreamKernel(const __grid_constant__ MatmulParameters p) {
+  RunStreamBlock<Tile, kColumns, kShared>(p, blockIdx.x);
 }
 
 }  // namespace stagecoach::cuda

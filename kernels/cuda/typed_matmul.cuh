@@ -11,24 +11,29 @@
 
 namespace stagecoach::cuda {
 
-template <typename Tile, int kColumns, bool kShared>
-cudaError_t LaunchStreamKernel(const MatmulParameters& p, const DeviceLimits& device,
-                               cudaStream_t stream) {
-  const int blocks = std::min(p.tile_rows, device.multiprocessors);
-  MatmulParameters own = p;
-  own.shares = BlockShares::Of(p.tile_rows, blocks);
+// A kernel of StreamKernel's kind, whose blocks need so many bytes of shared memory.
+template <typename Parameters>
+cudaError_t LaunchStreaming(void (*kernel)(Parameters), int blocks, size_t bytes,
+                            const DeviceLimits& device, cudaStream_t stream, const Parameters& p) {
   LaunchShape shape;
   shape.grid = dim3(blocks);
   shape.threads = kStreamThreads;
   // One block at a time on a multiprocessor, so that all have the same share: where two fit, those
   // of the next kernel crowd on the multiprocessors that finish first.
-  shape.shared_bytes =
-      std::max<size_t>(StreamLayout<Tile, kColumns, kShared>::Bytes(p.superblocks, p.rows),
-                       device.shared_bytes / 2 + 1024);
-  const auto kernel = StreamKernel<Tile, kColumns, kShared>;
+  shape.shared_bytes = std::max<size_t>(bytes, device.shared_bytes / 2 + 1024);
   const cudaError_t status = AllowSharedMemory(kernel, device.shared_bytes);
   if (status != cudaSuccess) return status;
-  return LaunchKernel(kernel, shape, stream, own);
+  return LaunchKernel(kernel, shape, stream, p);
+}
+
+template <typename Tile, int kColumns, bool kShared>
+cudaError_t LaunchStreamKernel(const MatmulParameters& p, const DeviceLimits& device,
+                               cudaStream_t stream) {
+  MatmulParameters own = p;
+  own.shares = BlockShares::Of(p.tile_rows, std::min(p.tile_rows, device.multiprocessors));
+  return LaunchStreaming(StreamKernel<Tile, kColumns, kShared>, own.shares.blocks,
+                         StreamLayout<Tile, kColumns, kShared>::Bytes(p.superblocks, p.rows),
+                         device, stream, own);
 }
 
 template <typename Tile, bool kShared>
