@@ -234,7 +234,8 @@ class SplitNorm {
       sums[row] = WarpSum(sums[row]);
       if (threadIdx.x % 32 == 0) squares[row * kNormWarps + split_] = sums[row];
     }
-    if (IsElected()) Arrive(barrier);
+    __syncwarp();
+    Arrive(barrier);
   }
 
   // The halves of superblocks [first, last), into `activations`, of all superblocks.
@@ -337,7 +338,8 @@ __device__ inline void RunStreamBlock(const MatmulParameters& p, int block) {
   if (IsElected()) {
     InitCopyBarrier(activation_barrier);
     if (warp == 0) {
-      for (int i = 0; i < 3; ++i) InitBarrier(pass_barriers + i, kSplits);
+      // All lanes arrive: one for its warp is no faster, and racecheck does not follow it.
+      for (int i = 0; i < 3; ++i) InitBarrier(pass_barriers + i, kStreamThreads);
     }
   }
   __syncthreads();
@@ -415,7 +417,7 @@ __device__ inline void RunStreamBlock(const MatmulParameters& p, int block) {
       const int column = c * 8 + 2 * t + i % 2, row = n * kTileRows + g + i % 4 / 2 * 8;
       if (column < kColumns) own[column * Layout::kColumnStride + row] = acc[n][c][i % 4];
     }
-    if (IsElected()) Arrive(pass_barriers + (pass & 1));
+    Arrive(pass_barriers + (pass & 1));
   }
   EndReading(p);
 }
