@@ -191,6 +191,7 @@ bool RunFusionChecks() {
   constexpr TensorType kQ4 = TensorType::kQ4_K, kQ5 = TensorType::kQ5_K, kQ6 = TensorType::kQ6_K;
   for (const Types& types : {Types{kQ4, kQ4, kQ6}, {kQ6, kQ4}, {kQ4, kQ6, kQ5}, {kQ5, kQ6}}) {
     ok &= RunMixedCheck(types, 277, 1280);
+    ok &= RunMixedCheck(types, 1024, 4096);
     ok &= RunMixedCheck(types, 4352, 2048);  // several passes
   }
   ok &= RunMixedCheck(

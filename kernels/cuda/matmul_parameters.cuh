@@ -45,7 +45,12 @@ struct BlockShares {
   int longer_blocks;  // the first of which have one more
   int blocks;         // in all
 
-  static BlockShares Of(int units, int blocks) { return {units / blocks, units % blocks, blocks}; }
+  // No more blocks than rows; of no rows, none.
+  static BlockShares Of(int units, int multiprocessors) {
+    const int blocks = units < multiprocessors ? units : multiprocessors;
+    if (blocks == 0) return {};
+    return {units / blocks, units % blocks, blocks};
+  }
   __device__ int Begin(int block) const { return block * units + min(block, longer_blocks); }
   __device__ int Units(int block) const { return units + (block < longer_blocks ? 1 : 0); }
 };
@@ -61,7 +66,7 @@ struct MatmulParameters {
     int n;
     bool accumulate;
   };
-  BlockShares shares;  // what launchers of StreamKernel add
+  BlockShares shares;  // of StreamKernel's blocks
   int superblocks;     // per row
   uint32_t row_bytes;  // of a row of tiles
   int rows;            // of halves
@@ -169,7 +174,7 @@ class ResultPlace {
 struct MixedParameters {
   MatmulParameters q4_k, q6_k;
 };
-inline constexpr int kMostMixedRows = 4;
+inline constexpr int kMostMixedRows = 4;  // 8 are slower so
 
 // What launchers must know of the current device.
 struct DeviceLimits {

@@ -68,6 +68,11 @@ struct TermsOfType {
   MatmulParameters p;
 };
 
+// What a block reads at most, of so many blocks.
+uint64_t MostBytes(const MatmulParameters& p, int blocks) {
+  return uint64_t{p.row_bytes} * ((p.tile_rows + blocks - 1) / blocks);
+}
+
 struct Division {
   int of_first;      // multiprocessors
   uint64_t longest;  // bytes that a block reads, and what counts as much
@@ -77,14 +82,10 @@ struct Division {
 // begins.
 Division DivideMultiprocessors(const MatmulParameters& first, const MatmulParameters& second,
                                int multiprocessors, uint64_t lag) {
-  // What a block reads at most, of so many blocks.
-  const auto bytes = [](const MatmulParameters& p, int blocks) {
-    return uint64_t{p.row_bytes} * ((p.tile_rows + blocks - 1) / blocks);
-  };
   Division best = {.of_first = 0, .longest = UINT64_MAX};
   for (int blocks = 1; blocks < multiprocessors; ++blocks) {
     const uint64_t longest =
-        std::max(bytes(first, blocks), bytes(second, multiprocessors - blocks) + lag);
+        std::max(MostBytes(first, blocks), MostBytes(second, multiprocessors - blocks) + lag);
     if (longest < best.longest) best = {.of_first = blocks, .longest = longest};
   }
   return best;
@@ -109,37 +110,34 @@ std::optional<MixedParameters> Mix(const TermsOfType& kind, const std::optional<
            add.template operator()<TensorType::kQ6_K>(added, &mixed.q6_k);
   };
   if (!add_any(kind) || (next && !add_any(*next))) return std::nullopt;
-  const int all = device.multiprocessors;
-  const int of_q4_k = next ? DivideMultiprocessors(mixed.q4_k, mixed.q6_k, all, 0).of_first : all;
-  const auto share = [](MatmulParameters& p, int multiprocessors) {
-    if (p.tile_rows == 0) return;
-    p.shares = BlockShares::Of(p.tile_rows, std::min(p.tile_rows, multiprocessors));
-  };
-  share(mixed.q4_k, of_q4_k);
-  share(mixed.q6_k, next ? all - of_q4_k : all);
+  int of_q4_k = device.multiprocessors, of_q6_k = device.multiprocessors;
+  if (next) {
+    of_q4_k = DivideMultiprocessors(mixed.q4_k, mixed.q6_k, device.multiprocessors, 0).of_first;
+    of_q6_k -= of_q4_k;
+  }
+  mixed.q4_k.shares = BlockShares::Of(mixed.q4_k.tile_rows, of_q4_k);
+  mixed.q6_k.shares = BlockShares::Of(mixed.q6_k.tile_rows, of_q6_k);
   return mixed;
 }
 
 // The multiprocessors of two products that run side by side: some each, if they read few rows of
 // activations (more blocks than multiprocessors otherwise) and are done sooner so than in turn.
-std::pair<DeviceLimits, DeviceLimits> Divide(const MatmulParameters& first,
-                                             const MatmulParameters& second,
-                                             const DeviceLimits& device) {
-  std::pair<DeviceLimits, DeviceLimits> shares = {device, device};
-  if (first.rows > kMostStreamRows) return shares;
+std::pair<DeviceLimits, DeviceLimits> LimitsBeside(const MatmulParameters& first,
+                                                   const MatmulParameters& second,
+                                                   const DeviceLimits& device) {
+  std::pair<DeviceLimits, DeviceLimits> limits = {device, device};
+  if (first.rows > kMostStreamRows) return limits;
   // What a block reads while the second kernel begins, beside the first one (about 2 us) or behind
   // it (2.5 us), as measured on an H200.
   constexpr uint64_t kBeginBeside = 62 << 10, kBeginBehind = 80 << 10;
   const int all = device.multiprocessors;
-  const auto in_turn = [&](const MatmulParameters& p) {
-    return uint64_t{p.row_bytes} * ((p.tile_rows + all - 1) / all);
-  };
+  const uint64_t in_turn = MostBytes(first, all) + MostBytes(second, all) + kBeginBehind;
   const Division division = DivideMultiprocessors(first, second, all, kBeginBeside);
-  if (division.longest < in_turn(first) + in_turn(second) + kBeginBehind) {
-    shares.first.multiprocessors = division.of_first;
-    shares.second.multiprocessors = all - division.of_first;
+  if (division.longest < in_turn) {
+    limits.first.multiprocessors = division.of_first;
+    limits.second.multiprocessors = all - division.of_first;
   }
-  return shares;
+  return limits;
 }
 
 }  // namespace
@@ -185,7 +183,7 @@ cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x
       status = LaunchMixedMatmul(*mixed, device, stream);
     } else if (next) {
       kind.p.beside_next = next->p.beside_previous = true;
-      const auto [of_first, of_second] = Divide(kind.p, next->p, device);
+      const auto [of_first, of_second] = LimitsBeside(kind.p, next->p, device);
       status = launch(kind, of_first);
       if (status == cudaSuccess) status = launch(*next, of_second);
     } else {

@@ -7,10 +7,10 @@
 
 namespace stagecoach::cuda {
 
-// All types over shapes that reach every kernel.
+// All types over shapes that reach every kernel. False if anything is wrong.
 bool RunAllMatmulChecks();
 
-// Those of them that compare products with themselves: types together, norms and SwiGLU fused.
+// Those of them that compare products with each other: types together, norms and SwiGLU fused.
 bool RunFusionChecks();
 
 }  // namespace stagecoach::cuda

@@ -3,9 +3,8 @@
 // in turn would each wait, norm and fill their multiprocessors' queues anew.
 //
 // Products of one of the two types are made by this kernel, too, unless they are beside a third one
-// or their activations do not fit shared memory: a multiprocessor keeps about as much code as a
-// layer's kernels have, and reads what is more than that anew for each of them, which takes longer
-// than a kernel for two types gains.
+// or their activations do not fit shared memory. Otherwise a layer would have more code, which
+// costs more than this kernel gains (docs/benchmarks.md).
 #include <algorithm>
 
 #include "kernels/cuda/launch.cuh"

@@ -174,6 +174,7 @@ class PassSums {
     static_assert(kThreads <= kStreamThreads && (kStreamThreads & (kStreamThreads - 1)) == 0);
     const int index = (threadIdx.x - pass * kThreads) & (kStreamThreads - 1);
     // Shifts: divisions by what a compiler does not know take long.
+    static_assert(kTileRows == 1 << 4);
     const int shift = rows_.gated ? 3 : 4;
     Share share;
     share.row = index & ((1 << shift) - 1);

@@ -30,7 +30,7 @@ template <typename Tile, int kColumns, bool kShared>
 cudaError_t LaunchStreamKernel(const MatmulParameters& p, const DeviceLimits& device,
                                cudaStream_t stream) {
   MatmulParameters own = p;
-  own.shares = BlockShares::Of(p.tile_rows, std::min(p.tile_rows, device.multiprocessors));
+  own.shares = BlockShares::Of(p.tile_rows, device.multiprocessors);
   return LaunchStreaming(StreamKernel<Tile, kColumns, kShared>, own.shares.blocks,
                          StreamLayout<Tile, kColumns, kShared>::Bytes(p.superblocks, p.rows),
                          device, stream, own);
