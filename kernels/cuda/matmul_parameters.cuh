@@ -59,6 +59,7 @@ struct BlockShares {
 // are numbered through. What a kernel needs for its first weights comes first: it waits for each 64
 // bytes of its parameters when it comes to them.
 struct MatmulParameters {
+  // y: a result + (bias + what y was), of what there is, added in this order by every kernel.
   struct Term {
     float* y;
     const float* bias;

@@ -260,24 +260,65 @@ __device__ inline bool MultiplyFills(const TileShare<Tile, kColumns, kSplitK>& s
   return put_by;
 }
 
-// Stores kCount of a thread's results, from the first-th on.
+// Where kCount of a thread's sums go, from the first-th on, and what is added to them. Made ahead
+// of the sums' use: all of it is asked for before any is waited for.
 template <typename Tile, int kColumns, bool kSplitK, int kCount>
-__device__ inline void StoreSums(const MatmulParameters& p,
-                                 const TileShare<Tile, kColumns, kSplitK>& share, int first,
-                                 const float (&sums)[kCount]) {
-  using Layout = TileLayout<Tile, kColumns, kSplitK>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % Layout::kBlockTiles;
-  const int g = lane / 4, t = lane % 4, tile_row = share.first_tile_row + warp;
-  if (tile_row >= p.tile_rows) return;
-  const int first_column = share.row_block * kColumns + 2 * t + first * 2;
+class TileResults {
+ public:
+  __device__ TileResults(const MatmulParameters& p, const TileShare<Tile, kColumns, kSplitK>& share,
+                         int first) {
+    using Layout = TileLayout<Tile, kColumns, kSplitK>;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % Layout::kBlockTiles;
+    const int tile_row = share.first_tile_row + warp, index = p.TermOf(tile_row);
+    const MatmulParameters::Term& term = p.terms[index];
+    const int n = (tile_row - p.first_tile_rows[index]) * kTileRows + lane / 4;
+    const int row = (share.row_block * kColumns + 2 * (lane % 4 + first)) / Tile::kParts;
+    y_ = term.y + static_cast<size_t>(row) * term.y_stride + n;
+    stride_ = term.y_stride;
+    rows_ = p.rows / Tile::kParts - row;
+    columns_ = term.n - n;  // none, past the last row of tiles
+    if (term.accumulate) {
 #pragma unroll
-  for (int i = 0; i < kCount; i += Tile::kParts) {
-    // The parts of a row are neighbouring columns, of the same lane.
-    const int column = first_column + i / 4 * 8 + i % 2;
-    ResultPlace::Of<Tile>(p, tile_row, g + i % 4 / 2 * 8, column / Tile::kParts)
-        .Store(ResultOf<Tile>(JoinParts<Tile>(sums[i], sums[i + Tile::kParts - 1])));
+      for (int i = 0; i < kResults; ++i) {
+        if (IsInside(i)) added_[i] = __ldcg(At(i));
+      }
+    }
+    if (term.bias == nullptr) return;
+    float bias[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) bias[i] = i * 8 < columns_ ? __ldcg(term.bias + n + i * 8) : 0;
+#pragma unroll
+    for (int i = 0; i < kResults; ++i) {
+      const float of_column = bias[ColumnStep(i) / 8];
+      added_[i] = term.accumulate ? __fadd_rn(of_column, added_[i]) : of_column;
+    }
   }
-}
+  __device__ void Store(const float (&sums)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kResults; ++i) {
+      const float sum = JoinParts<Tile>(sums[i * Tile::kParts], sums[(i + 1) * Tile::kParts - 1]);
+      if (IsInside(i)) *At(i) = __fadd_rn(ResultOf<Tile>(sum), added_[i]);
+    }
+  }
+
+ private:
+  static constexpr int kResults = kCount / Tile::kParts;
+  // From the first result to the i-th. The parts of a row are neighbouring sums.
+  static __device__ constexpr int RowStep(int i) {
+    const int sum = i * Tile::kParts;
+    return (sum / 4 * 8 + sum % 2) / Tile::kParts;
+  }
+  static __device__ constexpr int ColumnStep(int i) { return i * Tile::kParts % 4 / 2 * 8; }
+  __device__ bool IsInside(int i) const { return RowStep(i) < rows_ && ColumnStep(i) < columns_; }
+  __device__ float* At(int i) const {
+    return y_ + static_cast<ptrdiff_t>(RowStep(i)) * stride_ + ColumnStep(i);
+  }
+
+  float* y_;  // of the first result
+  int stride_;
+  int rows_, columns_;  // of the matrix, from the first result on
+  float added_[kResults] = {};
+};
 
 // Instead of the sums of gate and up, rows g and g + 8 of the warp's tile: what SwiGLU makes of
 // them.
@@ -337,8 +378,9 @@ __device__ inline void StoreQuarters(const MatmulParameters& p,
   for (int i = 0; i < kSums; ++i) {
     __stcg(partials + (share.quarter * kSums + i) * kStoring, sums[i]);
   }
-  AwaitGroup<kStoring>(p.arrivals + group);
   const int first = share.quarter * kShare;
+  const TileResults<Tile, kColumns, kSplitK, kShare> to(p, share, first);
+  AwaitGroup<kStoring>(p.arrivals + group);
   float quarters[kShare][kQuarters], results[kShare];
 #pragma unroll
   for (int i = 0; i < kShare * kQuarters; ++i) {
@@ -347,7 +389,7 @@ __device__ inline void StoreQuarters(const MatmulParameters& p,
   }
 #pragma unroll
   for (int i = 0; i < kShare; ++i) results[i] = SumOfQuarters(quarters[i]);
-  StoreSums(p, share, first, results);
+  to.Store(results);
 }
 
 // Grid: x = groups of kColumns rows of activations (times kQuarters, with kSplitK), y = groups of
@@ -402,7 +444,7 @@ __global__ void __launch_bounds__(TileLayout<Tile, kColumns, kSplitK>::kThreads,
       results[i] = put_by ? __fadd_rn(by[i * kStoring], sums.Sum(i)) : sums.Sum(i);
     }
     if (!p.is_gated) {
-      StoreSums(p, share, 0, results);
+      TileResults<Tile, kColumns, kSplitK, kSums>(p, share, 0).Store(results);
     } else {
       StoreGated(p, share, results);
     }
