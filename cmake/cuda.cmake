@@ -24,9 +24,45 @@ if(STAGECOACH_CUDA)  # ON or AUTO
   endif()
 endif()
 
+set(cuda_least_architecture 80)  # kLeastMajor in kernels/cuda/device_check.h
+
+# stagecoach_native_architectures(VARIABLE): those of the GPUs of this machine that kernels are written for, or 90a
+# if it has none.
+function(stagecoach_native_architectures variable)
+  set(architectures)
+  set(failed TRUE)
+  find_program(NVIDIA_SMI nvidia-smi)
+  if(NVIDIA_SMI)
+    execute_process(COMMAND ${NVIDIA_SMI} --query-gpu=compute_cap --format=csv,noheader TIMEOUT 30
+                    RESULT_VARIABLE failed OUTPUT_VARIABLE answer ERROR_QUIET)
+  endif()
+  if(failed EQUAL 0)
+    string(REGEX MATCHALL "[^\r\n]+" lines "${answer}")
+    foreach(line ${lines})
+      string(REGEX REPLACE "^([0-9]+)\\.([0-9])$" "\\1\\2" architecture "${line}")
+      if(architecture MATCHES "^[0-9]+$" AND NOT architecture LESS cuda_least_architecture)
+        list(APPEND architectures ${architecture})
+      else()
+        message(STATUS "CUDA backend: left out of native architectures: ${line}")
+      endif()
+    endforeach()
+  endif()
+  list(SORT architectures COMPARE NATURAL)
+  list(REMOVE_DUPLICATES architectures)
+  list(TRANSFORM architectures REPLACE "^90$" "90a")
+  if(NOT architectures)
+    set(architectures 90a)
+  endif()
+  set(${variable} ${architectures} PARENT_SCOPE)
+endfunction()
+
 if(HAVE_CUDA)
+  set(cuda_architectures ${STAGECOACH_CUDA_ARCHITECTURES})
+  if(NOT cuda_architectures OR cuda_architectures STREQUAL "native")
+    stagecoach_native_architectures(cuda_architectures)
+  endif()
   message(STATUS "CUDA backend: nvcc ${CMAKE_CUDA_COMPILER_VERSION}, architectures "
-                 "${STAGECOACH_CUDA_ARCHITECTURES}")
+                 "${cuda_architectures}")
   # No contraction, as for the host: two kernels that must agree to the bit say fma where they mean
   # it.
   set(cuda_flags -fmad=false --expt-relaxed-constexpr
@@ -34,17 +70,20 @@ if(HAVE_CUDA)
   if(STAGECOACH_WERROR)
     list(APPEND cuda_flags -Werror=all-warnings)
   endif()
-  foreach(architecture ${STAGECOACH_CUDA_ARCHITECTURES})
+  foreach(architecture ${cuda_architectures})
     string(REGEX MATCH "^[0-9]+" capability "${architecture}")
-    if(NOT capability OR capability LESS 90)  # kLeastMajor in kernels/cuda/device_check.h
-      message(FATAL_ERROR "STAGECOACH_CUDA_ARCHITECTURES: the kernels need compute capability 9.0 (they "
-                          "wait for each other by griddepcontrol); leave out '${architecture}'")
+    if(NOT capability)
+      message(FATAL_ERROR "STAGECOACH_CUDA_ARCHITECTURES: '${architecture}' is no architecture: give "
+                          "native alone, or a list such as \"86;90a\"")
+    elseif(capability LESS cuda_least_architecture)
+      message(FATAL_ERROR "STAGECOACH_CUDA_ARCHITECTURES: the kernels need compute capability 8.0; "
+                          "leave out '${architecture}'")
     endif()
     list(APPEND cuda_flags
          "SHELL:-gencode arch=compute_${architecture},code=sm_${architecture}")
   endforeach()
   if(STAGECOACH_CUDA_PTX)  # of the last one, for GPUs to come
-    list(GET STAGECOACH_CUDA_ARCHITECTURES -1 architecture)
+    list(GET cuda_architectures -1 architecture)
     list(APPEND cuda_flags
          "SHELL:-gencode arch=compute_${architecture},code=compute_${architecture}")
   endif()

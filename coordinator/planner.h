@@ -26,7 +26,7 @@ struct WorkerCapacity {
 };
 
 // What a layer takes on a GPU beyond the time in which it reads its weights: its kernels wait for
-// each other. From steps of one row on an H200 (docs/benchmarks.md).
+// each other. From steps of one row on an H200 (docs/tuning.md).
 inline constexpr double kGpuLayerSeconds = 15e-6;
 
 // A plain solid-state disk.

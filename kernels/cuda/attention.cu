@@ -57,29 +57,30 @@ size_t PartialFloats(int rows, int heads, int chunks, int value_length) {
 }
 
 AttentionPlan PlanAttention(const AttentionShape& shape, int heads, const KvLayout& kv,
-                            int multiprocessors, size_t scratch_floats) {
+                            const AttendingGpu& gpu, size_t scratch_floats) {
   AttentionPlan plan = {.rows = shape.rows, .heads = heads, .tiles = shape.tiles};
   plan.chunks =
       static_cast<int>(std::bit_ceil(unsigned(shape.last_position) / ChunkPositions(kv) + 1));
   if (!kv.tensor_cores()) {
     constexpr int kEnoughBlocks = 2;  // per multiprocessor
-    if (plan.chunks > 1 && plan.rows * kv.kv_heads < kEnoughBlocks * multiprocessors &&
+    if (plan.chunks > 1 && plan.rows * kv.kv_heads < kEnoughBlocks * gpu.multiprocessors &&
         PartialFloats(plan.rows, heads, plan.chunks, kv.value_length) <= scratch_floats) {
       plan.merge = AttentionPlan::Merge::kScratch;
     }
     return plan;
   }
-  if (plan.tiles * kv.kv_heads >= kTensorWarps * multiprocessors) return plan;
+  if (plan.tiles * kv.kv_heads >= kTensorWarps * gpu.multiprocessors) return plan;
   const HeadGroups groups = HeadGroups::Of(heads, kv.kv_heads);
   const int tiles = plan.tiles * kv.kv_heads * groups.slices;
-  const int cluster = ClusterBlocks(tiles, plan.chunks, multiprocessors);
+  const bool bulk = gpu.kernels == KernelSet::kBulk;
+  const int cluster = bulk ? ClusterBlocks(tiles, plan.chunks, gpu.multiprocessors) : 0;
   if (cluster > 0 && plan.chunks > kTensorWarps / 2) {
     plan.chunks = cluster * kTensorWarps;  // costs no more, and fewer shapes
     plan.merge = AttentionPlan::Merge::kCluster;
   } else if (plan.chunks <= WarpsThatMerge(QueriesTogether(plan, groups.group))) {
     plan.chunks = std::max(plan.chunks, kTensorWarps);  // as above
     plan.merge = AttentionPlan::Merge::kBlock;
-    plan.alone = plan.chunks == kTensorWarps && tiles <= multiprocessors;
+    plan.alone = bulk && plan.chunks == kTensorWarps && tiles <= gpu.multiprocessors;
   } else if (PartialFloats(plan.rows, heads, plan.chunks, kv.value_length) <= scratch_floats) {
     plan.merge = AttentionPlan::Merge::kScratch;
   }

@@ -17,12 +17,14 @@
 #include <cstdint>
 
 #include "kernels/cuda/cuda_kv_cache.h"
+#include "kernels/cuda/kernel_set.h"
 #include "kernels/cuda/quant_matmul.h"
 #include "kernels/cuda/rope.h"
 
 namespace stagecoach::cuda {
 
-// What one launch is made for; anything that needs less may run in it, too.
+// What one launch is made for; anything that needs less may run in it, too. kCluster and `alone`
+// are of the bulk set of kernels (kernel_set.h); otherwise the launch says cudaErrorNotSupported.
 struct AttentionPlan {
   // Who merges a row's chunks.
   enum class Merge {
@@ -70,9 +72,13 @@ struct AttentionShape {
   int tiles = 0;          // of queries
   int last_position = 0;  // the largest, at most
 };
+struct AttendingGpu {
+  int multiprocessors = 0;
+  KernelSet kernels = KernelSet::kBulk;
+};
 // Depends on its arguments alone.
 AttentionPlan PlanAttention(const AttentionShape& shape, int heads, const KvLayout& kv,
-                            int multiprocessors, size_t scratch_floats);
+                            const AttendingGpu& gpu, size_t scratch_floats);
 
 // Turns, stores, and attends: out [rows][heads * value_length] of the rows at table.positions;
 // scale 1 / sqrt(key_length). Halves only if they have no columns to pad.

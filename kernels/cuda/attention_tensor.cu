@@ -122,8 +122,10 @@ struct ChunkPlace {
   }
   // Has keys and values brought from memory to the second-level cache.
   __device__ void Prefetch() const {
-    if (!needed || !IsElected()) return;
-    for (const uint4* tile : cached.tiles) PrefetchBulk(tile, kKvBlockPositions * 2 * kDims * 2);
+    if constexpr (kBulkCode) {
+      if (!needed || !IsElected()) return;
+      for (const uint4* tile : cached.tiles) PrefetchBulk(tile, kKvBlockPositions * 2 * kDims * 2);
+    }
   }
 };
 
@@ -195,6 +197,7 @@ __global__ void __launch_bounds__(kTensorWarps* kWarpLanes)
 template <int kDims, Merge kMerge, int kHalves, int kWarps, bool kAlone>
 __global__ void __launch_bounds__(kWarps* kWarpLanes, kAlone ? 1 : 0)
     ChunksKernel(const __grid_constant__ AttentionTask task) {
+  if (kMerge == Merge::kCluster && !kBulkCode) return;  // not in that set
   constexpr int kThreads = kWarps * kWarpLanes;
   constexpr bool kCluster = kMerge == Merge::kCluster;
   constexpr ReadAhead kAhead = kAlone                   ? ReadAhead::kAll
@@ -359,6 +362,8 @@ cudaError_t LaunchDims(const AttentionPlan& plan, const AttentionTask& task, cud
 
 cudaError_t LaunchTensorAttention(const AttentionPlan& plan, const AttentionTask& task,
                                   cudaStream_t stream) {
+  const bool bulk = plan.merge == Merge::kCluster || plan.alone;
+  if (bulk && CurrentKernelSet() != KernelSet::kBulk) return cudaErrorNotSupported;
   return task.kv.key_length == 64 ? LaunchDims<64>(plan, task, stream)
                                   : LaunchDims<128>(plan, task, stream);
 }

@@ -39,12 +39,13 @@ std::string Name(const AttentionPlan& plan) {
   return "";
 }
 
-// Of decoding rows, the longest at `position`, on an H200.
-std::string PlannedFor(int rows, int heads, int kv_heads, int position) {
+// Of decoding rows, the longest at `position`, on an H200, or one that has only plain kernels.
+std::string PlannedFor(int rows, int heads, int kv_heads, int position,
+                       KernelSet kernels = KernelSet::kBulk) {
   const KvLayout kv = {.half = true, .kv_heads = kv_heads, .key_length = 128, .value_length = 128};
   return Name(PlanAttention(
       {.rows = rows, .sequences = rows, .tiles = rows, .last_position = position}, heads, kv,
-      /*multiprocessors=*/132, /*scratch_floats=*/size_t{8} << 20));
+      {.multiprocessors = 132, .kernels = kernels}, /*scratch_floats=*/size_t{8} << 20));
 }
 
 TEST(PlanAttention, ClustersWhileTheyAllRunAtOnce) {
@@ -72,6 +73,13 @@ TEST(PlanAttention, ClustersOfContextsForWhichABlockIsSlow) {
   EXPECT_EQ(PlannedFor(1, 32, 8, 4096), "scratch");
   EXPECT_EQ(PlannedFor(2, 32, 8, 2047), "cluster of 4");
   EXPECT_EQ(PlannedFor(2, 32, 8, 2048), "scratch");
+}
+
+TEST(PlanAttention, WithoutClustersOrMuchSharedMemory) {
+  EXPECT_EQ(PlannedFor(1, 32, 8, 255, KernelSet::kPlain), "block of 8");
+  EXPECT_EQ(PlannedFor(1, 32, 8, 256, KernelSet::kPlain), "block of 8");
+  EXPECT_EQ(PlannedFor(1, 32, 8, 1023, KernelSet::kPlain), "block of 16");
+  EXPECT_EQ(PlannedFor(1, 32, 8, 1024, KernelSet::kPlain), "scratch");
 }
 
 // Rows of one sequence.
@@ -141,16 +149,19 @@ class StepOnDevice {
     }
     std::vector<AttentionPlan> ways = {Plan(Merge::kWalker, chunks), Plan(Merge::kScratch, chunks)};
     const int queries = inputs_.tiles() == rows_ ? Group() : kQueryTile;
+    const bool bulk = device_.kernels() == KernelSet::kBulk;
     if (chunks <= kBlockChunks) {
       ways.push_back(Plan(Merge::kBlock, kBlockChunks));
-      ways.push_back(ways.back());
-      ways.back().alone = true;
+      if (bulk) {
+        ways.push_back(ways.back());
+        ways.back().alone = true;
+      }
     }
     if (chunks <= 2 * kBlockChunks && queries <= kQueryTile / 2) {
       ways.push_back(Plan(Merge::kBlock, 2 * kBlockChunks));
     }
     for (const int blocks : {2, 4, 8}) {
-      if (chunks <= blocks * kBlockChunks) {
+      if (bulk && chunks <= blocks * kBlockChunks) {
         ways.push_back(Plan(Merge::kCluster, blocks * kBlockChunks));
       }
     }
@@ -292,6 +303,7 @@ TEST_F(CudaAttention, WaysAgreeForFullTiles) {
 }
 
 TEST_F(CudaAttention, AGraphServesOtherPositions) {
+  if (device_->kernels() == KernelSet::kPlain) GTEST_SKIP() << "its GPU has no clusters";
   constexpr int kFarthest = 4000;
   StepOnDevice step(*device_, {32, 8, 128, {{kFarthest}, {kFarthest}}});
   const AttentionPlan plan = step.Plan(Merge::kCluster, 8 * kBlockChunks);

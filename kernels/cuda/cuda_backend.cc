@@ -32,6 +32,7 @@ namespace stagecoach {
 namespace cuda {
 namespace {
 
+// The GPU's generation is part of it: what a matrix product adds at once differs between them.
 constexpr char kKernelRevision[] = "cuda-10";
 
 struct StageWorkspace final : Workspace {
@@ -55,9 +56,10 @@ class CudaBackend final : public Backend {
 
   BackendInfo info() const override {
     return {.kind = "cuda",
-            .kernel_revision = kKernelRevision,
+            .kernel_revision = fmt::format("{}-sm{}", kKernelRevision, device_->major()),
             .description =
-                fmt::format("{}, {} multiprocessors", device_->name(), device_->multiprocessors()),
+                fmt::format("{}, {} multiprocessors{}", device_->name(), device_->multiprocessors(),
+                            device_->kernels() == KernelSet::kPlain ? ", plain kernels" : ""),
             .memory_bytes = device_->memory_bytes() -
                             std::min(device_->memory_bytes(), uploader_->device_bytes()),
             .device_uuid = device_->uuid(),
@@ -444,7 +446,9 @@ absl::Status CudaBackend::Attention(const ModelParams& params, std::span<const f
                      .sequences = static_cast<int>(batch.sequences.size()),
                      .tiles = inputs.tiles(),
                      .last_position = last_position},
-                    params.heads, layout, device_->multiprocessors(), /*scratch_floats=*/SIZE_MAX);
+                    params.heads, layout,
+                    {.multiprocessors = device_->multiprocessors(), .kernels = device_->kernels()},
+                    /*scratch_floats=*/SIZE_MAX);
   const bool needs_scratch = plan.merge == AttentionPlan::Merge::kScratch;
   STAGECOACH_ASSIGN_OR_RETURN(
       const DeviceBuffer<float> scratch,

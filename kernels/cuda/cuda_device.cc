@@ -6,7 +6,6 @@
 #include "fmt/format.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/device_check.h"
-#include "kernels/cuda/embed.h"
 #include "model/checked_math.h"
 #include "model/direct_file.h"
 #include "model/status_macros.h"
@@ -62,13 +61,15 @@ absl::Status CudaDevice::Init(int index) {
     uuid_ += fmt::format("{:02x}", static_cast<unsigned char>(byte));
   }
   multiprocessors_ = properties.multiProcessorCount;
-  const bool has_kernels = ProbeKernels() == cudaSuccess;
+  major_ = properties.major;
+  const bool has_kernels = ProbeKernels(&kernels_) == cudaSuccess;
   cudaGetLastError();
   STAGECOACH_RETURN_IF_ERROR(CheckGpu({.name = name_,
                                        .major = properties.major,
                                        .minor = properties.minor,
                                        .shared_bytes = properties.sharedMemPerBlockOptin,
-                                       .has_kernels = has_kernels},
+                                       .has_kernels = has_kernels,
+                                       .kernels = kernels_},
                                       index, STAGECOACH_CUDA_ARCHITECTURES));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&compute_, cudaStreamNonBlocking));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&copy_, cudaStreamNonBlocking));

@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/cuda/kernel_set.h"
 #include "kernels/host_memory.h"
 
 namespace stagecoach::cuda {
@@ -105,6 +106,8 @@ class CudaDevice {
   cudaStream_t inputs() const { return inputs_; }  // of steps: copies that are not behind weights
   cudaStream_t pack() const { return pack_; }      // before others where the GPU has a choice
   int multiprocessors() const { return multiprocessors_; }
+  int major() const { return major_; }  // compute capability
+  KernelSet kernels() const { return kernels_; }
   int index() const { return index_; }
   const std::string& name() const { return name_; }
   const std::string& uuid() const { return uuid_; }        // hexadecimal
@@ -146,6 +149,8 @@ class CudaDevice {
 
   int index_ = 0;
   int multiprocessors_ = 0;
+  int major_ = 0;
+  KernelSet kernels_ = KernelSet::kBulk;
   std::string name_;
   std::string uuid_;
   uint64_t memory_bytes_ = 0;

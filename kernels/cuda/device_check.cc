@@ -1,7 +1,6 @@
 #include "kernels/cuda/device_check.h"
 
 #include "fmt/format.h"
-#include "kernels/cuda/launch.cuh"
 
 namespace stagecoach::cuda {
 namespace {
@@ -49,13 +48,8 @@ absl::Status CheckGpu(const GpuState& gpu, int index, const std::string& archite
                     "--device cpu",
                     what, kLeastMajor));
   }
-  if (gpu.shared_bytes < kMostSharedBytes) {
-    return absl::FailedPreconditionError(
-        fmt::format("{} has {} KiB of shared memory for a block, but the kernels need {}; use "
-                    "another GPU or --device cpu",
-                    what, gpu.shared_bytes >> 10, kMostSharedBytes >> 10));
-  }
-  if (!gpu.has_kernels) {
+  // Of too little shared memory: PTX for another kind of GPU.
+  if (!gpu.has_kernels || gpu.shared_bytes < SharedBytesFor(gpu.kernels)) {
     return absl::FailedPreconditionError(
         fmt::format("this program has no kernels for {}, only for {}; build it with "
                     "-DSTAGECOACH_CUDA_ARCHITECTURES={}{}{}, or use --device cpu",

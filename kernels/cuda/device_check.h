@@ -8,6 +8,7 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "kernels/cuda/kernel_set.h"
 
 namespace stagecoach::cuda {
 
@@ -21,13 +22,14 @@ struct DriverState {
 // Whether cuda:<index> is there. Errors: UNAVAILABLE, OUT_OF_RANGE.
 absl::Status CheckDriver(const DriverState& state, int index);
 
-inline constexpr int kLeastMajor = 9;  // compute capability that the kernels are written for
+inline constexpr int kLeastMajor = 8;  // compute capability that the kernels are written for
 
 struct GpuState {
   std::string name;
   int major = 0, minor = 0;  // compute capability
   size_t shared_bytes = 0;   // that a block may have
   bool has_kernels = false;  // compiled for it, or as PTX
+  KernelSet kernels = KernelSet::kBulk;
 };
 // Whether the program's kernels, compiled for `architectures` ("90a,100"), run on cuda:<index>.
 // Errors: FAILED_PRECONDITION.

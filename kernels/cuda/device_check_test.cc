@@ -63,7 +63,10 @@ TEST(CheckDriver, AnyOtherError) {
 }
 
 TEST(CheckGpu, AnyWithKernels) {
-  EXPECT_TRUE(CheckGpu({"NVIDIA H200", 9, 0, 232448, true}, 0, "90a").ok());
+  EXPECT_TRUE(CheckGpu({"NVIDIA H200", 9, 0, 232448, true, KernelSet::kBulk}, 0, "90a").ok());
+  EXPECT_TRUE(CheckGpu({"NVIDIA A100", 8, 0, 166912, true, KernelSet::kPlain}, 0, "80").ok());
+  EXPECT_TRUE(
+      CheckGpu({"NVIDIA GeForce RTX 5090", 12, 0, 101376, true, KernelSet::kPlain}, 0, "120").ok());
 }
 
 TEST(CheckGpu, SaysWhatToBuild) {
@@ -75,12 +78,15 @@ TEST(CheckGpu, SaysWhatToBuild) {
                 absl::StatusCode::kFailedPrecondition, "-DSTAGECOACH_CUDA_ARCHITECTURES=90a,");
 }
 
+TEST(CheckGpu, WantsCodeForItsKindOfGpu) {  // the PTX of 10.0 is for blocks of more shared memory
+  ExpectOneLine(
+      CheckGpu({"NVIDIA GeForce RTX 5090", 12, 0, 101376, true, KernelSet::kBulk}, 0, "90a,100"),
+      absl::StatusCode::kFailedPrecondition, "-DSTAGECOACH_CUDA_ARCHITECTURES=120,");
+}
+
 TEST(CheckGpu, SaysThatNoBuildHelps) {
-  ExpectOneLine(CheckGpu({"NVIDIA A100", 8, 0, 166912, false}, 0, "90a"),
-                absl::StatusCode::kFailedPrecondition, "the kernels need compute capability 9.0;");
-  ExpectOneLine(CheckGpu({"NVIDIA GeForce RTX 5090", 12, 0, 101376, true}, 0, "90a"),
-                absl::StatusCode::kFailedPrecondition,
-                "has 99 KiB of shared memory for a block, but the kernels need 227;");
+  ExpectOneLine(CheckGpu({"NVIDIA V100", 7, 0, 98304, false}, 0, "90a"),
+                absl::StatusCode::kFailedPrecondition, "the kernels need compute capability 8.0;");
 }
 
 }  // namespace

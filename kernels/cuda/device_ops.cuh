@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/kernel_set.h"
+
 namespace stagecoach::cuda {
 
 // The block's dynamic shared memory.
@@ -14,8 +16,8 @@ __device__ inline uint8_t* SharedMemory() {
   return shared_memory;
 }
 
-// --- Copies of the copy engine, which complete on a barrier in shared memory. The barrier's phases
-// alternate: the first one is 0, the next one 1, then 0 again.
+// --- Copies of the copy engine (bulk set), which complete on a barrier in shared memory. The
+// barrier's phases alternate: the first one is 0, the next one 1, then 0 again.
 
 __device__ inline uint32_t SharedAddress(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -101,7 +103,7 @@ __device__ inline void PrefetchBulk(const void* global, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 
-// --- Stores into the shared memory of a cluster's other blocks (compute capability 9.0). Every
+// --- Stores into the shared memory of a cluster's other blocks (bulk set). Every
 // thread of the cluster calls TellClusterOfStart, AwaitCluster, stores, and calls ArriveAtCluster
 // and AwaitCluster.
 
@@ -164,15 +166,15 @@ __device__ inline void ArriveAtNamedBarrier(int barrier, int threads) {
   asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// --- Programmatic stream serialisation.
+// --- Programmatic stream serialisation; of the plain set kernels run in turn anyway.
 
 // Returns when the kernel before this one in the stream is complete and its writes are visible.
 __device__ inline void WaitForPreviousKernel() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if constexpr (kBulkCode) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 // Lets the next kernel in the stream start as soon as every block has called this.
 __device__ inline void LetNextKernelStart() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  if constexpr (kBulkCode) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 }  // namespace stagecoach::cuda

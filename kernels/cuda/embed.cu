@@ -46,9 +46,4 @@ cudaError_t EmbedRows(TensorType type, const void* table, int columns, const int
   });
 }
 
-cudaError_t ProbeKernels() {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, EmbedKernel<BlockF32>);
-}
-
 }  // namespace stagecoach::cuda

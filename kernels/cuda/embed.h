@@ -15,9 +15,6 @@ namespace stagecoach::cuda {
 cudaError_t EmbedRows(TensorType type, const void* table, int columns, const int32_t* ids,
                       const int32_t* picks, int rows, float* out, cudaStream_t stream);
 
-// cudaSuccess if this program holds kernels for the current device.
-cudaError_t ProbeKernels();
-
 }  // namespace stagecoach::cuda
 
 #endif  // STAGECOACH_KERNELS_CUDA_EMBED_H_

@@ -6,17 +6,16 @@
 
 #include <cstddef>
 
-namespace stagecoach::cuda {
+#include "kernels/cuda/kernel_set.h"
 
-// Dynamic shared memory that a block may have (compute capability 9.0).
-inline constexpr int kMostSharedBytes = 227 * 1024;
+namespace stagecoach::cuda {
 
 struct LaunchShape {
   dim3 grid;
   int threads = 0;
   size_t shared_bytes = 0;  // dynamic
   int cluster = 1;          // blocks along x per cluster; grid.x is a multiple
-  bool overlap = true;      // with the kernel before it (quant_matmul.h)
+  bool overlap = true;      // with the kernel before it (quant_matmul.h), of the bulk set
 };
 
 // The kernel must have been allowed its shared memory (AllowSharedMemory).
@@ -30,7 +29,7 @@ cudaError_t LaunchKernel(void (*kernel)(Parameters...), const LaunchShape& shape
   config.stream = stream;
   cudaLaunchAttribute attributes[2] = {};
   config.attrs = attributes;
-  if (shape.overlap) {
+  if (shape.overlap && CurrentKernelSet() == KernelSet::kBulk) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

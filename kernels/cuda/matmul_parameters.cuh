@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/device_ops.cuh"
+#include "kernels/cuda/kernel_set.h"
 #include "kernels/cuda/quant_matmul.h"
 #include "kernels/cuda/tile_format.cuh"
 
@@ -67,7 +68,7 @@ struct MatmulParameters {
     int n;
     bool accumulate;
   };
-  BlockShares shares;  // of StreamKernel's blocks
+  BlockShares shares;  // of StreamKernel's and PlainKernel's blocks
   int superblocks;     // per row
   uint32_t row_bytes;  // of a row of tiles
   int rows;            // of halves
@@ -87,7 +88,7 @@ struct MatmulParameters {
   int tile_rows;  // of all terms
   Term terms[kMaxMatmulTerms];
   Activations gated;
-  // Of TileKernel, in a MatmulScratch; null if there is none.
+  // Of TileKernel and PlainTileKernel, in a MatmulScratch; null if there is none.
   unsigned*
       arrivals;     // [kMostSplitGroups], of blocks that have come so far; multiples of kQuarters
   float* partials;  // [groups][kQuarters][results of a block]
@@ -106,6 +107,22 @@ struct MatmulParameters {
   }
 };
 inline constexpr int kNoTileRow = 1 << 30;
+
+// A block's rows of tiles, counted from 0: neighbours; of paired gate and up, of both in turn.
+// Place: which of all terms' the i-th is.
+struct BlockRows {
+  bool gated;
+  int begin;
+  int count;
+
+  // block: of p.shares.
+  __device__ BlockRows(const MatmulParameters& p, int block)
+      : gated(p.is_gated), begin(p.shares.Begin(block)), count(p.shares.Units(block)) {}
+  __device__ int Place(const MatmulParameters& p, int i) const {
+    const unsigned row = begin + i;
+    return gated ? row / 2 + row % 2 * p.first_tile_rows[1] : row;
+  }
+};
 
 // Before a thread reads anything but weights. Where two kernels run side by side, the second one is
 // let go only when all that is before the first is complete; it waits for the first itself before
@@ -128,6 +145,22 @@ __device__ inline float ResultOf(float sum) {
 template <typename Tile>
 __device__ inline float JoinParts(float first, float rest) {
   return Tile::kParts == 1 ? first : __fmaf_rn(rest, kRestScale, first);
+}
+
+// The sum of products of one result, from those of its splits of k: partials
+// [kSplits][Layout::kColumns][Layout::kColumnStride], from its row and (first) column on.
+template <typename Tile, typename Layout>
+__device__ inline float SumOfSplits(const float* partials) {
+  float quarters[Tile::kParts][kQuarters] = {};
+#pragma unroll
+  for (int j = 0; j < kSplits; ++j) {
+#pragma unroll
+    for (int part = 0; part < Tile::kParts; ++part) {
+      float& quarter = quarters[part][j / kQuarterSplits];
+      quarter = __fadd_rn(quarter, partials[(j * Layout::kColumns + part) * Layout::kColumnStride]);
+    }
+  }
+  return JoinParts<Tile>(SumOfQuarters(quarters[0]), SumOfQuarters(quarters[Tile::kParts - 1]));
 }
 
 // Where one result goes, and what is added to it. Made ahead of the sum, since it reads memory.
@@ -179,6 +212,7 @@ inline constexpr int kMostMixedRows = 4;  // 8 are slower so
 
 // What launchers must know of the current device.
 struct DeviceLimits {
+  KernelSet kernels = KernelSet::kBulk;
   int multiprocessors = 0;
   size_t shared_bytes = 0;  // that a block may have
 };

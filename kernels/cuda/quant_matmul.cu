@@ -59,6 +59,7 @@ cudaError_t ReadLimits(DeviceLimits* limits) {
   read(cudaDevAttrMultiProcessorCount, &limits->multiprocessors);
   read(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared);
   limits->shared_bytes = static_cast<size_t>(shared);
+  limits->kernels = CurrentKernelSet();
   return status;
 }
 
@@ -95,7 +96,9 @@ Division DivideMultiprocessors(const MatmulParameters& first, const MatmulParame
 std::optional<MixedParameters> Mix(const TermsOfType& kind, const std::optional<TermsOfType>& next,
                                    const DeviceLimits& device) {
   const int rows = kind.p.rows, superblocks = kind.p.superblocks;
-  if (rows > kMostMixedRows || device.multiprocessors < 2) return std::nullopt;
+  if (device.kernels != KernelSet::kBulk || rows > kMostMixedRows || device.multiprocessors < 2) {
+    return std::nullopt;
+  }
   MixedParameters mixed = {};
   const auto add = [&]<TensorType type>(const TermsOfType& added, MatmulParameters* p) {
     if (added.type != type || p->tile_rows > 0 ||
@@ -143,7 +146,8 @@ std::pair<DeviceLimits, DeviceLimits> LimitsBeside(const MatmulParameters& first
 }  // namespace
 
 bool CanFuseNorm(const Activations& x) {
-  return x.form == ActivationForm::kHalf && x.rows <= kMostNormedRows && x.k % kSuperblock == 0 &&
+  return CurrentKernelSet() == KernelSet::kBulk && x.form == ActivationForm::kHalf &&
+         x.rows <= kMostNormedRows && x.k % kSuperblock == 0 &&
          x.k <= kMostNormedSuperblocks * kSuperblock;
 }
 
@@ -152,6 +156,7 @@ cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x
   for (const MatmulTerm& term : terms) {
     if (term.weights.paired != (fusion.gated.halves != nullptr)) return cudaErrorInvalidValue;
   }
+  if (fusion.norm_input != nullptr && !CanFuseNorm(x)) return cudaErrorInvalidValue;
   if (x.form == ActivationForm::kFloat) {
     for (const MatmulTerm& term : terms) {
       const cudaError_t status = LaunchFloatMatmul(term, x, stream);
@@ -178,7 +183,7 @@ cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x
   while (status == cudaSuccess && !terms.empty()) {
     TermsOfType kind = take_kind();
     std::optional<TermsOfType> next;
-    if (!terms.empty()) next = take_kind();
+    if (!terms.empty() && device.kernels == KernelSet::kBulk) next = take_kind();
     if (const std::optional<MixedParameters> mixed = Mix(kind, next, device)) {
       status = LaunchMixedMatmul(*mixed, device, stream);
     } else if (next) {

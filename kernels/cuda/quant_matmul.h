@@ -3,7 +3,7 @@
 // These are launchers: they check nothing that their caller must have checked (shapes, types,
 // device memory), allocate nothing, never synchronise, and may be captured into a CUDA graph. All
 // pointers are device memory, all arrays row-major, "[rows][k]" with k contiguous. The result is
-// cudaSuccess or what the launch said. They need compute capability 9.0.
+// cudaSuccess or what the launch said. They need compute capability 8.0.
 //
 // Bits: a row of y depends on that row of x and on the weights alone, never on the number of rows.
 // Of all types but F32 both factors are halves, their products are summed in float32 by matrix
@@ -20,13 +20,14 @@
 // weights are halves to begin with, x has a second row for the rest, and y is the sum of both rows'
 // (the rest's times kRestScale).
 //
-// Overlap: every kernel is launched with programmatic stream serialisation. It may start, and read
-// weights, packed ones and those of norms, while the kernel before it in the stream still runs; it
-// reads anything else (but the row table of a step, rope.h, and attention the keys and values of
-// steps before), and writes anything at all, only after that kernel is complete; but products of
-// several types in one LaunchMatmul run side by side, once what precedes the first is complete. So
-// weights must be complete before the work that precedes the launch in its stream has begun (an
-// event wait well ahead of it).
+// Overlap: kernels of the plain set (kernel_set.h) run in turn. Of the bulk set every kernel is
+// launched with programmatic stream serialisation. It may start, and read weights, packed ones and
+// those of norms, while the kernel before it in the stream still runs; it reads anything else (but
+// the row table of a step, rope.h, and attention the keys and values of steps before), and writes
+// anything at all, only after that kernel is complete; but products of several types in one
+// LaunchMatmul run side by side, once what precedes the first is complete. So weights must be
+// complete before the work that precedes the launch in its stream has begun (an event wait well
+// ahead of it).
 #ifndef STAGECOACH_KERNELS_CUDA_QUANT_MATMUL_H_
 #define STAGECOACH_KERNELS_CUDA_QUANT_MATMUL_H_
 
@@ -176,7 +177,7 @@ struct Fusion {
   // form kHalf, not in the memory of x.
   Activations gated;
 };
-// A row or two, of whole superblocks that fit.
+// A row or two, of whole superblocks that fit; of the plain set of kernels (kernel_set.h) none.
 bool CanFuseNorm(const Activations& x);
 
 // Device memory, not owned, in which products of some dozens of rows add up what blocks have of k:
@@ -189,7 +190,8 @@ inline constexpr size_t kMatmulScratchBytes = size_t{9} << 20;
 // Matrices that read the same activations (q, k, v; gate, up), in one kernel where their types are
 // the same (or, of few rows that fit, Q4_K and Q6_K). All have x.k columns and a type whose form is
 // x.form; outputs do not overlap; 1 to kMaxMatmulTerms terms, x.rows >= 1. Weights that are paired,
-// without fusion.gated, or the reverse: cudaErrorInvalidValue.
+// without fusion.gated, or the reverse, or norm_input where it cannot be fused:
+// cudaErrorInvalidValue.
 cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x,
                          cudaStream_t stream, const MatmulScratch& scratch,
                          const Fusion& fusion = {});

@@ -5,9 +5,11 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <random>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "kernels/cuda/checked_term.h"
@@ -80,6 +82,15 @@ double ErrorOf(const CheckedTerm& term, const std::vector<double>& weights,
   return RelativeRms(actual, expected);
 }
 
+size_t HashOf(std::span<const std::vector<float>> results) {
+  size_t hash = 0;
+  for (const std::vector<float>& values : results) {
+    const std::string_view bytes(reinterpret_cast<const char*>(values.data()), values.size() * 4);
+    hash = hash * 31 + std::hash<std::string_view>()(bytes);
+  }
+  return hash;
+}
+
 bool RunMatmulCheck(const MatmulCheck& check) {
   std::mt19937 random(check.n + check.k);
   const int most = check.rows.back();
@@ -119,10 +130,12 @@ bool RunMatmulCheck(const MatmulCheck& check) {
       }
     }
   }
-  std::printf("%s %-5s n %5d k %5d: error %.1e, of the sums alone %.1e, rows 1..%d %s%s\n",
-              ok ? "ok  " : "FAIL", std::string(GetTensorTypeInfo(check.type).name).c_str(),
-              check.n, check.k, worst, worst_sum, most,
-              different.empty() ? "same bits" : "DIFFERENT BITS:", different.c_str());
+  // The hash is for comparing two builds on one GPU.
+  std::printf(
+      "%s %-5s n %5d k %5d: error %.1e, of the sums alone %.1e, rows 1..%d %s%s, hash %zx\n",
+      ok ? "ok  " : "FAIL", std::string(GetTensorTypeInfo(check.type).name).c_str(), check.n,
+      check.k, worst, worst_sum, most,
+      different.empty() ? "same bits" : "DIFFERENT BITS:", different.c_str(), HashOf(reference));
   std::fflush(stdout);
   return ok;
 }

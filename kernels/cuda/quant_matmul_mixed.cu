@@ -4,7 +4,7 @@
 //
 // Products of one of the two types are made by this kernel, too, unless they are beside a third one
 // or their activations do not fit shared memory. Otherwise a layer would have more code, which
-// costs more than this kernel gains (docs/benchmarks.md).
+// costs more than this kernel gains (docs/tuning.md).
 #include <algorithm>
 
 #include "kernels/cuda/launch.cuh"
@@ -20,6 +20,7 @@ using Q6Tile = TileOf<TensorType::kQ6_K>;
 template <int kColumns>
 __global__ void __launch_bounds__(kStreamThreads, 1)
     MixedStreamKernel(const __grid_constant__ MixedParameters p) {
+  if (!kBulkCode) return;  // not in that set
   const int block = blockIdx.x, q6_block = block - p.q4_k.shares.blocks;
   if (q6_block < 0) {
     RunStreamBlock<Q4Tile, kColumns, true>(p.q4_k, block);

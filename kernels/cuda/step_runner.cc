@@ -95,12 +95,14 @@ absl::Status StepRunner::SetBatch(const StepBatch& batch, const KvLayout& kv) {
   for (const BatchSequence& sequence : batch.sequences) {
     last_position = std::max(last_position, sequence.start_position + sequence.row_count - 1);
   }
-  workspace_.plan = PlanAttention({.rows = batch.rows,
-                                   .sequences = static_cast<int>(batch.sequences.size()),
-                                   .tiles = workspace_.inputs.tiles(),
-                                   .last_position = last_position},
-                                  workspace_.params.heads, kv, device_.multiprocessors(),
-                                  workspace_.partials.size());
+  workspace_.plan =
+      PlanAttention({.rows = batch.rows,
+                     .sequences = static_cast<int>(batch.sequences.size()),
+                     .tiles = workspace_.inputs.tiles(),
+                     .last_position = last_position},
+                    workspace_.params.heads, kv,
+                    {.multiprocessors = device_.multiprocessors(), .kernels = device_.kernels()},
+                    workspace_.partials.size());
   if (!graphs_ || batch.rows > kMaxGraphRows) return LaunchWaiting();
   if (entries_.size() >= kMaxShapes) DropGraphs();
   const AttentionPlan& plan = workspace_.plan;

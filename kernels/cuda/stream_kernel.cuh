@@ -16,22 +16,6 @@
 
 namespace stagecoach::cuda {
 
-// A block's rows of tiles, counted from 0: neighbours; of paired gate and up, of both in turn.
-// Place: which of all terms' the i-th is.
-struct BlockRows {
-  bool gated;
-  int begin;
-  int count;
-
-  // block: of p.shares.
-  __device__ BlockRows(const MatmulParameters& p, int block)
-      : gated(p.is_gated), begin(p.shares.Begin(block)), count(p.shares.Units(block)) {}
-  __device__ int Place(const MatmulParameters& p, int i) const {
-    const unsigned row = begin + i;
-    return gated ? row / 2 + row % 2 * p.first_tile_rows[1] : row;
-  }
-};
-
 // One warp's tiles, in the order in which it multiplies them: pass after pass, of each its
 // superblocks. The same values in all lanes.
 template <typename Tile, int kTiles>
@@ -149,9 +133,9 @@ class PassSums {
     if (!share.mine) return;
     const float* own = partials + share.column * Tile::kParts * Layout::kColumnStride +
                        share.tile * kTileRows + share.row;
-    const float result = ResultOf<Tile>(Sum(own));
+    const float result = ResultOf<Tile>(SumOfSplits<Tile, Layout>(own));
     if (rows_.gated) {
-      const float up = ResultOf<Tile>(Sum(own + kTileRows / 2));
+      const float up = ResultOf<Tile>(SumOfSplits<Tile, Layout>(own + kTileRows / 2));
       place_.StoreHalf(ToHalfActivation(SiluTimes(result, up)));
     } else {
       place_.Store(result);
@@ -182,21 +166,6 @@ class PassSums {
     share.column = index >> shift >> (kTiles - 1);
     share.mine = share.column < p_.rows / Tile::kParts && pass * kTiles + share.tile < rows_.count;
     return share;
-  }
-
-  // partials: [kSplits], those of the thread's row and column.
-  __device__ float Sum(const float* partials) const {
-    float quarters[Tile::kParts][kQuarters] = {};
-#pragma unroll
-    for (int j = 0; j < kSplits; ++j) {
-#pragma unroll
-      for (int part = 0; part < Tile::kParts; ++part) {
-        float& quarter = quarters[part][j / kQuarterSplits];
-        quarter =
-            __fadd_rn(quarter, partials[(j * Layout::kColumns + part) * Layout::kColumnStride]);
-      }
-    }
-    return JoinParts<Tile>(SumOfQuarters(quarters[0]), SumOfQuarters(quarters[Tile::kParts - 1]));
   }
 
   const MatmulParameters& p_;
@@ -345,9 +314,9 @@ __device__ inline void RunStreamBlock(const MatmulParameters& p, int block) {
   }
   __syncthreads();
 
-  // What results are added to is read a pass ahead; of one column, where less code is worth more,
-  // only while the others complete the pass.
-  constexpr bool kReadsEarly = kColumns > 1;
+  // What results are added to is read a pass ahead. Of one column, where less code is worth more,
+  // and of 16, which need the registers, only while the others complete the pass.
+  constexpr bool kReadsEarly = kColumns > 1 && kColumns < 16;
   PassSums<Tile, Layout> sums(p, block_rows);
   const uint8_t* const x = kShared ? activations : p.x;
   SplitNorm<kFewRows ? kColumns : 1> norm(p, norms, split);
@@ -426,6 +395,7 @@ __device__ inline void RunStreamBlock(const MatmulParameters& p, int block) {
 template <typename Tile, int kColumns, bool kShared>
 __global__ void __launch_bounds__(kStreamThreads, 1)
     StreamKernel(const __grid_constant__ MatmulParameters p) {
+  if (!kBulkCode) return;  // not in that set
   RunStreamBlock<Tile, kColumns, kShared>(p, blockIdx.x);
 }
 

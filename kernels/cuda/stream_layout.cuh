@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/kernel_set.h"
 #include "kernels/cuda/matmul_parameters.cuh"
 
 namespace stagecoach::cuda {

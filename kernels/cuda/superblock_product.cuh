@@ -11,9 +11,10 @@
 namespace stagecoach::cuda {
 
 // Activations of one superblock: halves [kGroups][rows][32], `rows` of them the columns of the
-// products. kShared: in shared memory; otherwise in device memory, past the first-level cache, for
-// the kernel that wrote them may have overlapped this one.
-template <bool kShared>
+// products. kDirect: read as they lie, in shared memory or, by the plain set, in device memory;
+// otherwise in device memory past the first-level cache, for the kernel that wrote them may have
+// overlapped this one.
+template <bool kDirect>
 struct SuperblockActivations {
   const uint8_t* halves;
   int rows;
@@ -24,15 +25,15 @@ struct SuperblockActivations {
     const int row = min(c * 8 + lane / 4, rows - 1);
     const auto* own =
         reinterpret_cast<const uint4*>(halves + (group * rows + row) * 64 + lane % 4 * 16);
-    return kShared ? *own : __ldcg(own);
+    return kDirect ? *own : __ldcg(own);
   }
 };
 
 // acc[n][c] += tile n * column tile c of the activations. acc[n][c][i]: rows g (i < 2) and g + 8 of
 // the tile, columns 2t + i % 2.
-template <typename Tile, int kColumns, int kTiles, int kSums, bool kShared>
+template <typename Tile, int kColumns, int kTiles, int kSums, typename ActivationsOfOne>
 __device__ inline void AddSuperblock(const LoadedTile<Tile> (&tiles)[kTiles],
-                                     const SuperblockActivations<kShared>& x, int lane,
+                                     const ActivationsOfOne& x, int lane,
                                      float (&acc)[kSums][(kColumns + 7) / 8][4]) {
   static_assert(kTiles <= kSums);
 #pragma unroll

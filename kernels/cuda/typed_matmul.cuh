@@ -6,6 +6,8 @@
 #include <algorithm>
 
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/plain_kernel.cuh"
+#include "kernels/cuda/plain_tile_kernel.cuh"
 #include "kernels/cuda/stream_kernel.cuh"
 #include "kernels/cuda/tile_kernel.cuh"
 
@@ -49,57 +51,101 @@ cudaError_t LaunchStream(const MatmulParameters& p, const DeviceLimits& device,
   return LaunchStreamKernel<Tile, 16, kShared>(p, device, stream);
 }
 
-template <typename Tile, int kColumns, bool kSplitK>
-cudaError_t LaunchTileKernel(const MatmulParameters& p, dim3 grid, cudaStream_t stream) {
+// Kernels for more rows than those above, of the bulk and of the plain set.
+template <typename Tile, int columns>
+struct BulkTileKernels {
+  static constexpr int kColumns = columns;
+  template <bool kSplitK>
   using Layout = TileLayout<Tile, kColumns, kSplitK>;
+  template <bool kSplitK>
+  static constexpr auto* kKernel = TileKernel<Tile, kColumns, kSplitK>;
+};
+template <typename Tile, int columns>
+struct PlainTileKernels {
+  static constexpr int kColumns = columns;
+  template <bool kSplitK>
+  using Layout = PlainTileLayout<kColumns, kSplitK>;
+  template <bool kSplitK>
+  static constexpr auto* kKernel = PlainTileKernel<Tile, kColumns, kSplitK>;
+};
+
+// Grid: as the layout's TileBlock wants it.
+template <typename Kernels, bool kSplitK>
+cudaError_t LaunchTileKernel(const MatmulParameters& p, int row_blocks, int groups_of_tiles,
+                             cudaStream_t stream) {
+  using Layout = typename Kernels::template Layout<kSplitK>;
   LaunchShape shape;
-  shape.grid = grid;
+  shape.grid = dim3(row_blocks * (kSplitK ? kQuarters : 1), groups_of_tiles);
   shape.threads = Layout::kThreads;
   shape.shared_bytes = Layout::kSharedBytes;
-  const auto kernel = TileKernel<Tile, kColumns, kSplitK>;
+  const auto kernel = Kernels::template kKernel<kSplitK>;
   const cudaError_t status = AllowSharedMemory(kernel, shape.shared_bytes);
   if (status != cudaSuccess) return status;
   return LaunchKernel(kernel, shape, stream, p);
 }
 
-template <typename Tile, int kColumns>
+template <typename Kernels>
 cudaError_t LaunchTiles(const MatmulParameters& p, const DeviceLimits& device,
                         cudaStream_t stream) {
   const auto divide = [](int a, int b) { return (a + b - 1) / b; };
-  const int row_blocks = divide(p.rows, kColumns);
+  const int row_blocks = divide(p.rows, Kernels::kColumns);
   // Costs: in the time that a multiprocessor takes for a superblock of 16 rows of tiles. To add
   // sums up takes as long as a few. A group's blocks wait for each other, so that all must run at
   // once.
   constexpr int kAddCost = 3;
   const auto turns = [&](int blocks) { return divide(blocks, device.multiprocessors); };
-  using Whole = TileLayout<Tile, kColumns, false>;
-  using Split = TileLayout<Tile, kColumns, true>;
-  const int blocks = row_blocks * divide(p.tile_rows, Whole::kBlockTiles);
-  const int groups = row_blocks * divide(p.tile_rows, Split::kBlockTiles);
-  const int whole_cost = turns(blocks) * p.superblocks * Whole::kBlockTiles / 16;
+  using Whole = typename Kernels::template Layout<false>;
+  using Split = typename Kernels::template Layout<true>;
+  const int of_whole = divide(p.tile_rows, Whole::kBlockTiles);
+  const int of_split = divide(p.tile_rows, Split::kBlockTiles);
+  const int groups = row_blocks * of_split;
+  const int whole_cost = turns(row_blocks * of_whole) * p.superblocks * Whole::kBlockTiles / 16;
   const int split_cost =
       turns(kQuarters * groups) * (p.superblocks / kQuarters * Split::kBlockTiles / 16 + kAddCost);
-  static_assert(Split::kStoring * kColumns / 2 <= kSplitGroupFloats / kQuarters);
+  static_assert(Split::kStoring * Kernels::kColumns / 2 <= kSplitGroupFloats / kQuarters);
   if (!p.is_gated && p.partials != nullptr && groups <= kMostSplitGroups &&
       device.multiprocessors >= kQuarters && split_cost < whole_cost) {
-    return LaunchTileKernel<Tile, kColumns, true>(
-        p, dim3(row_blocks * kQuarters, divide(p.tile_rows, Split::kBlockTiles)), stream);
+    return LaunchTileKernel<Kernels, true>(p, row_blocks, of_split, stream);
   }
-  return LaunchTileKernel<Tile, kColumns, false>(
-      p, dim3(row_blocks, divide(p.tile_rows, Whole::kBlockTiles)), stream);
+  return LaunchTileKernel<Kernels, false>(p, row_blocks, of_whole, stream);
+}
+
+template <typename Tile, int kColumns>
+cudaError_t LaunchPlainKernel(const MatmulParameters& p, const DeviceLimits& device,
+                              cudaStream_t stream) {
+  MatmulParameters own = p;
+  own.shares = BlockShares::Of(p.tile_rows, device.multiprocessors);
+  LaunchShape shape;
+  shape.grid = dim3(own.shares.blocks);
+  shape.threads = kPlainThreads;
+  shape.shared_bytes = PlainLayout<Tile, kColumns>::kSharedBytes;
+  const auto kernel = PlainKernel<Tile, kColumns>;
+  const cudaError_t status = AllowSharedMemory(kernel, shape.shared_bytes);
+  if (status != cudaSuccess) return status;
+  return LaunchKernel(kernel, shape, stream, own);
+}
+
+template <typename Tile>
+cudaError_t LaunchPlain(const MatmulParameters& p, const DeviceLimits& device,
+                        cudaStream_t stream) {
+  if (p.rows <= 8) return LaunchPlainKernel<Tile, 8>(p, device, stream);
+  if (p.rows <= kMostStreamRows) return LaunchPlainKernel<Tile, 16>(p, device, stream);
+  return p.rows <= 32 ? LaunchTiles<PlainTileKernels<Tile, 32>>(p, device, stream)
+                      : LaunchTiles<PlainTileKernels<Tile, 64>>(p, device, stream);
 }
 
 template <TensorType type>
 cudaError_t LaunchTypedMatmul(const MatmulParameters& p, const DeviceLimits& device,
                               cudaStream_t stream) {
   using Tile = TileOf<type>;
+  if (device.kernels == KernelSet::kPlain) return LaunchPlain<Tile>(p, device, stream);
   if (p.rows <= kMostStreamRows) {
     return SharesActivations<Tile>(p.superblocks, p.rows, device)
                ? LaunchStream<Tile, true>(p, device, stream)
                : LaunchStream<Tile, false>(p, device, stream);
   }
-  return p.rows <= 32 ? LaunchTiles<Tile, 32>(p, device, stream)
-                      : LaunchTiles<Tile, 64>(p, device, stream);
+  return p.rows <= 32 ? LaunchTiles<BulkTileKernels<Tile, 32>>(p, device, stream)
+                      : LaunchTiles<BulkTileKernels<Tile, 64>>(p, device, stream);
 }
 
 }  // namespace stagecoach::cuda
