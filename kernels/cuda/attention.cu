@@ -57,7 +57,7 @@ size_t PartialFloats(int rows, int heads, int chunks, int value_length) {
 }
 
 AttentionPlan PlanAttention(const AttentionShape& shape, int heads, const KvLayout& kv,
-                            const AttendingGpu& gpu, size_t scratch_floats) {
+                            const GpuTraits& gpu, size_t scratch_floats) {
   AttentionPlan plan = {.rows = shape.rows, .heads = heads, .tiles = shape.tiles};
   plan.chunks =
       static_cast<int>(std::bit_ceil(unsigned(shape.last_position) / ChunkPositions(kv) + 1));

@@ -72,13 +72,9 @@ struct AttentionShape {
   int tiles = 0;          // of queries
   int last_position = 0;  // the largest, at most
 };
-struct AttendingGpu {
-  int multiprocessors = 0;
-  KernelSet kernels = KernelSet::kBulk;
-};
 // Depends on its arguments alone.
 AttentionPlan PlanAttention(const AttentionShape& shape, int heads, const KvLayout& kv,
-                            const AttendingGpu& gpu, size_t scratch_floats);
+                            const GpuTraits& gpu, size_t scratch_floats);
 
 // Turns, stores, and attends: out [rows][heads * value_length] of the rows at table.positions;
 // scale 1 / sqrt(key_length). Halves only if they have no columns to pad.

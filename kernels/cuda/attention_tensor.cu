@@ -316,9 +316,7 @@ cudaError_t LaunchChunks(const AttentionPlan& plan, const AttentionTask& task, i
              SharedPartials<kDims>::Bytes(queries, blocks, blocks * kWarps);
     };
     shape.shared_bytes = bytes(queries, groups);
-    const cudaError_t error =
-        AllowSharedMemory(kernel, bytes(kQueryTile / 2 * kHalves, kMostBlocks));
-    if (error != cudaSuccess) return error;
+    shape.most_shared_bytes = bytes(kQueryTile / 2 * kHalves, kMostBlocks);
   }
   return LaunchKernel(kernel, shape, stream, task);
 }

@@ -446,9 +446,7 @@ absl::Status CudaBackend::Attention(const ModelParams& params, std::span<const f
                      .sequences = static_cast<int>(batch.sequences.size()),
                      .tiles = inputs.tiles(),
                      .last_position = last_position},
-                    params.heads, layout,
-                    {.multiprocessors = device_->multiprocessors(), .kernels = device_->kernels()},
-                    /*scratch_floats=*/SIZE_MAX);
+                    params.heads, layout, device_->traits(), /*scratch_floats=*/SIZE_MAX);
   const bool needs_scratch = plan.merge == AttentionPlan::Merge::kScratch;
   STAGECOACH_ASSIGN_OR_RETURN(
       const DeviceBuffer<float> scratch,

@@ -60,16 +60,16 @@ absl::Status CudaDevice::Init(int index) {
   for (const char byte : properties.uuid.bytes) {
     uuid_ += fmt::format("{:02x}", static_cast<unsigned char>(byte));
   }
-  multiprocessors_ = properties.multiProcessorCount;
+  traits_.multiprocessors = properties.multiProcessorCount;
   major_ = properties.major;
-  const bool has_kernels = ProbeKernels(&kernels_) == cudaSuccess;
+  const bool has_kernels = ProbeKernels(&traits_.kernels) == cudaSuccess;
   cudaGetLastError();
   STAGECOACH_RETURN_IF_ERROR(CheckGpu({.name = name_,
                                        .major = properties.major,
                                        .minor = properties.minor,
                                        .shared_bytes = properties.sharedMemPerBlockOptin,
                                        .has_kernels = has_kernels,
-                                       .kernels = kernels_},
+                                       .kernels = traits_.kernels},
                                       index, STAGECOACH_CUDA_ARCHITECTURES));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&compute_, cudaStreamNonBlocking));
   STAGECOACH_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&copy_, cudaStreamNonBlocking));

@@ -105,9 +105,10 @@ class CudaDevice {
   cudaStream_t copy() const { return copy_; }
   cudaStream_t inputs() const { return inputs_; }  // of steps: copies that are not behind weights
   cudaStream_t pack() const { return pack_; }      // before others where the GPU has a choice
-  int multiprocessors() const { return multiprocessors_; }
+  const GpuTraits& traits() const { return traits_; }
+  int multiprocessors() const { return traits_.multiprocessors; }
   int major() const { return major_; }  // compute capability
-  KernelSet kernels() const { return kernels_; }
+  KernelSet kernels() const { return traits_.kernels; }
   int index() const { return index_; }
   const std::string& name() const { return name_; }
   const std::string& uuid() const { return uuid_; }        // hexadecimal
@@ -148,9 +149,8 @@ class CudaDevice {
   absl::StatusOr<void*> AllocatePinned(size_t count, size_t element) const;
 
   int index_ = 0;
-  int multiprocessors_ = 0;
+  GpuTraits traits_;
   int major_ = 0;
-  KernelSet kernels_ = KernelSet::kBulk;
   std::string name_;
   std::string uuid_;
   uint64_t memory_bytes_ = 0;

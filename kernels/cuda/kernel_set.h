@@ -29,6 +29,12 @@ constexpr size_t SharedBytesFor(KernelSet kernels) {
   return kernels == KernelSet::kBulk ? kMostSharedBytes : kMostPlainSharedBytes;
 }
 
+// What plans and launches depend on.
+struct GpuTraits {
+  int multiprocessors = 0;
+  KernelSet kernels = KernelSet::kBulk;
+};
+
 // The set that this program holds for the current device, in machine code or as PTX. Errors: those
 // of CUDA, if it holds none.
 cudaError_t ProbeKernels(KernelSet* kernels);

@@ -14,14 +14,22 @@ struct LaunchShape {
   dim3 grid;
   int threads = 0;
   size_t shared_bytes = 0;  // dynamic
-  int cluster = 1;          // blocks along x per cluster; grid.x is a multiple
-  bool overlap = true;      // with the kernel before it (quant_matmul.h), of the bulk set
+  // The same of the launch of this kernel that needs most; 0: none needs more than any kernel may
+  // have (48 KiB).
+  size_t most_shared_bytes = 0;
+  int cluster = 1;      // blocks along x per cluster; grid.x is a multiple
+  bool overlap = true;  // with the kernel before it (quant_matmul.h), of the bulk set
 };
 
-// The kernel must have been allowed its shared memory (AllowSharedMemory).
 template <typename... Parameters, typename... Arguments>
 cudaError_t LaunchKernel(void (*kernel)(Parameters...), const LaunchShape& shape,
                          cudaStream_t stream, Arguments... arguments) {
+  if (shape.most_shared_bytes > 0) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shape.most_shared_bytes));
+    if (status != cudaSuccess) return status;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = dim3(shape.threads);
@@ -42,13 +50,6 @@ cudaError_t LaunchKernel(void (*kernel)(Parameters...), const LaunchShape& shape
     attribute.val.clusterDim.z = 1;
   }
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-}
-
-// Lets the kernel have as much dynamic shared memory as a block may have.
-template <typename... Parameters>
-cudaError_t AllowSharedMemory(void (*kernel)(Parameters...), size_t bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
 }
 
 }  // namespace stagecoach::cuda

@@ -12,12 +12,11 @@
 
 namespace stagecoach::cuda {
 
-inline constexpr int kPlainThreads = kSplits * 32;  // a warp for each split of k
-
 // columns: 8 or 16, for up to as many rows of halves.
 template <typename Tile, int columns>
 struct PlainLayout {
   static constexpr int kColumns = columns;
+  static constexpr int kThreads = kSplits * 32;              // a warp for each split of k
   static constexpr bool kReadsAhead = Tile::kBytes <= 5000;  // there are registers for another tile
   // Partial sums [kSplits][kColumns][kColumnStride], of two passes in turn.
   static constexpr int kColumnStride = kTileRows + 4;  // 4: other banks
@@ -59,7 +58,7 @@ __device__ inline void StorePlainPass(const MatmulParameters& p, const BlockRows
   using Layout = PlainLayout<Tile, kColumns>;
   const int shift = rows.gated ? 3 : 4;  // of the tile's rows half are gate, half up; or none
   const int row = threadIdx.x & ((1 << shift) - 1), column = threadIdx.x >> shift;
-  static_assert(kColumns * kTileRows <= kPlainThreads);
+  static_assert(kColumns * kTileRows <= Layout::kThreads);
   if (column >= p.rows / Tile::kParts) return;
   const float* const own = partials + column * Tile::kParts * Layout::kColumnStride + row;
   const float result = ResultOf<Tile>(SumOfSplits<Tile, Layout>(own));
@@ -74,7 +73,7 @@ __device__ inline void StorePlainPass(const MatmulParameters& p, const BlockRows
 
 // Grid: p.shares.
 template <typename Tile, int kColumns>
-__global__ void __launch_bounds__(kPlainThreads, 1)
+__global__ void __launch_bounds__(PlainLayout<Tile, kColumns>::kThreads, 1)
     PlainKernel(const __grid_constant__ MatmulParameters p) {
   if (kBulkCode) return;  // not in that set
   using Layout = PlainLayout<Tile, kColumns>;

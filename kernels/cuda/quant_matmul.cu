@@ -183,7 +183,8 @@ cudaError_t LaunchMatmul(std::span<const MatmulTerm> terms, const Activations& x
   while (status == cudaSuccess && !terms.empty()) {
     TermsOfType kind = take_kind();
     std::optional<TermsOfType> next;
-    if (!terms.empty() && device.kernels == KernelSet::kBulk) next = take_kind();
+    const bool beside = device.kernels == KernelSet::kBulk;  // plain ones run in turn
+    if (!terms.empty() && beside) next = take_kind();
     if (const std::optional<MixedParameters> mixed = Mix(kind, next, device)) {
       status = LaunchMixedMatmul(*mixed, device, stream);
     } else if (next) {

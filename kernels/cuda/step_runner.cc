@@ -100,9 +100,7 @@ absl::Status StepRunner::SetBatch(const StepBatch& batch, const KvLayout& kv) {
                      .sequences = static_cast<int>(batch.sequences.size()),
                      .tiles = workspace_.inputs.tiles(),
                      .last_position = last_position},
-                    workspace_.params.heads, kv,
-                    {.multiprocessors = device_.multiprocessors(), .kernels = device_.kernels()},
-                    workspace_.partials.size());
+                    workspace_.params.heads, kv, device_.traits(), workspace_.partials.size());
   if (!graphs_ || batch.rows > kMaxGraphRows) return LaunchWaiting();
   if (entries_.size() >= kMaxShapes) DropGraphs();
   const AttentionPlan& plan = workspace_.plan;

@@ -23,8 +23,7 @@ cudaError_t LaunchStreaming(void (*kernel)(Parameters), int blocks, size_t bytes
   // One block at a time on a multiprocessor, so that all have the same share: where two fit, those
   // of the next kernel crowd on the multiprocessors that finish first.
   shape.shared_bytes = std::max<size_t>(bytes, device.shared_bytes / 2 + 1024);
-  const cudaError_t status = AllowSharedMemory(kernel, device.shared_bytes);
-  if (status != cudaSuccess) return status;
+  shape.most_shared_bytes = device.shared_bytes;
   return LaunchKernel(kernel, shape, stream, p);
 }
 
@@ -69,19 +68,22 @@ struct PlainTileKernels {
   static constexpr auto* kKernel = PlainTileKernel<Tile, kColumns, kSplitK>;
 };
 
-// Grid: as the layout's TileBlock wants it.
+// Of a kernel whose blocks have what its layout says.
+template <typename Layout>
+LaunchShape ShapeOf(dim3 grid) {
+  return {.grid = grid,
+          .threads = Layout::kThreads,
+          .shared_bytes = Layout::kSharedBytes,
+          .most_shared_bytes = Layout::kSharedBytes};
+}
+
 template <typename Kernels, bool kSplitK>
 cudaError_t LaunchTileKernel(const MatmulParameters& p, int row_blocks, int groups_of_tiles,
                              cudaStream_t stream) {
-  using Layout = typename Kernels::template Layout<kSplitK>;
-  LaunchShape shape;
-  shape.grid = dim3(row_blocks * (kSplitK ? kQuarters : 1), groups_of_tiles);
-  shape.threads = Layout::kThreads;
-  shape.shared_bytes = Layout::kSharedBytes;
-  const auto kernel = Kernels::template kKernel<kSplitK>;
-  const cudaError_t status = AllowSharedMemory(kernel, shape.shared_bytes);
-  if (status != cudaSuccess) return status;
-  return LaunchKernel(kernel, shape, stream, p);
+  const dim3 grid(row_blocks * (kSplitK ? kQuarters : 1),
+                  groups_of_tiles);  // as TileBlock wants it
+  return LaunchKernel(Kernels::template kKernel<kSplitK>,
+                      ShapeOf<typename Kernels::template Layout<kSplitK>>(grid), stream, p);
 }
 
 template <typename Kernels>
@@ -115,14 +117,8 @@ cudaError_t LaunchPlainKernel(const MatmulParameters& p, const DeviceLimits& dev
                               cudaStream_t stream) {
   MatmulParameters own = p;
   own.shares = BlockShares::Of(p.tile_rows, device.multiprocessors);
-  LaunchShape shape;
-  shape.grid = dim3(own.shares.blocks);
-  shape.threads = kPlainThreads;
-  shape.shared_bytes = PlainLayout<Tile, kColumns>::kSharedBytes;
-  const auto kernel = PlainKernel<Tile, kColumns>;
-  const cudaError_t status = AllowSharedMemory(kernel, shape.shared_bytes);
-  if (status != cudaSuccess) return status;
-  return LaunchKernel(kernel, shape, stream, own);
+  return LaunchKernel(PlainKernel<Tile, kColumns>,
+                      ShapeOf<PlainLayout<Tile, kColumns>>(dim3(own.shares.blocks)), stream, own);
 }
 
 template <typename Tile>

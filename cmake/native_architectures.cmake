@@ -1,0 +1,31 @@
+set(cuda_least_architecture 80)  # kLeastMajor in kernels/cuda/device_check.h
+
+# stagecoach_native_architectures(VARIABLE): those of the GPUs of this machine that kernels are written for, or 90a
+# if it has none.
+function(stagecoach_native_architectures variable)
+  set(architectures)
+  set(failed TRUE)
+  find_program(NVIDIA_SMI nvidia-smi)
+  if(NVIDIA_SMI)
+    execute_process(COMMAND ${NVIDIA_SMI} --query-gpu=compute_cap --format=csv,noheader TIMEOUT 30
+                    RESULT_VARIABLE failed OUTPUT_VARIABLE answer ERROR_QUIET)
+  endif()
+  if(failed EQUAL 0)
+    string(REGEX MATCHALL "[^\r\n]+" lines "${answer}")
+    foreach(line ${lines})
+      string(REGEX REPLACE "^([0-9]+)\\.([0-9])$" "\\1\\2" architecture "${line}")
+      if(architecture MATCHES "^[0-9]+$" AND NOT architecture LESS cuda_least_architecture)
+        list(APPEND architectures ${architecture})
+      else()
+        message(STATUS "CUDA backend: left out of native architectures: ${line}")
+      endif()
+    endforeach()
+  endif()
+  list(SORT architectures COMPARE NATURAL)
+  list(REMOVE_DUPLICATES architectures)
+  list(TRANSFORM architectures REPLACE "^90$" "90a")
+  if(NOT architectures)
+    set(architectures 90a)
+  endif()
+  set(${variable} ${architectures} PARENT_SCOPE)
+endfunction()

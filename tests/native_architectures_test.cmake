@@ -1,0 +1,26 @@
+# What stagecoach_native_architectures makes of what an nvidia-smi may say:
+#   cmake -P tests/native_architectures_test.cmake
+cmake_minimum_required(VERSION 3.25)
+include(${CMAKE_CURRENT_LIST_DIR}/../cmake/native_architectures.cmake)
+set(folder ${CMAKE_CURRENT_BINARY_DIR}/native_architectures_test)
+
+function(expect commands expected)
+  file(WRITE ${folder}/nvidia-smi "#!/bin/sh\n${commands}\n")
+  file(CHMOD ${folder}/nvidia-smi PERMISSIONS OWNER_READ OWNER_WRITE OWNER_EXECUTE)
+  set(NVIDIA_SMI ${folder}/nvidia-smi)
+  stagecoach_native_architectures(actual)
+  if(NOT "${actual}" STREQUAL "${expected}")
+    message(SEND_ERROR "${commands}: '${actual}', not '${expected}'")
+  endif()
+endfunction()
+
+expect("echo 9.0" "90a")
+expect("echo 9.0; echo 8.6; echo 9.0; echo 12.0" "86;90a;120")
+expect("echo 8.9; echo 7.5" "89")
+expect("printf '8.9\\r\\n'" "89")
+expect("echo 7.5" "90a")
+expect("echo No devices were found" "90a")
+expect("echo NVML library version: 550.54; exit 18" "90a")
+expect("echo 8.6; exit 18" "90a")
+expect("true" "90a")
+file(REMOVE_RECURSE ${folder})
